@@ -1,0 +1,1683 @@
+"""Train, shrink and score a language model for the OpenAI Parameter Golf challenge, in one file.
+
+The best model that fits in 16,000,000 bytes, this file included, after 600 s on 8xH100, is the one
+with the fewest bits per byte (bpb) on text it has not seen.
+
+    PRESET=cpu python train_gpt.py                                   # a laptop, minutes
+    torchrun --standalone --nproc_per_node=1 train_gpt.py            # one GPU
+    python train_gpt.py --eval logs/<RUN_ID>/final_model.int6.ptz    # score an artifact again
+    python train_gpt.py --help                                       # every setting
+
+Importing this file only defines names. It reads from top to bottom:
+
+    Settings            what the run is told
+    Runtime             where it runs: device, dtype, attention back end, log
+    Data                what it eats: token shards, batches, bytes per token
+    Model               what it is: GQA, XSA, partial RoPE, U-Net skips, SmearGate, BigramHash
+    Evaluate            how it is judged: windows, the one scoring loop
+    Optimizers          how it learns: stacked Muon, AdamW by role, schedules, averages
+    Training            the clock, the step, the loop
+    Quantize and pack   how it is shrunk: row rounding, the artifact
+    Run                 how it all goes
+
+Shapes: B sequences, T tokens, D model width, H query heads, K key/value heads, d head width,
+V vocabulary.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import struct
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if __name__ == "__main__":
+    # OpenMP threads spin at barriers unless told otherwise before torch loads: with one other busy
+    # process on a small machine a step then takes ten times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ---- Settings: what the run is told ----------------------------------------------------------
+
+BYTES_LIMIT = 16_000_000  # the challenge's, decimal: this file and the artifact together
+EVAL_SECONDS_LIMIT = 600.0  # the challenge's, for scoring; training has its own
+BYTE_VOCAB = 260  # the byte vocabulary: ids 0-3 are special, 4 + b is byte b
+BOS_ID = 1  # opens every document in every vocabulary of the challenge
+
+# What a vocabulary implies: PR #832, the byte stack, has no value embeddings, and RoPE as trained.
+VOCABULARY_RULES = {str(BYTE_VOCAB): "VE_ENABLED=0 ROPE_TRAIN_SEQ_LEN=4096"}
+
+# Whole configurations, as one would type them; a variable set by hand overrides them.
+PRESETS = {
+    # A newcomer's first run: the embedded corpus, steps instead of seconds, minutes on two cores.
+    "cpu": "CORPUS=python NUM_LAYERS=4 MODEL_DIM=128 NUM_HEADS=4 NUM_KV_HEADS=2 TRAIN_SEQ_LEN=256 "
+    "TRAIN_BATCH_TOKENS=16384 MICRO_BATCH_TOKENS=4096 ITERATIONS=300 WARMDOWN_ITERS=150 "
+    "MAX_WALLCLOCK_SECONDS=0 TRAIN_LOG_EVERY=25 VAL_LOSS_EVERY=0 VAL_BATCH_SIZE=65536",
+    # PR #1124, whatever the defaults become.
+    "v9": "XSA_LAST_N=11 EVAL_STRIDE=64 NUM_LAYERS=11 MLP_MULT=3 BIGRAM_VOCAB_SIZE=2048",
+}
+
+
+class SettingsError(ValueError):
+    """Settings that cannot be used; a line for each names it, its value and the remedy."""
+
+
+def setting(
+    default: Any,
+    doc: str,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+    in_artifact: bool = False,
+) -> Any:
+    """Declare a setting: default (it gives the type), meaning, bounds or choices."""
+    about = {"doc": doc, "low": low, "high": high, "choices": choices, "in_artifact": in_artifact}
+    return dataclasses.field(default=default, metadata=about)
+
+
+# A setting that the model's function depends on: it travels in the artifact's header.
+of_model = functools.partial(setting, in_artifact=True)
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """Every setting; the upper-cased field name is the environment variable.
+
+    Defaults are the stack of PR #1124 (26,993,756 parameters; 1.1194 bpb by its author). Readable
+    on the class; an instance is checked and raises SettingsError naming every fault.
+    """
+
+    # Run
+    preset: str = setting("", "a whole configuration", choices=("", *PRESETS))
+    run_id: str = setting("", "name of the run; empty: date, time, seed")
+    run_dir: str = setting("", "folder the run writes; empty: logs/<RUN_ID>")
+    seed: int = setting(1337, "seed of the initial weights", 0, 2**63 - 1)
+    dtype: str = setting("auto", "dtype of activations", choices=("auto", "bf16", "fp32"))
+    attn: str = setting("auto", "attention", choices=("auto", "fa3", "cudnn", "flash", "math"))
+    compile: str = setting("auto", "torch.compile; auto: on CUDA", choices=("auto", "0", "1"))
+    # Data
+    corpus: str = of_model("fineweb10B", "data set family, for the two paths below")
+    data_path: str = setting("", "shards; empty: ./data/datasets/<CORPUS>_sp<VOCAB_SIZE>")
+    tokenizer_path: str = setting("", "empty: ./data/tokenizers/fineweb_<VOCAB_SIZE>_bpe.model")
+    vocab_size: int = of_model(1024, "tokens; 260: bytes", 5, 65_536)
+    train_seq_len: int = of_model(2048, "tokens a sequence", 2, 2**24)
+    train_batch_tokens: int = setting(786_432, "tokens a step", 2)
+    micro_batch_tokens: int = setting(98_304, "most tokens in one forward and backward", 1)
+    # Model
+    num_layers: int = of_model(11, "blocks", 1, 1000)
+    model_dim: int = of_model(512, "width of the residual stream", 2, 65_536)
+    num_heads: int = of_model(8, "query heads", 1)
+    num_kv_heads: int = of_model(4, "key/value heads (GQA)", 1)
+    mlp_mult: float = of_model(3.0, "MLP width over MODEL_DIM", 0.01, 64)
+    negative_slope: float = of_model(0.5, "MLP: leaky_relu(., slope)^2; 0: relu^2", 0, 1)
+    tie_embeddings: bool = of_model(True, "the head is the token embedding")
+    tied_embed_init_std: float = setting(0.005, "std of the initial token embedding", 0)
+    logit_softcap: float = of_model(30.0, "c in c tanh(logits / c)", 0.01)
+    rope_base: float = of_model(10_000.0, "RoPE base", 1)
+    rope_dims: int = of_model(16, "rotated dims of a head; 0: all", 0)
+    rope_train_seq_len: int = of_model(1024, "longer sequences stretch the base (NTK)", 1)
+    qk_gain_init: float = setting(1.5, "initial gain of q, per head")
+    xsa_last_n: int = of_model(11, "last layers with exclusive self-attention", 0)
+    ln_scale: bool = of_model(True, "norms times 1/sqrt(layer + 1)")
+    unet_skips: bool = of_model(True, "late layers read the outputs of early ones")
+    smear_gate: bool = of_model(True, "mix in the embedding of the token before")
+    bigram_vocab_size: int = of_model(2048, "BigramHash buckets; 0: none", 0, 2**24)
+    bigram_dim: int = of_model(128, "BigramHash width", 1, 65_536)
+    bos_mask: bool = of_model(True, "SmearGate, BigramHash stop at BOS; 0: as published")
+    ve_enabled: bool = of_model(True, "value embeddings")
+    ve_dim: int = of_model(128, "their width", 1, 65_536)
+    ve_layers: str = of_model("", "their layers, as 9,10; empty: the last two")
+    # Optimizers
+    matrix_lr: float = setting(0.025, "Muon: block matrices", 0)
+    scalar_lr: float = setting(0.025, "AdamW: gains, gates, small projections", 0)
+    tied_embed_lr: float = setting(0.035, "AdamW: embeddings with a tied head", 0)
+    embed_lr: float = setting(0.6, "AdamW: embeddings with an untied head", 0)
+    head_lr: float = setting(0.008, "AdamW: untied head", 0)
+    beta1: float = setting(0.9, "AdamW", 0, 0.9999)
+    beta2: float = setting(0.95, "AdamW", 0, 0.99999)
+    adam_eps: float = setting(1e-8, "AdamW", 0)
+    adam_wd: float = setting(0.04, "AdamW weight decay", 0)
+    muon_wd: float = setting(0.04, "Muon weight decay", 0)
+    muon_momentum: float = setting(0.99, "Muon momentum, once warm", 0, 0.9999)
+    muon_momentum_warmup_start: float = setting(0.92, "at the start", 0, 0.9999)
+    muon_momentum_warmup_steps: int = setting(1500, "steps from start to warm", 0)
+    muon_backend_steps: int = setting(5, "Newton-Schulz iterations", 1, 100)
+    grad_clip_norm: float = setting(0.3, "largest gradient norm; 0: any", 0)
+    ema_enabled: bool = setting(True, "end with a moving average of the weights")
+    ema_decay: float = setting(0.997, "its decay; at most (1 + t)/(10 + t)", 0, 0.999999)
+    swa_enabled: bool = setting(False, "end with the mean of late weights instead")
+    swa_every: int = setting(50, "steps between those", 1)
+    # Schedule
+    iterations: int = setting(20_000, "most steps", 0)
+    max_wallclock_seconds: float = setting(600.0, "most training seconds; 0: any", 0)
+    warmup_steps: int = setting(20, "throw-away steps before the clock starts", 0)
+    warmdown_iters: int = setting(3500, "last steps, over which the rates fall to 0", 0)
+    warmdown_max_fraction: float = setting(0.6, "and at most this part of the run", 0, 1)
+    warmdown_published: bool = setting(False, "the records' rule, which can miss 0")
+    val_loss_every: int = setting(4000, "steps between validations; 0: the last only", 0)
+    train_log_every: int = setting(500, "steps between log lines; 0: the first ten", 0)
+    # Evaluate
+    eval_seq_len: int = setting(0, "tokens a window; 0: TRAIN_SEQ_LEN", 0, 2**24)
+    eval_stride: int = setting(64, "of the sliding window; 0: no sliding pass", 0)
+    val_batch_size: int = setting(524_288, "tokens scored at once on 8 ranks; each takes 1/8", 1)
+    # Quantize and pack
+    compressor: str = setting("zstd", "of the artifact", choices=("zstd", "lzma"))
+
+    def __post_init__(self) -> None:
+        faults = [x for f in dataclasses.fields(self) if (x := fault(f, getattr(self, f.name)))]
+        if faults := faults or faults_together(self):
+            raise SettingsError("\n".join(faults))
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> "Hyperparameters":
+        """Settings by environment, else PRESET, else rule of VOCAB_SIZE, else default.
+
+        Raises SettingsError naming every bad value.
+        """
+        env = {**assignments(PRESETS.get(env.get("PRESET", ""), "")), **env}
+        env = {**assignments(VOCABULARY_RULES.get(env.get("VOCAB_SIZE", ""), "")), **env}
+        faults, values = [], {}
+        for f in dataclasses.fields(cls):
+            name = f.name.upper()
+            try:
+                values[f.name] = parse_value(env[name], f.default) if name in env else f.default
+            except ValueError as error:
+                faults.append(f"{name}={env[name]!r}: {error}")
+        try:
+            h = cls(**values)
+        except SettingsError as error:
+            faults.append(str(error))
+        if faults:
+            raise SettingsError("\n".join(faults))
+        return h
+
+
+def assignments(text: str) -> dict[str, str]:
+    """The variables of a line like `A=1 B=2`."""
+    return dict(pair.split("=", 1) for pair in text.split())
+
+
+def parse_value(text: str, default: Any) -> Any:
+    """The value of a variable in the type of its default; ValueError tells the accepted form."""
+    if isinstance(default, bool):
+        if text not in ("0", "1"):
+            raise ValueError("must be 0 or 1")
+        return text == "1"
+    try:
+        value = type(default)(text)
+        if isinstance(value, str) or math.isfinite(value):
+            return value
+    except ValueError:
+        pass
+    raise ValueError(f"must be a {'whole' if isinstance(default, int) else 'finite'} number")
+
+
+def fault(f: "dataclasses.Field[Any]", value: Any) -> str | None:
+    """What is wrong with one value by itself, or None."""
+    name, about, kind = f"{f.name.upper()}={value!r}", f.metadata, type(f.default)
+    if type(value) is not kind and (kind, type(value)) != (float, int):
+        return f"{name}: must be of type {kind.__name__}"
+    if about["choices"] and value not in about["choices"]:
+        return f"{name}: must be one of {', '.join(about['choices'])}"
+    if about["low"] is not None and value < about["low"]:
+        return f"{name}: must be at least {about['low']}"
+    if about["high"] is not None and value > about["high"]:
+        return f"{name}: must be at most {about['high']}"
+    return None
+
+
+def faults_together(h: Hyperparameters) -> list[str]:
+    """What is wrong with values that are legal alone."""
+    width, rest = h.model_dim // h.num_heads, h.train_batch_tokens % h.train_seq_len
+    near = {max(h.train_batch_tokens - rest + n, h.train_seq_len) for n in (0, h.train_seq_len)}
+    layers = h.ve_layers.split(",") if h.ve_layers else []
+    checks = {
+        "MODEL_DIM must be an even multiple of NUM_HEADS": h.model_dim % (2 * h.num_heads),
+        "NUM_KV_HEADS must divide NUM_HEADS": h.num_heads % h.num_kv_heads,
+        f"ROPE_DIMS must be even and at most {width}": h.rope_dims % 2 or h.rope_dims > width,
+        f"TRAIN_BATCH_TOKENS must be a multiple of TRAIN_SEQ_LEN; nearest: {near}": rest,
+        "BIGRAM_VOCAB_SIZE must be 0 (none) or at least 2": h.bigram_vocab_size == 1,
+        "VE_LAYERS must be layers below NUM_LAYERS, as 9,10": not all(
+            n.isdecimal() and int(n) < h.num_layers for n in layers
+        ),
+        "RUN_ID must be letters, digits, _, - and ., but no . first": h.run_id
+        and not re.fullmatch(r"[\w-][\w.-]*", h.run_id, re.ASCII),
+    }
+    values = {f.name.upper(): getattr(h, f.name) for f in dataclasses.fields(h)}
+    return [
+        " ".join(f"{word}={values[word]!r}" if word in values else word for word in rule.split())
+        for rule, broken in checks.items()
+        if broken
+    ]
+
+
+def settings_notes(h: Hyperparameters, env: Mapping[str, str]) -> list[str]:
+    """What a user might not know of the settings: made by a rule, or named nearly right."""
+    names = [f.name.upper() for f in dataclasses.fields(h)]
+    known = {**assignments(PRESETS.get(h.preset, "")), **env}
+    rules = assignments(VOCABULARY_RULES.get(str(h.vocab_size), ""))
+    notes = [
+        f"rule: VOCAB_SIZE={h.vocab_size} sets {n}={rules[n]}" for n in rules if n not in known
+    ]
+    for name in sorted(set(env) - set(names)):
+        for near in difflib.get_close_matches(name, names, n=1, cutoff=0.88):
+            notes.append(f"warning: {name} is no setting and changes nothing; is {near} meant?")
+    return notes
+
+
+def settings_table() -> str:
+    """Every setting with default and meaning, for --help and the README."""
+    lines = []
+    for f in dataclasses.fields(Hyperparameters):
+        default = int(f.default) if isinstance(f.default, bool) else f.default
+        choices = " | ".join(c for c in f.metadata["choices"] if c)
+        doc = f.metadata["doc"] + (f" ({choices})" if choices else "")
+        lines.append(f"{f.name.upper():<28}{default!s:<12}{doc}")
+    return "\n".join(lines)
+
+
+def value_layers(h: Hyperparameters) -> list[int]:
+    """Layers that add the value embedding."""
+    if not h.ve_enabled:
+        return []
+    if h.ve_layers:
+        return sorted({int(n) for n in h.ve_layers.split(",")})
+    return list(range(max(h.num_layers - 2, 0), h.num_layers))
+
+
+def data_folder(h: Hyperparameters) -> Path:
+    """Folder of the token shards."""
+    kind = "byte260" if h.vocab_size == BYTE_VOCAB else f"sp{h.vocab_size}"
+    return Path(h.data_path or f"./data/datasets/{h.corpus}_{kind}")
+
+
+def tokenizer_file(h: Hyperparameters) -> Path:
+    """The sentencepiece model; the corpus fineweb10B goes with fineweb_<V>_bpe.model."""
+    family = h.corpus.removesuffix("10B")
+    return Path(h.tokenizer_path or f"./data/tokenizers/{family}_{h.vocab_size}_bpe.model")
+
+
+# ---- Runtime: where it runs ------------------------------------------------------------------
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [B,T,H,d], k and v [B,T,K,d] -> [B,T,H,d]
+
+
+def attend_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal grouped-query attention by PyTorch's enabled back end."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
+    return y.transpose(1, 2)
+
+
+def load_attention(name: str) -> Attend:
+    """One attention back end; among PyTorch's own, on CUDA and CPU, only it is left enabled.
+
+    A shape it cannot take is then an error, not a silent step down to one several times slower.
+    """
+    if name == "fa3":
+        from flash_attn_interface import flash_attn_func
+
+        def attend_fa3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            y = flash_attn_func(q, k, v, causal=True)
+            return y[0] if isinstance(y, tuple) else y  # some versions add the log-sum-exp
+
+        return attend_fa3
+    torch.backends.cuda.enable_cudnn_sdp(name == "cudnn")
+    torch.backends.cuda.enable_flash_sdp(name == "flash")
+    torch.backends.cuda.enable_math_sdp(name == "math")
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    return attend_sdpa
+
+
+def choose_attention(
+    h: Hyperparameters, device: torch.device, dtype: torch.dtype
+) -> tuple[str, Attend, list[str]]:
+    """The first back end that survives a small forward and backward, and why others did not.
+
+    Raises SettingsError when the one named by ATTN does not.
+    """
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    order = ("fa3", "cudnn", "flash", "math") if hopper else ("flash", "cudnn", "math")
+    passed_over = []
+    for name in order if h.attn == "auto" else (h.attn,):
+        try:
+            attend = load_attention(name)
+            heads = (h.num_heads, h.num_kv_heads, h.num_kv_heads)
+            shape = (2, 128, sum(heads), h.model_dim // h.num_heads)
+            qkv = torch.linspace(-1, 1, math.prod(shape)).sin().view(shape).to(device, dtype)
+            y = attend(*qkv.requires_grad_().split(heads, dim=2))
+            y.sum().backward()
+            if y.isfinite().all() and qkv.grad.isfinite().all():
+                return name, attend, passed_over
+            passed_over.append(f"attention:{name} not used: it gave NaN")
+        except Exception as error:  # whatever a kernel raises, the next one may run
+            passed_over.append(f"attention:{name} not used: {error!r:.200}")
+    raise SettingsError(f"ATTN={h.attn}: cannot run here; use ATTN=auto\n" + "\n".join(passed_over))
+
+
+def choose_compiler(h: Hyperparameters, device: torch.device) -> tuple[bool, list[str]]:
+    """Whether to compile, and why not; by auto, on CUDA, if a small function compiles."""
+    if h.compile == "0" or (h.compile == "auto" and device.type == "cpu"):
+        return False, []
+    try:
+        x = torch.ones(8, device=device, requires_grad=True)
+        torch.compile(lambda t: (t.sin() * t).sum(), dynamic=False)(x).backward()
+    except Exception as error:  # no Triton, no C++ compiler, ...
+        if h.compile == "1":
+            raise SettingsError(f"COMPILE=1: fails here, use 0 or auto: {error!r:.300}") from None
+        return False, [f"compile:off, it fails here: {error!r:.300}"]
+    return True, []
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The machine as this run uses it."""
+
+    device: torch.device
+    dtype: torch.dtype  # of activations; master weights are float32 everywhere
+    attention: str
+    attend: Attend
+    compiled: bool
+    notes: list[str]  # what was chosen for the user, and why
+
+    @classmethod
+    def start(cls, h: Hyperparameters, env: Mapping[str, str]) -> "Runtime":
+        """Choose device, dtype, attention, compiler; SettingsError where a named one cannot run."""
+        if env.get("WORLD_SIZE", "1") != "1":
+            raise SettingsError(f"WORLD_SIZE={env['WORLD_SIZE']}: must be 1; --nproc_per_node=1")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        cuda = device.type == "cuda"
+        # Where bf16 is emulated it is many times slower than float32.
+        has_bf16 = cuda and torch.cuda.get_device_capability(device) >= (8, 0)
+        if cuda and h.dtype == "bf16" and not has_bf16:
+            raise SettingsError("DTYPE=bf16: this GPU has no bf16; use auto or fp32")
+        bf16 = h.dtype == "bf16" or (h.dtype == "auto" and has_bf16)
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        notes = []
+        if not cuda:
+            notes.append("device:cpu, no CUDA GPU is here (Apple's are not used)")
+        elif not has_bf16:
+            notes.append("dtype:fp32, this GPU has no bf16")
+        if cuda:
+            torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
+        attention, attend, passed_over = choose_attention(h, device, dtype)
+        compiled, reasons = choose_compiler(h, device)
+        return cls(device, dtype, attention, attend, compiled, [*notes, *passed_over, *reasons])
+
+    def compile(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The function compiled for fixed shapes, or itself."""
+        return torch.compile(function, dynamic=False, fullgraph=True) if self.compiled else function
+
+    def now(self) -> float:
+        """Monotonic seconds when all work queued on the device is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def describe(self) -> dict[str, Any]:
+        """Device, choices and versions."""
+        cuda = self.device.type == "cuda"
+        return {
+            "device": torch.cuda.get_device_name(self.device) if cuda else platform.machine(),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "attention": self.attention,
+            "compiled": self.compiled,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+        }
+
+
+class Log:
+    """Lines for people, events for programs, and a moving line for who watches a terminal."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+        self.watched = sys.stderr.isatty()
+
+    def append(self, name: str, text: str) -> None:
+        """Add a line to a file of the run's folder."""
+        if self.folder:
+            with open(self.folder / name, "a", encoding="utf-8") as file:
+                file.write(text + "\n")
+
+    def line(self, text: str) -> None:
+        """Print a line and keep it in train.log."""
+        self.progress("")
+        print(text, flush=True)
+        self.append("train.log", text)
+
+    def event(self, kind: str, **values: Any) -> None:
+        """Keep a JSON object in events.jsonl."""
+        self.append("events.jsonl", json.dumps({"event": kind, **values}))
+
+    def progress(self, text: str) -> None:
+        """Show text in place of the progress shown before."""
+        if self.watched:
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
+    """Let `write` fill a file object; a crash leaves the old file or the new one, never a part."""
+    partial = path.with_name(path.name + ".part")
+    with open(partial, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+# ---- Data: what it eats ----------------------------------------------------------------------
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
+PROOF_TOKENS = 1_000_000  # validation tokens on which the byte table must agree with decoded text
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message names the file and the remedy."""
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """Tokens of a shard, uint16 [count], mapped from disk; DataError unless the file is whole.
+
+    A shard is 256 little-endian int32 (magic, version, count, zeros) and count uint16.
+    """
+    header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
+    magic, version, count = (int(n) for n in (*header, 0, 0, 0)[:3])
+    expected, size = 4 * SHARD_HEADER_INTS + 2 * count, path.stat().st_size
+    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
+        found = f"magic {magic}, version {version}, not {SHARD_MAGIC}, {SHARD_VERSION}"
+        raise DataError(f"{path}: {found}: no token shard; make or fetch it again")
+    if count <= 0 or size != expected:
+        claim = f"{size} bytes, but {count} tokens need {expected}"
+        raise DataError(f"{path}: {claim}; make or fetch it again")
+    return np.memmap(path, "<u2", "r", offset=4 * SHARD_HEADER_INTS, shape=(count,))
+
+
+class TokenStream:
+    """The tokens of a split, shards in name order, as a sequence that starts again at its end."""
+
+    def __init__(self, folder: Path, split: str, vocab_size: int) -> None:
+        self.pattern = folder / f"fineweb_{split}_*.bin"
+        self.paths = sorted(folder.glob(self.pattern.name))
+        if not self.paths:
+            remedy = "set DATA_PATH; `python data/prepare.py` makes the shards of PRESET=cpu"
+            raise DataError(f"DATA_PATH={folder}: no {self.pattern.name} there; {remedy}")
+        self.shards = [read_shard(path) for path in self.paths]
+        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.vocab_size = vocab_size
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def read(self, position: int, count: int) -> Tensor:
+        """Tokens int64 [count] from a position on; DataError for an id outside the vocabulary."""
+        tokens, filled = np.empty(count, np.int64), 0
+        while filled < count:
+            at = (position + filled) % len(self)
+            index = int(np.searchsorted(self.ends, at, side="right"))
+            part = self.shards[index][at - int(self.ends[index]) :][: count - filled]
+            if (largest := int(part.max())) >= self.vocab_size:
+                raise DataError(
+                    f"{self.paths[index]}: token id {largest} is outside VOCAB_SIZE="
+                    f"{self.vocab_size}; use the data of the vocabulary"
+                )
+            tokens[filled : filled + len(part)] = part
+            filled += len(part)
+        return torch.from_numpy(tokens)
+
+    def batch(self, step: int, h: Hyperparameters) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, int64 [sequences, T], of a step; it depends on no step before it."""
+        tokens = self.read(step * h.train_batch_tokens, h.train_batch_tokens + 1)
+        return tokens[:-1].view(-1, h.train_seq_len), tokens[1:].view(-1, h.train_seq_len)
+
+
+def micro_batches(h: Hyperparameters) -> int:
+    """Number of equal parts of a step such that none passes MICRO_BATCH_TOKENS."""
+    rows = h.train_batch_tokens // h.train_seq_len
+    most = max(h.micro_batch_tokens // h.train_seq_len, 1)
+    return next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= most)
+
+
+class ByteTable(NamedTuple):
+    """Bytes of text each token stands for: the only byte accounting there is.
+
+    Some tokenizers drop a piece's leading space where no text stands before it.
+    """
+
+    size: Tensor  # int16 [V]: bytes, without a space that may be dropped
+    space: Tensor  # int16 [V]: 1 where a leading space may be dropped
+    special: Tensor  # bool [V]: not text, as BOS
+
+    def count(self, previous: Tensor, target: Tensor) -> Tensor:
+        """Bytes int16 of target tokens after previous ones, all of one shape."""
+        return self.size[target] + self.space[target] * ~self.special[previous]
+
+    @classmethod
+    def of_bytes(cls) -> "ByteTable":
+        """The byte vocabulary's."""
+        size = (torch.arange(BYTE_VOCAB) >= 4).short()
+        return cls(size, torch.zeros_like(size), size == 0)
+
+    @classmethod
+    def of_tokenizer(cls, tokenizer: Any) -> "ByteTable":
+        """A sentencepiece processor's; U+2581 in a piece is a space."""
+        size, space, special = [], [], []
+        for i in range(tokenizer.vocab_size()):
+            special.append(tokenizer.is_control(i) or tokenizer.is_unknown(i))
+            text = "" if special[i] else tokenizer.id_to_piece(i).replace("\u2581", " ")
+            # Only the model's decoder knows whether it drops a space: ask it.
+            space.append(text[:1] == " " and tokenizer.decode([i])[:1] != " ")
+            size.append(1 if tokenizer.is_byte(i) else len(text.encode()) - space[i])
+        short = functools.partial(torch.tensor, dtype=torch.int16)
+        return cls(short(size), short(space), torch.tensor(special))
+
+
+def load_tokenizer(h: Hyperparameters) -> Any:
+    """The sentencepiece processor of the run; DataError where it is missing or another's."""
+    import sentencepiece
+
+    path = tokenizer_file(h)
+    if not path.is_file():
+        raise DataError(f"TOKENIZER_PATH={path}: no such file; fetch it with its data")
+    try:
+        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except Exception as error:  # RuntimeError, OSError, ... by version
+        raise DataError(f"TOKENIZER_PATH={path}: no sentencepiece model: {error}") from None
+    if tokenizer.vocab_size() != h.vocab_size:
+        found = f"{tokenizer.vocab_size()} pieces, VOCAB_SIZE={h.vocab_size}"
+        raise DataError(f"TOKENIZER_PATH={path}: {found}; change one of them")
+    return tokenizer
+
+
+def prove_byte_table(table: ByteTable, tokenizer: Any, tokens: Tensor) -> int:
+    """Bytes of the text among the first PROOF_TOKENS, proven against the decoder, run by run.
+
+    A run is the text between two special tokens. DataError where table and decoder differ.
+    """
+    head = tokens[:PROOF_TOKENS]
+    counts = table.count(head[:-1], head[1:]).long()
+    edges = table.special[head].nonzero().flatten().tolist()
+    if len(head) == len(tokens):
+        edges.append(len(head))  # else the last run may be cut within a character
+    proven = 0
+    for start, end in zip(edges, edges[1:]):  # noqa: B905, RUF007 (pairs)
+        counted = int(counts[start : end - 1].sum())
+        decoded = len(tokenizer.decode(head[start + 1 : end].tolist()).encode())
+        if counted != decoded:
+            raise DataError(
+                f"validation text at token {start + 1}: the byte table counts {counted} bytes, the "
+                f"decoder gives {decoded}; no bpb of these data and tokenizer can be trusted"
+            )
+        proven += counted
+    if not proven:
+        raise DataError(f"the validation tokens hold no text that follows BOS={BOS_ID}")
+    return proven
+
+
+class Data(NamedTuple):
+    """Both splits and the byte table of a run."""
+
+    val: Tensor  # int32 [N]: the whole validation split
+    table: ByteTable
+    train: TokenStream
+
+
+def load_data(h: Hyperparameters, log: Log) -> Data:
+    """Open both splits and prove the byte table."""
+    folder = data_folder(h)
+    stream = TokenStream(folder, "val", h.vocab_size)
+    val = stream.read(0, len(stream)).int()
+    if len(val) <= (h.eval_seq_len or h.train_seq_len):
+        raise DataError(f"{folder}: {len(val)} validation tokens are no window; lower EVAL_SEQ_LEN")
+    if h.vocab_size == BYTE_VOCAB:
+        table = ByteTable.of_bytes()
+        log.line(f"val_bpb:enabled tokenizer_kind=byte260 vocab_size={BYTE_VOCAB}")
+    else:
+        tokenizer = load_tokenizer(h)
+        table = ByteTable.of_tokenizer(tokenizer)
+        proven = prove_byte_table(table, tokenizer, val)
+        path = tokenizer_file(h)
+        log.line(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={path}")
+        log.line(f"byte_table:proven against {proven} bytes of decoded text")
+        if unknown := int((val == tokenizer.unk_id()).sum()):
+            log.line(f"warning: {unknown} validation tokens are unknown text, counted as 0 bytes")
+    log.line(f"val_loader:shards pattern={stream.pattern} tokens:{len(val) - 1}")
+    train = TokenStream(folder, "train", h.vocab_size)
+    log.line(f"train_loader:dataset:{folder.name} train_shards:{len(train.paths)}")
+    return Data(val, table, train)
+
+
+# ---- Model: what it is -----------------------------------------------------------------------
+# A class with parameters states their roles; ROLE_POLICY, under Optimizers, gives each role its
+# optimizer, rate, decay and stored bits. Nothing is chosen by a parameter's name.
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """x over the root mean square of its last dimension; torch's default eps has changed."""
+    return F.rms_norm(x, (x.size(-1),), eps=1.2e-7)
+
+
+class Linear(nn.Linear):
+    """Bias-free map, float32 weight [out, in] cast to its input's dtype; starts orthogonal or 0."""
+
+    ROLES = {"weight": "matrix"}
+
+    def __init__(self, fan_in: int, fan_out: int, gain: float = 1.0) -> None:
+        super().__init__(fan_in, fan_out, bias=False)
+        nn.init.orthogonal_(self.weight, gain) if gain else nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Projection(Linear):
+    """From a small table's width to the model's: AdamW learns it and it is stored in float16."""
+
+    ROLES = {"weight": "scalar"}
+
+
+class Head(Linear):
+    """The untied output head."""
+
+    ROLES = {"weight": "head"}
+
+
+class Embedding(nn.Embedding):
+    """A table [count, width], normal with the given std."""
+
+    ROLES = {"weight": "embed"}
+
+    def __init__(self, count: int, width: int, std: float) -> None:
+        super().__init__(count, width, _weight=torch.empty(count, width).normal_(std=std))
+
+
+def rotary_angles(h: Hyperparameters, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, 1, n/2] of the n rotated dims; a length above T0 stretches the base.
+
+    NTK as in the records: base (T/T0)^(n/(n-2)), T0 = ROPE_TRAIN_SEQ_LEN.
+    """
+    dims = h.rope_dims or h.model_dim // h.num_heads
+    base = h.rope_base
+    if length > h.rope_train_seq_len and dims > 2:
+        base *= (length / h.rope_train_seq_len) ** (dims / (dims - 2))
+    frequencies = base ** (-torch.arange(0, dims, 2, device=device) / dims)
+    angles = torch.outer(torch.arange(length, device=device), frequencies).unsqueeze(1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """RoPE on the first n dims of each head of x [B, T, heads, d], in pairs (i, i + n/2)."""
+    cos, sin = (r.to(x.dtype) for r in rotation)
+    half = cos.size(-1)
+    a, b, rest = x.split((half, half, x.size(-1) - 2 * half), dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
+
+
+def subtract_self_value(y: Tensor, v: Tensor) -> Tensor:
+    """XSA: y [B, T, H, d] without its component along the position's own value v [B, T, K, d].
+
+    Exclusive self-attention, arXiv 2603.09078; query head i has the value of head i // (H/K).
+    """
+    y_grouped = y.view(*v.shape[:3], -1, v.size(-1))
+    unit = F.normalize(v.float(), dim=-1).unsqueeze(3)
+    along = (y_grouped.float() * unit).sum(-1, keepdim=True)
+    return (y_grouped - (along * unit).to(y.dtype)).view_as(y)
+
+
+class CausalSelfAttention(nn.Module):
+    """Grouped-query attention on normed q and k, with partial RoPE and, in late layers, XSA."""
+
+    ROLES = {"q_gain": "scalar"}
+
+    def __init__(self, h: Hyperparameters, layer: int, attend: Attend) -> None:
+        super().__init__()
+        self.head_dim = h.model_dim // h.num_heads
+        self.c_q = Linear(h.model_dim, h.model_dim)
+        self.c_k = Linear(h.model_dim, self.head_dim * h.num_kv_heads)
+        self.c_v = Linear(h.model_dim, self.head_dim * h.num_kv_heads)
+        self.proj = Linear(h.model_dim, h.model_dim, gain=0)
+        self.q_gain = nn.Parameter(torch.full((h.num_heads, 1), float(h.qk_gain_init)))
+        self.xsa = layer >= h.num_layers - h.xsa_last_n
+        self.attend = attend
+
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], extra_value: Tensor | None
+    ) -> Tensor:
+        """Attend within x [B, T, D]; extra_value [B, T, K d] is added to the values."""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = rotate(rms_norm(self.c_q(x).view(heads)), rotation) * self.q_gain.to(x.dtype)
+        k = rotate(rms_norm(self.c_k(x).view(heads)), rotation)
+        v = self.c_v(x) if extra_value is None else self.c_v(x) + extra_value
+        v = v.view(heads)
+        y = self.attend(q, k, v)
+        if self.xsa:
+            y = subtract_self_value(y, v)
+        return self.proj(y.reshape(x.shape))
+
+
+class MLP(nn.Module):
+    """Two maps around leaky_relu(., slope)^2."""
+
+    def __init__(self, h: Hyperparameters) -> None:
+        super().__init__()
+        width = max(int(h.mlp_mult * h.model_dim), 1)
+        self.up = Linear(h.model_dim, width)
+        self.down = Linear(width, h.model_dim, gain=0)
+        self.negative_slope = h.negative_slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.leaky_relu(self.up(x), self.negative_slope).square())
+
+
+class SmearGate(nn.Module):
+    """Each position mixed with the one before it: (1 - g) x_t + g x_{t-1}, g = sigmoid(gate)."""
+
+    ROLES = {"gate": "scalar"}
+
+    def __init__(self, h: Hyperparameters) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(h.model_dim))
+        self.bos_mask = h.bos_mask
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        """x [B, T, D] smeared; zeros stand before the first token and, masked, before BOS."""
+        before = F.pad(x[:, :-1], (0, 0, 1, 0))
+        if self.bos_mask:
+            before = before.masked_fill((ids == BOS_ID).unsqueeze(-1), 0)
+        return torch.lerp(x, before, self.gate.sigmoid().to(x.dtype))
+
+
+class BigramHash(nn.Module):
+    """A learned vector for each hashed pair of neighbours, added to the embedding."""
+
+    ROLES = {"scale": "scalar"}
+
+    def __init__(self, h: Hyperparameters) -> None:
+        super().__init__()
+        self.buckets, self.bos_mask = h.bigram_vocab_size, h.bos_mask
+        self.embed = Embedding(h.bigram_vocab_size, h.bigram_dim, std=0.0)
+        # Never 0 beside a table of 0, as in PR #832 with BIGRAM_DIM=32: each one's gradient is a
+        # multiple of the other, so both would stay 0 for ever.
+        same = h.bigram_dim == h.model_dim
+        gain = (2 * h.num_layers) ** -0.5
+        self.proj = nn.Identity() if same else Projection(h.bigram_dim, h.model_dim, gain)
+        self.scale = nn.Parameter(torch.tensor(0.05))
+
+    def hash(self, ids: Tensor) -> Tensor:
+        """Bucket of each position of ids [B, T]; the last one where no token stands before."""
+        last, ids = self.buckets - 1, ids.int()
+        pairs = (36_313 * ids[:, 1:]).bitwise_xor(27_191 * ids[:, :-1]) % last
+        if self.bos_mask:
+            pairs = pairs.masked_fill(ids[:, 1:] == BOS_ID, last)
+        return F.pad(pairs, (1, 0), value=last)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.proj(self.embed(self.hash(ids))) * self.scale
+
+
+class ValueEmbedding(nn.Module):
+    """A second, shared embedding of the token, which some layers add to their values."""
+
+    ROLES = {"scale": "scalar", "layer_scales": "scalar"}
+
+    def __init__(self, h: Hyperparameters) -> None:
+        super().__init__()
+        kv_dim = h.model_dim // h.num_heads * h.num_kv_heads
+        self.embed = Embedding(h.vocab_size, h.ve_dim, std=0.01)
+        self.proj = Projection(h.ve_dim, kv_dim, gain=(2 * h.num_layers) ** -0.5)
+        self.scale = nn.Parameter(torch.tensor(0.1))
+        self.layers = value_layers(h)
+        self.layer_scales = nn.Parameter(torch.ones(len(self.layers)))
+
+    def forward(self, ids: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
+        """What each of its layers adds, [B, T, K d]."""
+        value = self.proj(self.embed(ids)) * self.scale
+        return {n: (value * self.layer_scales[i]).to(dtype) for i, n in enumerate(self.layers)}
+
+
+class Block(nn.Module):
+    """A layer: mix in the embedding, then attention and MLP, both on normed input."""
+
+    ROLES = {"attn_scale": "scalar", "mlp_scale": "scalar", "resid_mix": "scalar"}
+
+    def __init__(self, h: Hyperparameters, layer: int, attend: Attend) -> None:
+        super().__init__()
+        self.attn = CausalSelfAttention(h, layer, attend)
+        self.mlp = MLP(h)
+        self.attn_scale = nn.Parameter(torch.ones(h.model_dim))
+        self.mlp_scale = nn.Parameter(torch.ones(h.model_dim))
+        self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, h.model_dim))
+        self.norm_scale = (layer + 1) ** -0.5 if h.ln_scale else 1.0
+
+    def forward(
+        self, x: Tensor, x0: Tensor, rotation: tuple[Tensor, Tensor], extra_value: Tensor | None
+    ) -> Tensor:
+        """The stream x [B, T, D] after this layer; x0 is the stream before the first."""
+        keep, restart = self.resid_mix.to(x.dtype)
+        x = keep * x + restart * x0
+        attended = self.attn(rms_norm(x) * self.norm_scale, rotation, extra_value)
+        x = x + self.attn_scale.to(x.dtype) * attended
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.norm_scale)
+
+
+class GPT(nn.Module):
+    """The language model of `h`, Hyperparameters itself or an instance; weights are float32.
+
+    Built on the CPU. Training and scoring run one function, `hidden`, with activations in `dtype`.
+    """
+
+    ROLES = {"skip_weights": "scalar"}
+
+    def __init__(
+        self,
+        h: Hyperparameters | type[Hyperparameters],
+        attend: Attend = attend_sdpa,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.h, self.dtype = h, dtype
+        self.tok_emb = Embedding(h.vocab_size, h.model_dim, h.tied_embed_init_std)
+        self.bigram = BigramHash(h) if h.bigram_vocab_size else None
+        self.smear = SmearGate(h) if h.smear_gate else None
+        self.value_embedding = ValueEmbedding(h) if h.ve_enabled else None
+        self.blocks = nn.ModuleList(Block(h, layer, attend) for layer in range(h.num_layers))
+        skips = h.num_layers // 2 if h.unet_skips else 0
+        self.skip_weights = nn.Parameter(torch.ones(skips, h.model_dim))
+        self.lm_head = None if h.tie_embeddings else Head(h.model_dim, h.vocab_size, gain=0)
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """Token ids [B, T] to the normed last hidden state [B, T, D]."""
+        x = self.tok_emb(ids)
+        if self.bigram is not None:
+            x = x + self.bigram(ids)
+        x = rms_norm(x.to(self.dtype))
+        if self.smear is not None:
+            x = self.smear(x, ids)
+        x0, rotation = x, rotary_angles(self.h, ids.size(1), ids.device)
+        values = {} if self.value_embedding is None else self.value_embedding(ids, self.dtype)
+        # U-Net: the outputs of the first half of the layers enter the second half, last one first.
+        half, outputs = len(self.blocks) // 2, []
+        for layer, block in enumerate(self.blocks):
+            if half <= layer < half + len(self.skip_weights):
+                x = x + self.skip_weights[layer - half].to(x.dtype) * outputs.pop()
+            x = block(x, x0, rotation, values.get(layer))
+            outputs.append(x)
+        return rms_norm(x)
+
+    def forward_logits(self, ids: Tensor, last: int | None = None) -> Tensor:
+        """Soft-capped logits, float32 [B, T, V], of ids [B, T] or of their `last` positions."""
+        x = self.hidden(ids)
+        x = x if last is None else x[:, -last:]
+        head = (self.lm_head or self.tok_emb).weight
+        cap = self.h.logit_softcap
+        return cap * torch.tanh(F.linear(x, head.to(x.dtype)).float() / cap)
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats, a float32 scalar, of targets [B, T]."""
+        return F.cross_entropy(self.forward_logits(ids).flatten(0, 1), targets.flatten())
+
+
+def parameter_roles(model: nn.Module) -> dict[str, str]:
+    """The role of every parameter by its full name; TypeError for one whose class states none."""
+    roles = {}
+    for prefix, module in model.named_modules():
+        for name, _ in module.named_parameters(prefix, recurse=False):
+            try:
+                roles[name] = type(module).ROLES[name.rpartition(".")[2]]
+            except (AttributeError, KeyError):
+                raise TypeError(f"{type(module).__name__}.ROLES lacks {name}") from None
+    return roles
+
+
+# ---- Evaluate: how it is judged --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Score:
+    """Sums over the scored tokens, and the seconds it took."""
+
+    nats: float
+    tokens: int
+    bytes: int
+    seconds: float
+
+    @property
+    def loss(self) -> float:
+        """Nats a token."""
+        return self.nats / self.tokens
+
+    @property
+    def bpb(self) -> float:
+        """Bits a byte of text, the challenge's score."""
+        return self.nats / math.log(2) / self.bytes
+
+    def as_dict(self) -> dict[str, float]:
+        """Sums, seconds and both ratios."""
+        return {"val_loss": self.loss, "val_bpb": self.bpb, **dataclasses.asdict(self)}
+
+
+def plan_windows(total: int, seq_len: int, stride: int) -> np.ndarray:
+    """Windows int64 [n, 2], (start, first scored position), that score every position once.
+
+    Each has seq_len positions, ends stride after the one before it and scores what that one did
+    not; the last is moved back to end at the end. stride = seq_len is plain evaluation.
+    """
+    ends = np.append(np.arange(seq_len, total, stride), total)
+    return np.stack((np.maximum(ends - seq_len, 0), np.append(0, ends[:-1])), axis=1)
+
+
+def window_batches(
+    windows: np.ndarray, seq_len: int, stride: int, size: int
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Batches of `size` windows and at how many last positions they score.
+
+    The first sliding window scores at all and stands alone, so that the head and the loss run on
+    the last `stride` of the others only. The last batch is filled with windows that score nothing:
+    compiled code then meets two shapes.
+    """
+    alone = int(stride < seq_len)
+    if alone:
+        yield windows[:1], seq_len
+    for at in range(alone, len(windows), size):
+        batch = windows[at : at + size]
+        filler = np.array([[0, np.iinfo(np.int64).max]]).repeat(size - len(batch), axis=0)
+        yield np.concatenate((batch, filler)), stride
+
+
+@torch.inference_mode()
+def evaluate(
+    forward_logits: Callable[..., Tensor],
+    data: Data,
+    h: Hyperparameters,
+    rt: Runtime,
+    log: Log,
+    seq_len: int = 0,
+    stride: int = 0,
+) -> Score:
+    """Score the validation split: the only loop from logits to a score. Sums are float64.
+
+    forward_logits(ids [B, T], last) gives logits [B, last, V]. T is seq_len, else EVAL_SEQ_LEN,
+    else TRAIN_SEQ_LEN; without a stride the windows lie side by side.
+    """
+    began, total = rt.now(), len(data.val) - 1
+    seq_len = min(seq_len or h.eval_seq_len or h.train_seq_len, total)
+    stride = stride or seq_len
+    windows = plan_windows(total, seq_len, stride)
+    size = min(max(h.val_batch_size // 8 // seq_len, 1), len(windows))
+    tokens, table = data.val.to(rt.device), ByteTable(*(t.to(rt.device) for t in data.table))
+    offsets = torch.arange(seq_len + 1, device=rt.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=rt.device)
+    for n, (batch, last) in enumerate(window_batches(windows, seq_len, stride, size)):
+        starts, firsts = torch.from_numpy(batch).to(rt.device).unsqueeze(-1).unbind(1)
+        ids = tokens[starts + offsets].long()
+        inputs, targets = ids[:, :-1], ids[:, -last:]
+        logits = forward_logits(inputs, last)
+        nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        nbytes = table.count(inputs[:, -last:], targets)
+        scored = starts + offsets[-last - 1 : -1] >= firsts
+        for i, of_token in enumerate((nats.view_as(nbytes), scored, nbytes)):
+            sums[i] += of_token.double().where(scored, 0).sum()
+        log.progress(f"scoring window {min(n * size, len(windows))} of {len(windows)}")
+    log.progress("")
+    nats, count, nbytes = sums.tolist()
+    if count != total:
+        raise RuntimeError(f"scored {count:.0f} tokens of {total}")
+    if not nbytes:
+        raise DataError("the validation tokens stand for no text: check DATA_PATH")
+    return Score(nats, total, int(nbytes), rt.now() - began)
+
+
+# ---- Optimizers: how it learns ---------------------------------------------------------------
+
+
+class Policy(NamedTuple):
+    """How the parameters of a role are learned and stored; None decay is no decay."""
+
+    optimizer: str
+    lr: str  # name of a setting
+    decay: str | None  # name of a setting
+    bits: int  # 6, 8: codes with a scale a row; 16: float16
+
+
+ROLE_POLICY = {
+    "matrix": Policy("muon", "matrix_lr", "muon_wd", 6),
+    "embed": Policy("adamw", "tied_embed_lr", "adam_wd", 8),  # untied: EMBED_LR
+    "head": Policy("adamw", "head_lr", None, 8),
+    "scalar": Policy("adamw", "scalar_lr", "adam_wd", 16),
+}
+
+
+def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
+    """About U V^T of each matrix U S V^T of a stack [n, rows, cols], by Muon's quintic iteration.
+
+    Singular values above 0.002 of the Frobenius norm end in [0.67, 1.21] after five steps; smaller
+    ones stay smaller. bfloat16 on CUDA, float32 on a CPU. (Jordan et al. 2024, Muon.)
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class Muon:
+    """Nesterov momentum, orthogonalised; matrices of one shape are one stack [n, rows, cols]."""
+
+    def __init__(self, matrices: Sequence[Tensor], weight_decay: float, ns_steps: int) -> None:
+        shapes = sorted({p.shape for p in matrices})
+        self.stacks = [[p for p in matrices if p.shape == shape] for shape in shapes]
+        self.momenta = [torch.zeros_like(torch.stack(stack)) for stack in self.stacks]
+        self.weight_decay, self.ns_steps = weight_decay, ns_steps
+
+    @torch.no_grad()
+    def step(self, lr: float, momentum: float) -> None:
+        """Decay the weights, then move them; tall matrices move by sqrt(rows / cols) more."""
+        for stack, buffer in zip(self.stacks, self.momenta, strict=True):
+            gradient = torch.stack([p.grad for p in stack])
+            buffer.mul_(momentum).add_(gradient)
+            update = newton_schulz(gradient.add_(buffer, alpha=momentum), self.ns_steps)
+            rows, cols = stack[0].shape
+            torch._foreach_mul_(stack, 1 - lr * self.weight_decay)
+            update = update.to(buffer.dtype).mul_(-lr * max(1, rows / cols) ** 0.5)
+            torch._foreach_add_(stack, update.unbind())
+
+
+class Optimizers:
+    """Muon for the matrices and AdamW for the rest, on one schedule."""
+
+    def __init__(self, model: GPT, h: Hyperparameters) -> None:
+        self.h, self.params = h, list(model.parameters())
+        roles, groups = parameter_roles(model), []
+        for role, policy in ROLE_POLICY.items():
+            params = [p for name, p in model.named_parameters() if roles[name] == role]
+            if policy.optimizer == "muon":
+                self.muon = Muon(params, getattr(h, policy.decay), h.muon_backend_steps)
+            elif params:
+                untied = role == "embed" and not h.tie_embeddings
+                lr = getattr(h, "embed_lr" if untied else policy.lr)
+                decay = getattr(h, policy.decay) if policy.decay else 0.0
+                groups.append({"params": params, "lr": lr, "base_lr": lr, "weight_decay": decay})
+        betas = (h.beta1, h.beta2)
+        self.adamw = torch.optim.AdamW(groups, betas=betas, eps=h.adam_eps, fused=True)
+
+    def step(self, step: int, scale: float) -> None:
+        """Clip the gradients, step at `scale` times the learning rates, drop the gradients."""
+        if self.h.grad_clip_norm:
+            nn.utils.clip_grad_norm_(self.params, self.h.grad_clip_norm)
+        self.muon.step(self.h.matrix_lr * scale, muon_momentum(step, self.h))
+        for group in self.adamw.param_groups:
+            group["lr"] = group["base_lr"] * scale
+        self.adamw.step()
+        for p in self.params:
+            p.grad = None
+
+
+def muon_momentum(step: int, h: Hyperparameters) -> float:
+    """Momentum at a step: linear from start to warm."""
+    warm = min(step / h.muon_momentum_warmup_steps, 1.0) if h.muon_momentum_warmup_steps else 1.0
+    return h.muon_momentum_warmup_start + warm * (h.muon_momentum - h.muon_momentum_warmup_start)
+
+
+def lr_scale(step: int, elapsed: float, h: Hyperparameters) -> float:
+    """Factor of the learning rates at a step, `elapsed` training seconds in: 1, then down to 0.
+
+    It reaches 0 with the end of the run, be it set by the seconds or by ITERATIONS. The records'
+    rule looks at the seconds alone: with both limits set it can stop high, and on a machine where
+    WARMDOWN_ITERS steps outlast the cap it falls from the first step on.
+    """
+    warmdown, left = float(h.warmdown_iters), float(h.iterations - step)
+    if h.max_wallclock_seconds and elapsed:
+        capped = max(h.max_wallclock_seconds - elapsed, 0.0) * max(step, 1) / elapsed
+        left = capped if h.warmdown_published else min(left, capped)
+    if not h.warmdown_published:
+        warmdown = min(warmdown, h.warmdown_max_fraction * (step + left))
+    return min(left / warmdown, 1.0) if warmdown else 1.0
+
+
+class WeightAverage:
+    """A float32 average of a model's weights: the EMA or, for SWA, the mean of late ones."""
+
+    def __init__(self, model: nn.Module, h: Hyperparameters) -> None:
+        self.h, self.count = h, 0  # count of weights averaged
+        self.params = [p.detach() for p in model.parameters()]
+        self.mean = [p.clone() for p in self.params]
+
+    def update(self, step: int, scale: float) -> None:
+        """Take in the weights after `step` steps, the last at learning-rate factor `scale`."""
+        if self.h.swa_enabled:
+            if scale < 0.2 and step % self.h.swa_every == 0:  # as the records' SWA
+                self.move(1 / (self.count + 1))
+        elif self.h.ema_enabled:
+            # A constant 0.997 would leave 41 % of the initial weights after 300 steps.
+            self.move(1 - min(self.h.ema_decay, (1 + self.count) / (10 + self.count)))
+
+    def move(self, weight: float) -> None:
+        """Move the average by `weight` of its way to the weights."""
+        torch._foreach_lerp_(self.mean, self.params, weight)
+        self.count += 1
+
+    def apply(self, log: Log) -> str:
+        """Give the model the average, if there is one; returns ema, swa or raw."""
+        if self.count:
+            torch._foreach_copy_(self.params, self.mean)
+        if self.h.swa_enabled:
+            log.line(f"swa:applying averaged {self.count} checkpoints")
+        elif self.count:
+            log.line("ema:applying EMA weights")
+        return ("swa" if self.h.swa_enabled else "ema") if self.count else "raw"
+
+
+# ---- Training: the clock, the step, the loop -------------------------------------------------
+
+
+class TrainingError(RuntimeError):
+    """Training that cannot go on; the message names the step and the remedy."""
+
+
+class TrainingClock:
+    """Seconds of training as the device lived them; they stand still outside training.
+
+    On CUDA a step is still running when the next is launched, so its end and its loss are read one
+    step late, from an event and pinned memory: nothing waits within a step.
+    """
+
+    def __init__(self, rt: Runtime, cap: float) -> None:
+        self.rt, self.cap = rt, cap
+        self.elapsed = 0.0  # at the end of the last finished step
+        self.losses: list[float] = []  # of the finished steps
+        self.recent: deque[float] = deque(maxlen=20)  # seconds of the last of them
+        self.running: deque[tuple[Any, Tensor]] = deque()
+        self.resume()
+
+    def resume(self) -> None:
+        """Let the seconds run."""
+        self.mark = self.rt.now()
+
+    def pause(self) -> None:
+        """Finish every step and stop the seconds."""
+        while self.running:
+            self.finish_step()
+        self.elapsed += self.rt.now() - self.mark
+
+    def step_launched(self, loss: Tensor) -> None:
+        """Take note of a step by its loss."""
+        if self.rt.device.type == "cuda":
+            host = torch.empty_like(loss, device="cpu", pin_memory=True)
+            host.copy_(loss, non_blocking=True)
+            self.running.append((torch.cuda.current_stream().record_event(), host))
+        else:
+            self.running.append((None, loss))
+        while len(self.running) > (self.rt.device.type == "cuda"):
+            self.finish_step()
+
+    def finish_step(self) -> None:
+        """Wait for the oldest running step; TrainingError if its loss is not finite."""
+        event, loss = self.running.popleft()
+        if event is not None:
+            event.synchronize()
+        seconds, self.mark = time.perf_counter() - self.mark, time.perf_counter()
+        self.elapsed += seconds
+        self.recent.append(seconds)
+        self.losses.append(loss.item())
+        if not math.isfinite(loss):
+            remedy = "lower MATRIX_LR, SCALAR_LR and TIED_EMBED_LR or look at the data"
+            raise TrainingError(f"step {len(self.losses)}: the loss is {loss.item()}; {remedy}")
+
+    def spent(self) -> bool:
+        """Whether the running steps and one more, as slow as any recent one, pass the cap."""
+        ahead = (len(self.running) + 1) * max(self.recent, default=0.0)
+        return self.cap > 0 and self.elapsed + ahead >= self.cap
+
+
+def train_step(
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    optimizers: Optimizers,
+    batch: tuple[Tensor, Tensor],
+    step: int,
+    scale: float,
+    rt: Runtime,
+) -> Tensor:
+    """One step on inputs and targets [sequences, T], in equal parts; its mean loss."""
+    parts = micro_batches(optimizers.h)
+    if rt.device.type == "cuda":
+        batch = batch[0].pin_memory(), batch[1].pin_memory()
+    inputs, targets = (ids.to(rt.device, non_blocking=True).chunk(parts) for ids in batch)
+    mean_loss = torch.zeros((), device=rt.device)
+    for x, y in zip(inputs, targets, strict=True):
+        loss = loss_of(x, y) / parts
+        loss.backward()
+        mean_loss += loss.detach()
+    optimizers.step(step, scale)
+    return mean_loss
+
+
+def warm_up(
+    model: GPT, loss_of: Callable[..., Tensor], h: Hyperparameters, rt: Runtime, log: Log
+) -> None:
+    """Compile and load what a step needs, on random tokens, and put the weights back.
+
+    Optimizers and random state are its own: it leaves no trace. On a CPU nothing needs it.
+    """
+    if rt.device.type == "cpu" and not rt.compiled:
+        return
+    weights = [p.detach().clone() for p in model.parameters()]
+    optimizers, generator = Optimizers(model, h), torch.Generator().manual_seed(h.seed)
+    shape = (2, h.train_batch_tokens // h.train_seq_len, h.train_seq_len)
+    for step in range(h.warmup_steps):
+        x, y = torch.randint(h.vocab_size, shape, generator=generator)
+        train_step(loss_of, optimizers, (x, y), step, 1.0, rt)
+        log.line(f"warmup_step:{step + 1}/{h.warmup_steps}")
+    torch._foreach_copy_([p.detach() for p in model.parameters()], weights)
+
+
+def train(
+    model: GPT, data: Data, h: Hyperparameters, rt: Runtime, log: Log
+) -> tuple[TrainingClock, str]:
+    """Train in place until ITERATIONS or the cap; the clock, and which average the model has."""
+    loss_of, forward_logits = rt.compile(model), rt.compile(model.forward_logits)
+    model.train()
+    warm_up(model, loss_of, h, rt, log)
+    optimizers, average = Optimizers(model, h), WeightAverage(model, h)
+    clock = TrainingClock(rt, h.max_wallclock_seconds)
+    step = 0
+    while True:
+        done = step >= h.iterations or clock.spent()
+        if done or (h.val_loss_every and step % h.val_loss_every == 0):
+            clock.pause()
+            model.eval()
+            score = evaluate(forward_logits, data, h, rt, log, seq_len=h.train_seq_len)
+            model.train()
+            log_step(log, h, clock, step, val_loss=score.loss, val_bpb=score.bpb)
+            clock.resume()
+        if done:
+            break
+        scale = lr_scale(step, clock.elapsed, h)
+        loss = train_step(loss_of, optimizers, data.train.batch(step, h), step, scale, rt)
+        clock.step_launched(loss)
+        step += 1
+        average.update(step, scale)
+        if finished := len(clock.losses):
+            if finished <= 10 or (h.train_log_every and finished % h.train_log_every == 0):
+                log_step(log, h, clock, finished, train_loss=clock.losses[-1])
+            left = (h.iterations - step) * clock.elapsed / finished
+            left = min(left, clock.cap - clock.elapsed) if clock.cap else left
+            log.progress(f"step {step}  loss {clock.losses[-1]:.4f}  {left:.0f} s left to train")
+    if step < h.iterations:
+        time_ms = 1000 * clock.elapsed
+        log.line(f"stopping_early: wallclock_cap train_time:{time_ms:.0f}ms step:{step}")
+    return clock, average.apply(log)
+
+
+def log_step(log: Log, h: Hyperparameters, clock: TrainingClock, step: int, **of: float) -> None:
+    """Log values of a step with the time it was reached."""
+    values = " ".join(f"{name}:{value:.4f}" for name, value in of.items())
+    time_ms = 1000 * clock.elapsed
+    average = f"step_avg:{time_ms / max(step, 1):.2f}ms"
+    log.line(f"step:{step}/{h.iterations} {values} train_time:{time_ms:.0f}ms {average}")
+    log.event("step", step=step, seconds=clock.elapsed, **of)
+
+
+# ---- Quantize and pack: how it is shrunk -----------------------------------------------------
+
+CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)  # of a row's largest weight
+
+
+def round_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes int8 [rows, cols], within +-(2^(bits-1) - 1), and scales float16 [rows] of a matrix.
+
+    Each row takes the clip of least squared error. The scale is rounded first and has no floor but
+    float16's own: a floor of 1/31, as in the records, spoils a row of weights far below 1.
+    """
+    limit = 2 ** (bits - 1) - 1
+    weight = weight.float()
+    peak = weight.abs().amax(1, keepdim=True)
+    best_error = torch.full_like(peak, math.inf)
+    best = torch.zeros_like(peak)
+    for clip in CLIPS:
+        scale = (peak * clip / limit).clamp(2.0**-24, 65_504).half().float()
+        rounded = (weight / scale).round().clamp(-limit, limit) * scale
+        error = (rounded - weight).square().sum(1, keepdim=True)
+        best = torch.where(error < best_error, scale, best)
+        best_error = torch.minimum(error, best_error)
+    codes = (weight / best).round().clamp(-limit, limit)
+    return codes.to(torch.int8), best.squeeze(1).half()
+
+
+def quantize(model: GPT) -> dict[str, Tensor]:
+    """The arrays of the artifact by name, on the CPU, from the model's weights."""
+    roles, arrays = parameter_roles(model), {}
+    for name, p in model.state_dict().items():
+        bits = ROLE_POLICY[roles[name]].bits
+        if bits == 16:
+            arrays[name] = p.half().cpu()
+        else:
+            codes, scales = round_rows(p, bits)
+            arrays[f"{name}.codes"], arrays[f"{name}.scales"] = codes.cpu(), scales.cpu()
+    return arrays
+
+
+class ArtifactError(ValueError):
+    """A file that is no artifact, or a damaged one; the message says how that shows."""
+
+
+# An artifact is this header, the model's settings as JSON, and its arrays compressed. The header
+# holds magic, version, codec, bytes of settings, payload and arrays, and a SHA-256 of all but it.
+HEADER = struct.Struct("<8sHHIQQ32s")
+MAGIC, VERSION = b"PGOLFGPT", 1
+CODECS = ("zstd", "lzma")  # by number in the header
+
+
+def compress(codec: str, data: bytes) -> bytes:
+    """Compress as far as the codec goes; the same bytes for the same data."""
+    if codec == "zstd":
+        import zstandard
+
+        return zstandard.ZstdCompressor(level=22).compress(data)
+    import lzma
+
+    return lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)
+
+
+def decompress(codec: str, data: bytes, size: int) -> bytes:
+    """`size` bytes of compressed data; memory is bounded by it whatever the data claim."""
+    if codec == "zstd":
+        import zstandard
+
+        if zstandard.get_frame_parameters(data).content_size != size:
+            raise ArtifactError("the payload is not of the size its settings need")
+        return zstandard.ZstdDecompressor().decompress(data, max_output_size=size)
+    import lzma
+
+    return lzma.LZMADecompressor().decompress(data, max_length=size)
+
+
+def require_compressor(codec: str) -> None:
+    """Fail before training, not after it, where the compressor is missing."""
+    try:
+        compress(codec, b"")
+    except ImportError as error:
+        remedy = f"pip install {error.name}, or use COMPRESSOR=lzma"
+        raise SettingsError(f"COMPRESSOR={codec}: {error.name} is missing; {remedy}") from None
+
+
+def model_settings(h: Hyperparameters) -> dict[str, Any]:
+    """The settings that the model's function depends on."""
+    return {f.name: getattr(h, f.name) for f in dataclasses.fields(h) if f.metadata["in_artifact"]}
+
+
+def artifact_layout(h: Hyperparameters) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Name, numpy dtype and shape of the artifact's arrays, in order; allocates nothing.
+
+    All codes come first: like beside like compresses best.
+    """
+    with torch.device("meta"):
+        model = GPT(h)
+    roles = parameter_roles(model)
+    codes, scales, floats = [], [], []
+    for name, p in model.named_parameters():
+        if ROLE_POLICY[roles[name]].bits == 16:
+            floats.append((name, "<f2", tuple(p.shape)))
+        else:
+            codes.append((f"{name}.codes", "i1", tuple(p.shape)))
+            scales.append((f"{name}.scales", "<f2", (len(p),)))
+    return codes + scales + floats
+
+
+def pack(h: Hyperparameters, arrays: Mapping[str, Tensor]) -> bytes:
+    """The artifact's bytes, the same for the same arrays."""
+    layout = artifact_layout(h)
+    raw = b"".join(arrays[name].numpy().astype(dtype).tobytes() for name, dtype, _ in layout)
+    payload = compress(h.compressor, raw)
+    settings = json.dumps(model_settings(h), separators=(",", ":")).encode()
+    fields = (VERSION, CODECS.index(h.compressor), len(settings), len(payload), len(raw))
+    unsigned = HEADER.pack(MAGIC, *fields, b"")
+    digest = hashlib.sha256(unsigned + settings + payload).digest()
+    return HEADER.pack(MAGIC, *fields, digest) + settings + payload
+
+
+def unpack(blob: bytes, h: Hyperparameters) -> tuple[Hyperparameters, dict[str, np.ndarray]]:
+    """Settings and arrays of an artifact; `h` gives the settings that do not travel.
+
+    Lengths, checksum, settings are checked before arrays are allocated; raises ArtifactError.
+    """
+    if len(blob) < HEADER.size:
+        raise ArtifactError(f"{len(blob)} bytes are no artifact")
+    fields, body = HEADER.unpack_from(blob), blob[HEADER.size :]
+    magic, version, codec, settings_size, payload_size, raw_size, digest = fields
+    if (magic, version) != (MAGIC, VERSION) or codec >= len(CODECS):
+        raise ArtifactError(f"magic {magic}, version {version}, codec {codec}: no artifact of ours")
+    if len(body) != settings_size + payload_size:
+        raise ArtifactError(f"{len(blob)} bytes are not as many as the header claims")
+    if hashlib.sha256(HEADER.pack(*fields[:-1], b"") + body).digest() != digest:
+        raise ArtifactError("the checksum does not fit: the file is damaged")
+    try:
+        settings = json.loads(body[:settings_size])
+        if settings.keys() != model_settings(h).keys():
+            raise ArtifactError("the settings are not those of this program")
+        h = dataclasses.replace(h, **settings)
+    except (ValueError, AttributeError) as error:
+        raise ArtifactError(f"settings of no model: {error}") from None
+    layout = artifact_layout(h)
+    if raw_size != sum(np.dtype(dtype).itemsize * math.prod(shape) for _, dtype, shape in layout):
+        raise ArtifactError("the payload is not of the size its settings need")
+    raw, at, arrays = decompress(CODECS[codec], body[settings_size:], raw_size), 0, {}
+    if len(raw) != raw_size:
+        raise ArtifactError("the payload is not of the size its settings need")
+    for name, dtype, shape in layout:
+        arrays[name] = np.frombuffer(raw, dtype, math.prod(shape), at).reshape(shape)
+        at += arrays[name].nbytes
+    return h, arrays
+
+
+def load_artifact(path: Path, h: Hyperparameters) -> tuple[Hyperparameters, dict[str, Tensor]]:
+    """Settings and float32 weights by parameter name of an artifact on disk."""
+    try:
+        h, arrays = unpack(path.read_bytes(), h)
+    except (OSError, ArtifactError) as error:
+        raise ArtifactError(f"{path}: {error}") from None
+    weights = {name: torch.tensor(array, dtype=torch.float32) for name, array in arrays.items()}
+    for name in [name for name in weights if name.endswith(".codes")]:
+        name = name.removesuffix(".codes")
+        scales = weights.pop(f"{name}.scales")
+        weights[name] = weights.pop(f"{name}.codes") * scales[:, None]
+    return h, weights
+
+
+# ---- Run: how it all goes --------------------------------------------------------------------
+
+
+def run(h: Hyperparameters, rt: Runtime, data: Data, folder: Path, log: Log) -> dict[str, Any]:
+    """Train, save, quantize, pack, read back and score: the README's stages. Returns the result."""
+    began = rt.now()
+    source = Path(__file__).read_bytes()
+    write_atomically(folder / "train_gpt.py", lambda file: file.write(source))
+    torch.manual_seed(h.seed)
+    model = GPT(h, rt.attend, rt.dtype).to(rt.device)
+    log_model(model, h, rt, log)
+
+    clock, weights = train(model, data, h, rt, log)
+    model.eval()
+    saved = {name: p.cpu() for name, p in model.state_dict().items()}
+    saved = {"settings": model_settings(h), "weights": saved}
+    write_atomically(folder / "final_model.pt", lambda file: torch.save(saved, file))
+    float_score = evaluate(rt.compile(model.forward_logits), data, h, rt, log)
+    log_score(log, "DIAGNOSTIC post_ema", float_score)
+
+    pack_began = rt.now()
+    blob = pack(h, quantize(model))
+    write_atomically(folder / "final_model.int6.ptz", lambda file: file.write(blob))
+    pack_seconds = rt.now() - pack_began
+    total = len(source) + len(blob)
+    log.line(f"Code size: {len(source)} bytes")
+    log.line(f"Serialized model int6+{h.compressor}: {len(blob)} bytes")
+    log.line(f"Total submission size int6+{h.compressor}: {total} bytes")
+
+    scores = score_artifact(folder / "final_model.int6.ptz", h, rt, data, log)
+    eval_seconds = sum(score.seconds for score in scores.values())
+    verdicts = {}
+    for name, value, most in (
+        ("train_seconds", clock.elapsed, h.max_wallclock_seconds or math.inf),
+        ("eval_seconds", eval_seconds, EVAL_SECONDS_LIMIT),
+        ("total_bytes", total, BYTES_LIMIT),
+    ):
+        verdicts[name] = "PASS" if value <= most else "FAIL"
+        log.line(f"limit:{name} {value:,.0f} of {most:,.0f} {verdicts[name]}")
+    return {
+        "status": "over a limit" if "FAIL" in verdicts.values() else "ok",
+        "verdicts": verdicts,
+        "scores": {name: s.as_dict() for name, s in {"float": float_score, **scores}.items()},
+        "bytes": {"code": len(source), "model": len(blob), "total": total},
+        "seconds": {"train": clock.elapsed, "pack": pack_seconds, "total": rt.now() - began},
+        "steps": len(clock.losses),
+        "train_losses": clock.losses,
+        "weights": weights,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "settings": dataclasses.asdict(h),
+        "machine": rt.describe(),
+        "code_sha256": hashlib.sha256(source).hexdigest(),
+        "val_sha256": hashlib.sha256(data.val.numpy().tobytes()).hexdigest(),
+        "train_tokens": len(data.train),
+    }
+
+
+def log_model(model: GPT, h: Hyperparameters, rt: Runtime, log: Log) -> None:
+    """The challenge's conventional lines on model, machine and settings."""
+
+    def settings(*names: str) -> str:
+        return " ".join(f"{name}:{getattr(h, name)}" for name in names)
+
+    stacks = Optimizers(model, h).muon.stacks
+    xsa = [layer for layer, block in enumerate(model.blocks) if block.attn.xsa]
+    log.line(f"model_params:{sum(p.numel() for p in model.parameters())}")
+    log.line(f"muon:{sum(len(stack) for stack in stacks)} matrices in {len(stacks)} stacks")
+    log.line(f"XSA:last_{h.xsa_last_n} active_layers:{xsa}")
+    log.line(f"world_size:1 grad_accum_steps:{micro_batches(h)}")
+    log.line(" ".join(f"{name}:{value}" for name, value in rt.describe().items()))
+    log.line("attention_mode:gqa " + settings("num_heads", "num_kv_heads"))
+    rates = ("tie_embeddings", "tied_embed_lr", "head_lr", "matrix_lr", "scalar_lr")
+    log.line(settings(*rates))
+    log.line(settings("train_batch_tokens", "train_seq_len", "iterations", "warmup_steps"))
+    log.line(settings("max_wallclock_seconds", "seed"))
+
+
+def log_score(log: Log, name: str, score: Score, stride: int = 0) -> None:
+    """A score in the challenge's two forms."""
+    at, time_ms = f" stride:{stride}" if stride else "", 1000 * score.seconds
+    log.line(
+        f"{name} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f}{at} eval_time:{time_ms:.0f}ms"
+    )
+    log.line(f"{name}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
+    log.event("score", name=name, stride=stride, **score.as_dict())
+
+
+def score_artifact(
+    path: Path, h: Hyperparameters, rt: Runtime, data: Data, log: Log
+) -> dict[str, Score]:
+    """Plain and, if EVAL_STRIDE asks for it, sliding score of the model read from disk."""
+    h, weights = load_artifact(path, h)
+    with torch.device("meta"):
+        model = GPT(h, rt.attend, rt.dtype).eval()
+    model.load_state_dict(weights, assign=True)
+    forward_logits = rt.compile(model.to(rt.device).forward_logits)
+    scores = {"plain": evaluate(forward_logits, data, h, rt, log)}
+    log_score(log, "final_int6_roundtrip", scores["plain"])
+    seq_len = h.eval_seq_len or h.train_seq_len
+    if 0 < h.eval_stride < seq_len:
+        expected = scores["plain"].seconds * seq_len / h.eval_stride
+        over = f": over the limit of {EVAL_SECONDS_LIMIT:.0f} s" * (expected > EVAL_SECONDS_LIMIT)
+        log.line(f"sliding_window stride:{h.eval_stride} expected_time:{expected:.0f}s{over}")
+        scores["sliding"] = evaluate(forward_logits, data, h, rt, log, stride=h.eval_stride)
+        log_score(log, "final_int6_sliding_window", scores["sliding"], h.eval_stride)
+    # The community's tools look for the score under this name, whatever packed it.
+    log_score(log, "final_int8_zlib_roundtrip", scores.get("sliding", scores["plain"]))
+    return scores
+
+
+def open_folder(h: Hyperparameters) -> Path:
+    """The run's new folder; SettingsError where a run stands already or nothing can be written."""
+    run_id = h.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-s{h.seed}-{os.getpid()}"
+    folder = Path(h.run_dir or f"logs/{run_id}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "train.log").open("x").close()
+    except OSError as error:  # a run stands there, no permission, no space, ...
+        remedy = "choose another RUN_ID or RUN_DIR"
+        raise SettingsError(f"RUN_DIR={folder}: no place for a run: {error}; {remedy}") from None
+    return folder
+
+
+FAILURES = (  # status and exit status by the kind of error; the first that fits
+    (SettingsError, "settings", 2),
+    (DataError, "data", 2),
+    (ArtifactError, "artifact", 2),
+    (torch.OutOfMemoryError, "out of memory", 3),
+    (TrainingError, "diverged", 4),
+    (KeyboardInterrupt, "interrupted", 5),
+    (BaseException, "failed", 6),
+)
+
+
+def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
+    """The program; 0 done, 1 over a limit, and FAILURES."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0],
+        epilog="Settings are environment variables:\n\n" + settings_table(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--eval", metavar="ARTIFACT", type=Path, help="score an artifact again")
+    artifact = parser.parse_args(argv).eval
+    log, result = Log(), {"status": "ok"}
+    try:
+        h = Hyperparameters.from_env(env)
+        if artifact:
+            h, _ = load_artifact(artifact, h)
+        else:
+            log = Log(open_folder(h))
+            log.line(f"{log.folder}/train.log")
+        require_compressor(h.compressor)
+        rt = Runtime.start(h, env)
+        for note in (*settings_notes(h, env), *rt.notes):
+            log.line(note)
+        data = load_data(h, log)
+        if artifact:
+            score_artifact(artifact, h, rt, data, log)
+        else:
+            result = run(h, rt, data, log.folder, log)
+        status = int(result["status"] != "ok")
+    except BaseException as error:
+        word, status = next(f[1:] for f in FAILURES if isinstance(error, f[0]))
+        reason = str(error) if status in (2, 4) else traceback.format_exc()
+        result = {"status": word, "reason": reason}
+        log.line(f"error: {reason}")
+    if log.folder:
+        text = json.dumps(result, indent=2).encode()
+        write_atomically(log.folder / "result.json", lambda file: file.write(text))
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], os.environ))
