@@ -69,7 +69,7 @@ PRESETS = {
     # A newcomer's first run: the embedded corpus, steps instead of seconds, minutes on two cores.
     "cpu": "CORPUS=python NUM_LAYERS=4 MODEL_DIM=128 NUM_HEADS=4 NUM_KV_HEADS=2 TRAIN_SEQ_LEN=256 "
     "TRAIN_BATCH_TOKENS=16384 MICRO_BATCH_TOKENS=4096 ITERATIONS=300 WARMDOWN_ITERS=150 "
-    "MAX_WALLCLOCK_SECONDS=0 TRAIN_LOG_EVERY=25 VAL_LOSS_EVERY=0 VAL_BATCH_SIZE=65536",
+    "MAX_WALLCLOCK_SECONDS=0 TRAIN_LOG_EVERY=25 VAL_LOSS_EVERY=0 VAL_BATCH_SIZE=32768",
     # PR #1124, whatever the defaults become.
     "v9": "XSA_LAST_N=11 EVAL_STRIDE=64 NUM_LAYERS=11 MLP_MULT=3 BIGRAM_VOCAB_SIZE=2048",
 }
@@ -246,23 +246,23 @@ def fault(f: "dataclasses.Field[Any]", value: Any) -> str | None:
 def faults_together(h: Hyperparameters) -> list[str]:
     """What is wrong with values that are legal alone."""
     width, rest = h.model_dim // h.num_heads, h.train_batch_tokens % h.train_seq_len
-    near = {max(h.train_batch_tokens - rest + n, h.train_seq_len) for n in (0, h.train_seq_len)}
+    near = max(h.train_batch_tokens - rest, h.train_seq_len)
     layers = h.ve_layers.split(",") if h.ve_layers else []
     checks = {
         "MODEL_DIM must be an even multiple of NUM_HEADS": h.model_dim % (2 * h.num_heads),
         "NUM_KV_HEADS must divide NUM_HEADS": h.num_heads % h.num_kv_heads,
         f"ROPE_DIMS must be even and at most {width}": h.rope_dims % 2 or h.rope_dims > width,
-        f"TRAIN_BATCH_TOKENS must be a multiple of TRAIN_SEQ_LEN; nearest: {near}": rest,
+        f"TRAIN_BATCH_TOKENS must be a multiple of TRAIN_SEQ_LEN; {near}, say": rest,
         "BIGRAM_VOCAB_SIZE must be 0 (none) or at least 2": h.bigram_vocab_size == 1,
         "VE_LAYERS must be layers below NUM_LAYERS, as 9,10": not all(
             n.isdecimal() and int(n) < h.num_layers for n in layers
         ),
-        "RUN_ID must be letters, digits, _, - and ., but no . first": h.run_id
+        "RUN_ID must be letters, digits, '_', '-' and, not first, '.'": h.run_id
         and not re.fullmatch(r"[\w-][\w.-]*", h.run_id, re.ASCII),
     }
     values = {f.name.upper(): getattr(h, f.name) for f in dataclasses.fields(h)}
     return [
-        " ".join(f"{word}={values[word]!r}" if word in values else word for word in rule.split())
+        re.sub(r"[A-Z_]{5,}", lambda m: f"{m[0]}={values[m[0]]!r}", rule)
         for rule, broken in checks.items()
         if broken
     ]
@@ -585,9 +585,10 @@ class ByteTable(NamedTuple):
         for i in range(tokenizer.vocab_size()):
             special.append(tokenizer.is_control(i) or tokenizer.is_unknown(i))
             text = "" if special[i] else tokenizer.id_to_piece(i).replace("\u2581", " ")
-            # Only the model's decoder knows whether it drops a space: ask it.
-            space.append(text[:1] == " " and tokenizer.decode([i])[:1] != " ")
-            size.append(1 if tokenizer.is_byte(i) else len(text.encode()) - space[i])
+            # Whether a leading space is dropped only the model's decoder knows.
+            alone = "?" if tokenizer.is_byte(i) else tokenizer.decode([i]) if text else ""
+            size.append(len(alone.encode()))
+            space.append(0 if tokenizer.is_byte(i) else len(text.encode()) - size[i])
         short = functools.partial(torch.tensor, dtype=torch.int16)
         return cls(short(size), short(space), torch.tensor(special))
 
@@ -921,7 +922,8 @@ class GPT(nn.Module):
             if half <= layer < half + len(self.skip_weights):
                 x = x + self.skip_weights[layer - half].to(x.dtype) * outputs.pop()
             x = block(x, x0, rotation, values.get(layer))
-            outputs.append(x)
+            if layer < half:
+                outputs.append(x)
         return rms_norm(x)
 
     def forward_logits(self, ids: Tensor, last: int | None = None) -> Tensor:
@@ -929,8 +931,8 @@ class GPT(nn.Module):
         x = self.hidden(ids)
         x = x if last is None else x[:, -last:]
         head = (self.lm_head or self.tok_emb).weight
-        cap = self.h.logit_softcap
-        return cap * torch.tanh(F.linear(x, head.to(x.dtype)).float() / cap)
+        logits, cap = F.linear(x, head.to(x.dtype)).float(), self.h.logit_softcap
+        return logits.div_(cap).tanh_() * cap  # in place: V is large, and eager memory is slow
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats, a float32 scalar, of targets [B, T]."""
@@ -1407,12 +1409,16 @@ def decompress(codec: str, data: bytes, size: int) -> bytes:
     if codec == "zstd":
         import zstandard
 
-        if zstandard.get_frame_parameters(data).content_size != size:
-            raise ArtifactError("the payload is not of the size its settings need")
-        return zstandard.ZstdDecompressor().decompress(data, max_output_size=size)
+        if zstandard.get_frame_parameters(data).content_size != size:  # it would be allocated
+            raise ValueError("the frame is of another size")
+        return zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
     import lzma
 
-    return lzma.LZMADecompressor().decompress(data, max_length=size)
+    stream = lzma.LZMADecompressor()
+    raw = stream.decompress(data, max_length=size + 1)
+    if not stream.eof or stream.unused_data:
+        raise ValueError("the stream does not end with its data")
+    return raw
 
 
 def require_compressor(codec: str) -> None:
@@ -1481,12 +1487,16 @@ def unpack(blob: bytes, h: Hyperparameters) -> tuple[Hyperparameters, dict[str, 
         h = dataclasses.replace(h, **settings)
     except (ValueError, AttributeError) as error:
         raise ArtifactError(f"settings of no model: {error}") from None
-    layout = artifact_layout(h)
-    if raw_size != sum(np.dtype(dtype).itemsize * math.prod(shape) for _, dtype, shape in layout):
-        raise ArtifactError("the payload is not of the size its settings need")
-    raw, at, arrays = decompress(CODECS[codec], body[settings_size:], raw_size), 0, {}
+    layout, at, arrays = artifact_layout(h), 0, {}
+    needed = sum(np.dtype(dtype).itemsize * math.prod(shape) for _, dtype, shape in layout)
+    if raw_size != needed:
+        raise ArtifactError(f"{raw_size} bytes of arrays, but its settings need {needed}")
+    try:
+        raw = decompress(CODECS[codec], body[settings_size:], raw_size)
+    except Exception as error:  # each codec has errors of its own
+        raise ArtifactError(f"the arrays do not decompress: {error}") from None
     if len(raw) != raw_size:
-        raise ArtifactError("the payload is not of the size its settings need")
+        raise ArtifactError(f"{len(raw)} bytes of arrays, but the header claims {raw_size}")
     for name, dtype, shape in layout:
         arrays[name] = np.frombuffer(raw, dtype, math.prod(shape), at).reshape(shape)
         at += arrays[name].nbytes
