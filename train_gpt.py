@@ -44,10 +44,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-if __name__ == "__main__":
-    # OpenMP threads spin at barriers unless told otherwise before torch loads: with one other busy
-    # process on a small machine a step then takes ten times as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
+    # OpenMP threads spin at barriers, which beside one other busy process makes a step ten times
+    # slower. Spinning for a few microseconds only costs little there and is fastest where it is
+    # quiet. It must be said before torch loads.
+    os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 
 import numpy as np
 import torch
@@ -483,7 +484,7 @@ def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
         write(file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 # ---- Data: what it eats ----------------------------------------------------------------------
@@ -646,8 +647,9 @@ class Data(NamedTuple):
 def load_data(h: Hyperparameters, log: Log) -> Data:
     """Open both splits and prove the byte table."""
     folder = data_folder(h)
-    stream = TokenStream(folder, "val", h.vocab_size)
-    val = stream.read(0, len(stream)).int()
+    val_stream = TokenStream(folder, "val", h.vocab_size)
+    train_stream = TokenStream(folder, "train", h.vocab_size)
+    val = val_stream.read(0, len(val_stream)).int()
     if len(val) <= (h.eval_seq_len or h.train_seq_len):
         raise DataError(f"{folder}: {len(val)} validation tokens are no window; lower EVAL_SEQ_LEN")
     if h.vocab_size == BYTE_VOCAB:
@@ -662,10 +664,9 @@ def load_data(h: Hyperparameters, log: Log) -> Data:
         log.line(f"byte_table:proven against {proven} bytes of decoded text")
         if unknown := int((val == tokenizer.unk_id()).sum()):
             log.line(f"warning: {unknown} validation tokens are unknown text, counted as 0 bytes")
-    log.line(f"val_loader:shards pattern={stream.pattern} tokens:{len(val) - 1}")
-    train = TokenStream(folder, "train", h.vocab_size)
-    log.line(f"train_loader:dataset:{folder.name} train_shards:{len(train.paths)}")
-    return Data(val, table, train)
+    log.line(f"train_loader:dataset:{folder.name} train_shards:{len(train_stream.paths)}")
+    log.line(f"val_loader:shards pattern={val_stream.pattern} tokens:{len(val) - 1}")
+    return Data(val, table, train_stream)
 
 
 # ---- Model: what it is -----------------------------------------------------------------------
@@ -688,6 +689,7 @@ class Linear(nn.Linear):
         nn.init.orthogonal_(self.weight, gain) if gain else nn.init.zeros_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] to [..., out]."""
         return F.linear(x, self.weight.to(x.dtype))
 
 
@@ -787,6 +789,7 @@ class MLP(nn.Module):
         self.negative_slope = h.negative_slope
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] to the same shape."""
         return self.down(F.leaky_relu(self.up(x), self.negative_slope).square())
 
 
@@ -833,6 +836,7 @@ class BigramHash(nn.Module):
         return F.pad(pairs, (1, 0), value=last)
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Vectors [B, T, D] of ids [B, T]."""
         return self.proj(self.embed(self.hash(ids))) * self.scale
 
 

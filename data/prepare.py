@@ -38,9 +38,12 @@ import zstandard
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tqdm import tqdm
 
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
-PAD_ID, BOS_ID, EOS_ID, UNK_ID = range(4)
-BYTE_OFFSET, BYTE_VOCAB = 4, 260  # the id of byte b is 4 + b
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from train_gpt import BOS_ID, BYTE_VOCAB, SHARD_HEADER_INTS, SHARD_MAGIC, SHARD_VERSION
+
+PAD_ID, EOS_ID, UNK_ID = 0, 2, 3
+BYTE_OFFSET = 4  # the id of byte b is 4 + b
 MAX_VOCAB = 1 << 16  # a token is stored in 16 bits
 SPLITS = ("train", "val")
 EMBEDDED_NAME, EMBEDDED_VOCAB = "python", 1024

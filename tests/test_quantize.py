@@ -2,9 +2,9 @@
 
 import hashlib
 import json
+import lzma
 import struct
 
-import lzma
 import numpy as np
 import pytest
 import torch

@@ -1,0 +1,220 @@
+"""The program as a user runs it: from shards to a scored artifact, and every way to fail."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, shard_bytes
+
+import train_gpt as tg
+
+
+def program(folder: Path, *arguments: str, **env: object) -> subprocess.CompletedProcess:
+    """Run train_gpt.py in a folder of its own with nothing but these variables set."""
+    variables = {name.upper(): str(value) for name, value in env.items()}
+    keep = {name: os.environ[name] for name in ("PATH", "HOME", "SYSTEMROOT") if name in os.environ}
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train_gpt.py"), *arguments],
+        cwd=folder,
+        env={**keep, **variables},
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, byte_corpus) -> tuple[Path, subprocess.CompletedProcess]:
+    folder = tmp_path_factory.mktemp("run")
+    done = program(folder, **{**TINY, "DATA_PATH": byte_corpus, "RUN_ID": "first"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done
+
+
+def test_a_run_leaves_its_files(finished):
+    folder, done = finished
+    files = {path.name for path in (folder / "logs/first").iterdir()}
+    assert files == {
+        "train.log",
+        "train_gpt.py",
+        "events.jsonl",
+        "result.json",
+        "final_model.pt",
+        "final_model.int6.ptz",
+    }
+    assert (folder / "logs/first/train_gpt.py").read_bytes() == Path(tg.__file__).read_bytes()
+    assert (folder / "logs/first/train.log").read_text() == done.stdout
+    assert {path.name for path in folder.iterdir()} == {"logs"}
+
+
+def test_the_result_is_what_the_log_says(finished):
+    folder, done = finished
+    result = json.loads((folder / "logs/first/result.json").read_text())
+    assert result["status"] == "ok"
+    assert result["steps"] == len(result["train_losses"]) == 30
+    assert result["weights"] == "ema"
+    for kind, name in (
+        ("float", "DIAGNOSTIC post_ema"),
+        ("plain", "final_int6_roundtrip"),
+        ("sliding", "final_int6_sliding_window"),
+        ("sliding", "final_int8_zlib_roundtrip"),
+    ):
+        score = result["scores"][kind]
+        want = f"{name}_exact val_loss:{score['val_loss']:.8f} val_bpb:{score['val_bpb']:.8f}"
+        assert want in done.stdout.splitlines()
+    sizes = result["bytes"]
+    assert sizes["code"] == (folder / "logs/first/train_gpt.py").stat().st_size
+    assert sizes["model"] == (folder / "logs/first/final_model.int6.ptz").stat().st_size
+    assert sizes["total"] == sizes["code"] + sizes["model"]
+    assert f"Total submission size int6+zstd: {sizes['total']} bytes" in done.stdout
+    assert result["verdicts"]["total_bytes"] == "PASS"
+
+    saved = torch.load(folder / "logs/first/final_model.pt")
+    assert result["parameters"] == sum(p.numel() for p in saved["weights"].values())
+
+
+def test_the_log_has_the_conventional_lines(finished):
+    _, done = finished
+    lines = done.stdout.splitlines()
+    assert lines[0] == "logs/first/train.log"
+    for start in (
+        "val_bpb:enabled tokenizer_kind=byte260 vocab_size=260",
+        "train_loader:dataset:tiny_byte260 train_shards:2",
+        "val_loader:shards pattern=",
+        "model_params:",
+        "muon:18 matrices in 4 stacks",
+        "XSA:last_11 active_layers:[0, 1, 2]",
+        "world_size:1 grad_accum_steps:2",
+        "attention_mode:gqa num_heads:4 num_kv_heads:2",
+        "step:1/30 train_loss:5.",
+        "step:30/30 val_loss:",
+        "ema:applying EMA weights",
+        "Code size: ",
+        "Serialized model int6+zstd: ",
+    ):
+        assert [line for line in lines if line.startswith(start)], start
+
+
+def test_events_are_the_steps_and_scores(finished):
+    folder, _ = finished
+    text = (folder / "logs/first/events.jsonl").read_text()
+    events = [json.loads(line) for line in text.splitlines()]
+    steps = [e["step"] for e in events if "train_loss" in e]
+    assert steps == list(range(1, 11))
+    assert [e["name"] for e in events if e["event"] == "score"][-1] == "final_int8_zlib_roundtrip"
+
+
+def test_eval_scores_the_artifact_without_model_variables(finished, byte_corpus):
+    folder, done = finished
+    again = program(
+        folder,
+        "--eval",
+        "logs/first/final_model.int6.ptz",
+        DATA_PATH=byte_corpus,
+        EVAL_STRIDE=32,
+        VAL_BATCH_SIZE=8192,
+    )
+    assert again.returncode == 0, again.stdout
+    exact = [line for line in done.stdout.splitlines() if "final" in line and "exact" in line]
+    assert exact == [line for line in again.stdout.splitlines() if "exact" in line]
+    assert {path.name for path in folder.iterdir()} == {"logs"}
+
+
+def test_the_same_seed_gives_the_same_bytes(finished, byte_corpus):
+    folder, _ = finished
+    env = {**TINY, "DATA_PATH": byte_corpus}
+    assert program(folder, **{**env, "RUN_ID": "again"}).returncode == 0
+    assert program(folder, **{**env, "RUN_ID": "other", "SEED": 1}).returncode == 0
+    first, again, other = (
+        (folder / f"logs/{name}/final_model.int6.ptz").read_bytes()
+        for name in ("first", "again", "other")
+    )
+    assert first == again
+    assert first != other
+
+
+def test_a_run_never_overwrites_another(finished, byte_corpus):
+    folder, _ = finished
+    before = (folder / "logs/first/result.json").read_bytes()
+    again = program(folder, **{**TINY, "DATA_PATH": byte_corpus, "RUN_ID": "first"})
+    assert again.returncode == 2
+    assert "choose another RUN_ID or RUN_DIR" in again.stdout
+    assert (folder / "logs/first/result.json").read_bytes() == before
+
+
+def test_over_the_limit_is_no_success(tmp_path, byte_corpus, monkeypatch, capsys):
+    monkeypatch.setattr(tg, "BYTES_LIMIT", 10_000)
+    monkeypatch.chdir(tmp_path)
+    env = {**TINY, "DATA_PATH": str(byte_corpus), "RUN_ID": "big", "ITERATIONS": "1"}
+    assert tg.main([], env) == 1
+    result = json.loads(Path("logs/big/result.json").read_text())
+    assert result["status"] == "over a limit"
+    assert result["verdicts"]["total_bytes"] == "FAIL"
+    assert "limit:total_bytes" in capsys.readouterr().out
+    assert Path("logs/big/final_model.int6.ptz").exists()
+
+
+@pytest.mark.parametrize(
+    ("env", "status", "says"),
+    [
+        ({"NUM_LAYERS": "many"}, 2, "NUM_LAYERS='many': must be a whole number"),
+        ({"DATA_PATH": "nowhere"}, 2, "DATA_PATH=nowhere: no fineweb_val_*.bin there"),
+        ({"ATTN": "fa3"}, 2, "ATTN=fa3: cannot run here"),
+        ({"WORLD_SIZE": "2"}, 2, "WORLD_SIZE=2: must be 1"),
+        ({"RUN_DIR": "file/run"}, 2, "RUN_DIR=file/run: no place for a run"),
+        ({"MATRIX_LR": "1e30", "GRAD_CLIP_NORM": "0", "SCALAR_LR": "1e30"}, 4, "the loss is"),
+    ],
+)
+def test_failures_have_their_status_and_reason(
+    tmp_path, byte_corpus, monkeypatch, capsys, env, status, says
+):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    env = {**TINY, "DATA_PATH": str(byte_corpus), "RUN_ID": "bad", **env}
+    assert tg.main([], env) == status
+    assert says in capsys.readouterr().out
+    if Path("logs/bad").exists():
+        result = json.loads(Path("logs/bad/result.json").read_text())
+        assert says in result["reason"]
+        assert result["status"] in ("settings", "data", "diverged")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(torch.OutOfMemoryError("8 GiB"), 3), (KeyboardInterrupt(), 5), (ZeroDivisionError(), 6)],
+)
+def test_other_errors_leave_a_result_too(tmp_path, byte_corpus, monkeypatch, error, status):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(tg, "train", fails)
+    monkeypatch.chdir(tmp_path)
+    env = {**TINY, "DATA_PATH": str(byte_corpus), "RUN_ID": "bad"}
+    assert tg.main([], env) == status
+    result = json.loads(Path("logs/bad/result.json").read_text())
+    assert type(error).__name__ in result["reason"]
+
+
+def test_scoring_what_is_no_artifact(tmp_path, capsys):
+    path = tmp_path / "model.ptz"
+    path.write_bytes(b"\x80\x04pickle")
+    assert tg.main(["--eval", str(path)], {}) == 2
+    assert tg.main(["--eval", str(tmp_path / "none")], {}) == 2
+    assert str(path) in capsys.readouterr().out
+
+
+def test_a_shard_by_the_description_trains(tmp_path, byte_corpus):
+    """The corpus of these tests is written from the format's text alone; ours is read the same."""
+    shard = tg.read_shard(byte_corpus / "fineweb_train_000000.bin")
+    assert (byte_corpus / "fineweb_train_000000.bin").read_bytes() == shard_bytes(shard)
+
+
+def test_help_lists_every_setting():
+    done = program(ROOT, "--help")
+    assert done.returncode == 0
+    assert tg.settings_table() in done.stdout

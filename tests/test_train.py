@@ -1,0 +1,233 @@
+"""Training: the clock, the loop, no trace of the warm-up, the same bytes from the same seed."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import settings
+
+import train_gpt as tg
+
+
+def load(h: tg.Hyperparameters) -> tg.Data:
+    return tg.load_data(h, tg.Log())
+
+
+def test_the_loss_falls(byte_corpus: Path, cpu):
+    h = settings(data_path=byte_corpus, iterations=60, warmdown_iters=30)
+    torch.manual_seed(0)
+    model = tg.GPT(h)
+    clock, weights = tg.train(model, load(h), h, cpu, tg.Log())
+    assert weights == "ema"
+    assert len(clock.losses) == 60
+    assert clock.losses[0] == pytest.approx(math.log(260), abs=0.2)
+    assert clock.losses[-1] < clock.losses[0] - 2
+
+
+def test_ema_of_30_steps_is_far_from_the_start(byte_corpus: Path, cpu):
+    """With a constant decay of 0.997 it would be 91 % initialisation and score near ln 260."""
+    h = settings(data_path=byte_corpus, iterations=30)
+    torch.manual_seed(0)
+    model = tg.GPT(h)
+    data = load(h)
+    tg.train(model, data, h, cpu, tg.Log())
+    score = tg.evaluate(model.eval().forward_logits, data, h, cpu, tg.Log())
+    assert score.loss < math.log(260) - 1.5
+
+
+def test_the_cut_of_a_step_changes_nothing_but_rounding(byte_corpus: Path, cpu):
+    grads = []
+    for micro in (1024, 128):
+        h = settings(data_path=byte_corpus, micro_batch_tokens=micro)
+        torch.manual_seed(0)
+        model = tg.GPT(h)
+        optimizers = tg.Optimizers(model, h)
+        optimizers.step = lambda *_: None
+        batch = load(h).train.batch(0, h)
+        tg.train_step(model, optimizers, batch, 0, 1.0, cpu)
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+    for one, eight in zip(*grads, strict=True):
+        torch.testing.assert_close(one, eight, atol=1e-6, rtol=1e-4)
+
+
+def test_warm_up_leaves_no_trace(byte_corpus: Path, cpu):
+    h = settings(data_path=byte_corpus, warmup_steps=3)
+    # Say that something is compiled, so that the warm-up takes its steps; nothing is.
+    rt = tg.Runtime(cpu.device, cpu.dtype, cpu.attention, cpu.attend, True, [])
+    torch.manual_seed(0)
+    model = tg.GPT(h)
+    before = [p.detach().clone() for p in model.parameters()]
+    random_state = torch.get_rng_state()
+    took = []
+    tg.warm_up(model, lambda x, y: took.append(x) or model(x, y), h, rt, tg.Log())
+    assert len(took) == 3 * tg.micro_batches(h)
+    assert torch.equal(random_state, torch.get_rng_state())
+    for p, was in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, was)
+        assert p.grad is None
+
+
+class FakeTime:
+    """A monotonic clock that a test moves."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def fake_time(monkeypatch):
+    clock = FakeTime()
+    monkeypatch.setattr(tg.time, "perf_counter", clock.perf_counter)
+    return clock
+
+
+def test_the_clock_stands_still_when_paused_and_knows_its_slowest_step(fake_time, cpu):
+    clock = tg.TrainingClock(cpu, cap=10.0)
+    for seconds in (1.0, 3.0, 1.0):
+        fake_time.now += seconds
+        clock.step_launched(torch.tensor(1.0))
+    clock.pause()
+    fake_time.now += 100
+    clock.resume()
+    assert clock.elapsed == 5.0
+    assert not clock.spent()  # 5 + 3 < 10
+    fake_time.now += 2.0
+    clock.step_launched(torch.tensor(1.0))
+    assert clock.elapsed == 7.0
+    assert clock.spent()  # 7 + 3 reaches 10
+
+
+def test_time_between_steps_belongs_to_training(fake_time, cpu):
+    clock = tg.TrainingClock(cpu, cap=0.0)
+    fake_time.now += 1
+    clock.step_launched(torch.tensor(1.0))
+    fake_time.now += 5  # a slow batch, say
+    clock.pause()
+    assert clock.elapsed == 6.0
+    assert not clock.spent()  # no cap
+
+
+@pytest.mark.parametrize("cap", [0.001, 0.4, 1.0])
+def test_training_stops_before_the_cap(byte_corpus: Path, cpu, cap: float, capsys):
+    h = settings(
+        data_path=byte_corpus, iterations=100_000, max_wallclock_seconds=cap, warmdown_iters=20
+    )
+    torch.manual_seed(0)
+    clock, _ = tg.train(tg.GPT(h), load(h), h, cpu, tg.Log())
+    assert "stopping_early: wallclock_cap" in capsys.readouterr().out
+    if cap == 0.001:
+        assert len(clock.losses) == 1  # nothing is known before the first step
+    else:
+        assert len(clock.losses) > 3
+        assert clock.elapsed <= cap
+
+
+def test_no_steps_are_a_defined_result(byte_corpus: Path, cpu):
+    h = settings(data_path=byte_corpus, iterations=0)
+    clock, weights = tg.train(tg.GPT(h), load(h), h, cpu, tg.Log())
+    assert (clock.losses, weights) == ([], "raw")
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_stops_the_run_by_step(cpu, loss):
+    clock = tg.TrainingClock(cpu, cap=0.0)
+    clock.step_launched(torch.tensor(2.0))
+    with pytest.raises(tg.TrainingError, match=f"step 2: the loss is {loss}; lower MATRIX_LR"):
+        clock.step_launched(torch.tensor(loss))
+
+
+def test_validation_is_at_its_steps_and_outside_the_clock(byte_corpus: Path, cpu, capsys):
+    h = settings(data_path=byte_corpus, iterations=5, val_loss_every=2, train_log_every=0)
+    tg.train(tg.GPT(h), load(h), h, cpu, tg.Log())
+    lines = capsys.readouterr().out.splitlines()
+    steps = [line.split()[0] for line in lines if "val_bpb" in line and "step_avg" in line]
+    assert steps == ["step:0/5", "step:2/5", "step:4/5", "step:5/5"]
+
+
+def test_log_files_hold_what_was_said(tmp_path: Path, capsys):
+    log = tg.Log(tmp_path)
+    log.line("step:1/2 train_loss:3.0000")
+    log.event("step", step=1, train_loss=3.0)
+    log.progress("not watched, not shown")
+    assert (tmp_path / "train.log").read_text() == "step:1/2 train_loss:3.0000\n"
+    assert json.loads((tmp_path / "events.jsonl").read_text())["train_loss"] == 3.0
+    assert capsys.readouterr().out == "step:1/2 train_loss:3.0000\n"
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path):
+    path = tmp_path / "final_model.pt"
+    path.write_bytes(b"old")
+
+    def fails(file):
+        file.write(b"half of the ne")
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        tg.write_atomically(path, fails)
+    assert path.read_bytes() == b"old"
+    tg.write_atomically(path, lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("attn", ["flash", "math"])
+def test_each_attention_back_end_of_a_cpu_is_the_definition(attn):
+    flags = ("flash", "math", "mem_efficient", "cudnn")
+    before = [getattr(torch.backends.cuda, f"{f}_sdp_enabled")() for f in flags]
+    try:
+        name, attend, _ = tg.choose_attention(
+            settings(attn=attn), torch.device("cpu"), torch.float32
+        )
+        q, k, v = (torch.randn(2, 24, heads, 8) for heads in (4, 2, 2))
+        keys, values = (x.repeat_interleave(2, dim=2) for x in (k, v))
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, keys) / math.sqrt(8)
+        scores = scores.masked_fill(torch.ones(24, 24).triu(1).bool(), -math.inf)
+        want = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), values)
+        assert name == attn
+        torch.testing.assert_close(attend(q, k, v), want, atol=1e-5, rtol=1e-5)
+    finally:
+        for flag, on in zip(flags, before, strict=True):
+            getattr(torch.backends.cuda, f"enable_{flag}_sdp")(on)
+
+
+def test_a_named_attention_that_cannot_run_is_an_error_and_auto_says_why(monkeypatch):
+    with pytest.raises(tg.SettingsError, match=r"ATTN=fa3: cannot run here; use ATTN=auto"):
+        tg.choose_attention(settings(attn="fa3"), torch.device("cpu"), torch.float32)
+
+    def broken(name):
+        if name == "flash":
+            return lambda q, k, v: q * math.nan
+        return tg.attend_sdpa
+
+    monkeypatch.setattr(tg, "load_attention", broken)
+    name, _, passed_over = tg.choose_attention(settings(), torch.device("cpu"), torch.float32)
+    assert name == "cudnn"  # next in the order; it is the fake's
+    assert passed_over == ["attention:flash not used: it gave NaN"]
+
+
+def test_swa_run_ends_with_its_mean(byte_corpus: Path, cpu, capsys):
+    h = settings(
+        data_path=byte_corpus,
+        iterations=20,
+        warmdown_iters=20,
+        swa_enabled=1,
+        swa_every=2,
+        warmdown_max_fraction=1,
+    )
+    _, weights = tg.train(tg.GPT(h), load(h), h, cpu, tg.Log())
+    assert weights == "swa"
+    assert "swa:applying averaged 2 checkpoints" in capsys.readouterr().out
+
+
+def test_steps_see_every_token_once(byte_corpus: Path):
+    h = settings(data_path=byte_corpus)
+    stream = tg.TokenStream(byte_corpus, "train", 260)
+    seen = [stream.batch(step, h)[1].flatten() for step in range(8)]
+    assert torch.equal(torch.cat(seen), stream.read(1, 8 * h.train_batch_tokens))
+    for a, b in itertools.pairwise(stream.batch(s, h) for s in range(4)):
+        assert a[1][-1, -1] == b[0][0, 0]
