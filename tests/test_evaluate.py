@@ -76,8 +76,8 @@ def test_the_score_is_one_window_at_a_time_in_float64(model, cpu, seq_len, strid
     assert score.tokens == total == text_bytes + 1  # a BOS within is scored and has no bytes
     assert score.bytes == text_bytes
     assert score.nats == pytest.approx(nats, rel=1e-6)
-    assert score.bpb == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-6)
-    assert score.loss == pytest.approx(nats / total, rel=1e-6)
+    assert score.val_bpb == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-6)
+    assert score.val_loss == pytest.approx(nats / total, rel=1e-6)
 
 
 def test_sliding_with_the_whole_stride_is_plain(model, cpu):
@@ -123,4 +123,4 @@ def test_uniform_logits_score_log_of_the_vocabulary(cpu):
     score = tg.evaluate(
         lambda ids, last: torch.zeros(len(ids), last, 260), data, settings(), cpu, tg.Log()
     )
-    assert score.loss == pytest.approx(math.log(260), rel=1e-6)
+    assert score.val_loss == pytest.approx(math.log(260), rel=1e-6)

@@ -9,7 +9,16 @@ from conftest import randomize, settings
 
 import train_gpt as tg
 
-SWITCHES = ("unet_skips", "smear_gate", "bos_mask", "ve_enabled", "ln_scale", "tie_embeddings")
+SWITCHES = {
+    "unet_skips": (0, 1),
+    "smear_gate": (0, 1),
+    "bos_mask": (0, 1),
+    "ve_enabled": (0, 1),
+    "ln_scale": (0, 1),
+    "tie_embeddings": (0, 1),
+    "bigram_vocab_size": (0, 64),
+    "xsa_last_n": (0, 2),
+}
 
 
 def meta_model(**env: str) -> tg.GPT:
@@ -181,18 +190,16 @@ def test_last_positions_are_the_last_rows_of_all():
     )
 
 
-@pytest.mark.parametrize("on", list(itertools.product((0, 1), repeat=len(SWITCHES))))
-def test_no_logit_sees_a_later_token(on):
+@pytest.mark.parametrize("values", list(itertools.product(*SWITCHES.values())))
+def test_no_logit_sees_a_later_token(values):
     """Bit-equal before the changed token, for every combination of features."""
-    features = dict(zip(SWITCHES, on, strict=True))
-    if sum(on) % 2:  # in half of the combinations without these two, which take numbers
-        features |= {"bigram_vocab_size": 0, "xsa_last_n": 1}
+    features = dict(zip(SWITCHES, values, strict=True))
     model = randomize(tg.GPT(settings(**features))).eval()
     ids = torch.randint(1, 260, (1, 48), generator=torch.Generator().manual_seed(5))
     ids[0, 20] = tg.BOS_ID
     with torch.inference_mode():
         before = model.forward_logits(ids)
-        for t in (1, 20, 31, 47):
+        for t in (1, 20, 47):
             changed = ids.clone()
             changed[0, t] = 3 + (changed[0, t] + 100) % 256
             after = model.forward_logits(changed)

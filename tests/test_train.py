@@ -35,7 +35,7 @@ def test_ema_of_30_steps_is_far_from_the_start(byte_corpus: Path, cpu):
     data = load(h)
     tg.train(model, data, h, cpu, tg.Log())
     score = tg.evaluate(model.eval().forward_logits, data, h, cpu, tg.Log())
-    assert score.loss < math.log(260) - 1.5
+    assert score.val_loss < math.log(260) - 1.5
 
 
 def test_the_cut_of_a_step_changes_nothing_but_rounding(byte_corpus: Path, cpu):
