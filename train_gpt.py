@@ -29,11 +29,14 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import io
+import itertools
 import json
 import math
 import os
 import platform
 import re
+import signal
 import struct
 import sys
 import time
@@ -44,18 +47,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
-    # OpenMP threads spin at barriers, which beside one other busy process makes a step ten times
-    # slower. Spinning for a few microseconds only costs little there and is fastest where it is
-    # quiet. It must be said before torch loads.
-    os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+if __name__ == "__main__":
+    # OpenMP threads that spin long at barriers make a step ten times slower beside another busy
+    # process; a few microseconds are best everywhere. It must be said before torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# ---- Settings: what the run is told ----------------------------------------------------------
+# ---- Settings: what the run is told ----
 
 BYTES_LIMIT = 16_000_000  # the challenge's, decimal: this file and the artifact together
 EVAL_SECONDS_LIMIT = 600.0  # the challenge's, for scoring; training has its own
@@ -70,11 +73,15 @@ PRESETS = {
     # A newcomer's first run: the embedded corpus, steps instead of seconds, minutes on two cores.
     "cpu": "CORPUS=python NUM_LAYERS=2 MODEL_DIM=128 NUM_HEADS=2 NUM_KV_HEADS=1 VE_DIM=32 "
     "BIGRAM_VOCAB_SIZE=16384 BIGRAM_DIM=64 TRAIN_SEQ_LEN=512 TRAIN_BATCH_TOKENS=2048 "
-    "ITERATIONS=1000 WARMDOWN_ITERS=600 MAX_WALLCLOCK_SECONDS=0 MATRIX_LR=0.02 EMA_DECAY=0.97 "
+    "ITERATIONS=1200 WARMDOWN_ITERS=720 MAX_WALLCLOCK_SECONDS=0 MATRIX_LR=0.02 EMA_DECAY=0.97 "
     "TRAIN_LOG_EVERY=100 VAL_LOSS_EVERY=0 VAL_BATCH_SIZE=32768",
-    # PR #1124, whatever the defaults become.
-    "v9": "XSA_LAST_N=11 EVAL_STRIDE=64 NUM_LAYERS=11 MLP_MULT=3 BIGRAM_VOCAB_SIZE=2048",
+    # PR #1124: the defaults.
+    "v9": "",
 }
+
+
+# Variables of the published commands that have no effect yet.
+NOT_BUILT = ("GPTQ_ENABLED", "JEPA_CHUNK_SIZE", "LABEL_SMOOTHING", "STP_ENABLED", "TTT_ENABLED")
 
 
 class SettingsError(ValueError):
@@ -84,8 +91,8 @@ class SettingsError(ValueError):
 def setting(
     default: Any,
     doc: str,
-    low: float | None = None,
-    high: float | None = None,
+    low: float = -1e18,
+    high: float = 1e18,
     choices: tuple[str, ...] = (),
     in_artifact: bool = False,
 ) -> Any:
@@ -94,7 +101,7 @@ def setting(
     return dataclasses.field(default=default, metadata=about)
 
 
-# A setting that the model's function depends on: it travels in the artifact's header.
+# A setting that says what the model is: it travels in the artifact's header.
 of_model = functools.partial(setting, in_artifact=True)
 
 
@@ -117,7 +124,7 @@ class Hyperparameters:
     # Data
     corpus: str = of_model("fineweb10B", "data set family, for the two paths below")
     data_path: str = setting("", "shards; empty: ./data/datasets/<CORPUS>_sp<VOCAB_SIZE>")
-    tokenizer_path: str = setting("", "empty: ./data/tokenizers/fineweb_<VOCAB_SIZE>_bpe.model")
+    tokenizer_path: str = setting("", "empty: ./data/tokenizers/<CORPUS>_<VOCAB_SIZE>_bpe.model")
     vocab_size: int = of_model(1024, "tokens; 260: bytes", 5, 65_536)
     train_seq_len: int = of_model(2048, "tokens a sequence", 2, 2**24)
     train_batch_tokens: int = setting(786_432, "tokens a step", 2)
@@ -223,12 +230,9 @@ def parse_value(text: str, default: Any) -> Any:
             raise ValueError("must be 0 or 1")
         return text == "1"
     try:
-        value = type(default)(text)
-        if isinstance(value, str) or math.isfinite(value):
-            return value
+        return type(default)(text)
     except ValueError:
-        pass
-    raise ValueError(f"must be a {'whole' if isinstance(default, int) else 'finite'} number")
+        raise ValueError(f"must be a {'whole ' * isinstance(default, int)}number") from None
 
 
 def fault(f: "dataclasses.Field[Any]", value: Any) -> str | None:
@@ -238,10 +242,8 @@ def fault(f: "dataclasses.Field[Any]", value: Any) -> str | None:
         return f"{name}: must be of type {kind.__name__}"
     if about["choices"] and value not in about["choices"]:
         return f"{name}: must be one of {', '.join(about['choices'])}"
-    if about["low"] is not None and value < about["low"]:
-        return f"{name}: must be at least {about['low']}"
-    if about["high"] is not None and value > about["high"]:
-        return f"{name}: must be at most {about['high']}"
+    if kind is not str and not about["low"] <= value <= about["high"]:  # NaN neither
+        return f"{name}: must be from {about['low']} to {about['high']}"
     return None
 
 
@@ -264,7 +266,7 @@ def faults_together(h: Hyperparameters) -> list[str]:
     }
     values = {f.name.upper(): getattr(h, f.name) for f in dataclasses.fields(h)}
     return [
-        re.sub(r"[A-Z_]{5,}", lambda m: f"{m[0]}={values[m[0]]!r}", rule)
+        re.sub(r"[A-Z_]{5,}", lambda m: f"{m[0]}={values[m[0]]!r}", rule)  # every NAME
         for rule, broken in checks.items()
         if broken
     ]
@@ -278,7 +280,10 @@ def settings_notes(h: Hyperparameters, env: Mapping[str, str]) -> list[str]:
     notes = [
         f"rule: VOCAB_SIZE={h.vocab_size} sets {n}={rules[n]}" for n in rules if n not in known
     ]
-    for name in sorted(set(env) - set(names)):
+    for name in NOT_BUILT:
+        if env.get(name, "").strip("0."):
+            notes.append(f"warning: {name}={env[name]} has no effect: it is not built yet")
+    for name in sorted({*env} - {*names, *NOT_BUILT}):
         for near in difflib.get_close_matches(name, names, n=1, cutoff=0.88):
             notes.append(f"warning: {name} is no setting and changes nothing; is {near} meant?")
     return notes
@@ -316,7 +321,7 @@ def tokenizer_file(h: Hyperparameters) -> Path:
     return Path(h.tokenizer_path or f"./data/tokenizers/{family}_{h.vocab_size}_bpe.model")
 
 
-# ---- Runtime: where it runs ------------------------------------------------------------------
+# ---- Runtime: where it runs ----
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [B,T,H,d], k and v [B,T,K,d] -> [B,T,H,d]
 
@@ -348,44 +353,40 @@ def load_attention(name: str) -> Attend:
     return attend_sdpa
 
 
-def choose_attention(
-    h: Hyperparameters, device: torch.device, dtype: torch.dtype
-) -> tuple[str, Attend, list[str]]:
-    """The first back end that survives a small forward and backward, and why others did not.
+def compile_if(on: bool, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function compiled for fixed shapes, or itself."""
+    return torch.compile(function, dynamic=False, fullgraph=True) if on else function
 
-    Raises SettingsError when the one named by ATTN does not.
+
+def choose_kernels(
+    h: Hyperparameters, device: torch.device, dtype: torch.dtype
+) -> tuple[str, Attend, bool, list[str]]:
+    """The first attention that runs here forward and backward, compiled if it can be.
+
+    Returns its name, itself, whether compiled, and why others were passed over. SettingsError when
+    what ATTN or COMPILE asks for cannot run.
     """
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    cuda = device.type == "cuda"
+    hopper = cuda and torch.cuda.get_device_capability(device)[0] == 9
     order = ("fa3", "cudnn", "flash", "math") if hopper else ("flash", "cudnn", "math")
-    passed_over = []
-    for name in order if h.attn == "auto" else (h.attn,):
+    compiles = {"0": (False,), "1": (True,), "auto": (True, False) if cuda else (False,)}[h.compile]
+    heads, passed_over = (h.num_heads, h.num_kv_heads, h.num_kv_heads), []
+    shape = (1, h.train_seq_len, sum(heads), h.model_dim // h.num_heads)
+    for compiled, name in itertools.product(compiles, order if h.attn == "auto" else (h.attn,)):
         try:
             attend = load_attention(name)
-            heads = (h.num_heads, h.num_kv_heads, h.num_kv_heads)
-            shape = (2, 128, sum(heads), h.model_dim // h.num_heads)
-            qkv = torch.linspace(-1, 1, math.prod(shape)).sin().view(shape).to(device, dtype)
-            y = attend(*qkv.requires_grad_().split(heads, dim=2))
+            qkv = torch.linspace(-1, 1, math.prod(shape)).view(shape).to(device, dtype)
+            q, k, v = qkv.requires_grad_().split(heads, dim=2)
+            y = compile_if(compiled, lambda q, k, v: attend(q.sin(), k, v))(q, k, v)  # noqa: B023
             y.sum().backward()
             if y.isfinite().all() and qkv.grad.isfinite().all():
-                return name, attend, passed_over
-            passed_over.append(f"attention:{name} not used: it gave NaN")
-        except Exception as error:  # whatever a kernel raises, the next one may run
-            passed_over.append(f"attention:{name} not used: {error!r:.200}")
-    raise SettingsError(f"ATTN={h.attn}: cannot run here; use ATTN=auto\n" + "\n".join(passed_over))
-
-
-def choose_compiler(h: Hyperparameters, device: torch.device) -> tuple[bool, list[str]]:
-    """Whether to compile, and why not; by auto, on CUDA, if a small function compiles."""
-    if h.compile == "0" or (h.compile == "auto" and device.type == "cpu"):
-        return False, []
-    try:
-        x = torch.ones(8, device=device, requires_grad=True)
-        torch.compile(lambda t: (t.sin() * t).sum(), dynamic=False)(x).backward()
-    except Exception as error:  # no Triton, no C++ compiler, ...
-        if h.compile == "1":
-            raise SettingsError(f"COMPILE=1: fails here, use 0 or auto: {error!r:.300}") from None
-        return False, [f"compile:off, it fails here: {error!r:.300}"]
-    return True, []
+                return name, attend, compiled, passed_over
+            raise ArithmeticError("it gave NaN")
+        except Exception as error:  # whatever a kernel or a compiler raises, the next one may run
+            passed_over.append(f"attention:{name} compiled:{compiled} not used: {error!r:.200}")
+            torch.compiler.reset()
+    asked = f"ATTN={h.attn} COMPILE={h.compile}: cannot run here; use auto or COMPILE=0"
+    raise SettingsError("\n".join((asked, *passed_over)))
 
 
 @dataclass(frozen=True)
@@ -419,19 +420,24 @@ class Runtime:
             notes.append("dtype:fp32, this GPU has no bf16")
         if cuda:
             torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
-        attention, attend, passed_over = choose_attention(h, device, dtype)
-        compiled, reasons = choose_compiler(h, device)
-        return cls(device, dtype, attention, attend, compiled, [*notes, *passed_over, *reasons])
+        attention, attend, compiled, passed_over = choose_kernels(h, device, dtype)
+        return cls(device, dtype, attention, attend, compiled, [*notes, *passed_over])
 
     def compile(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The function compiled for fixed shapes, or itself."""
-        return torch.compile(function, dynamic=False, fullgraph=True) if self.compiled else function
+        """The function, compiled if this run compiles."""
+        return compile_if(self.compiled, function)
 
     def now(self) -> float:
         """Monotonic seconds when all work queued on the device is done."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+    def peak_memory_mib(self) -> tuple[int, int]:
+        """Most MiB of the GPU allocated and reserved so far; 0 on a CPU."""
+        if self.device.type != "cuda":
+            return 0, 0
+        return torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
 
     def describe(self) -> dict[str, Any]:
         """Device, choices and versions."""
@@ -457,15 +463,20 @@ class Log:
         self.watched = sys.stderr.isatty()
 
     def append(self, name: str, text: str) -> None:
-        """Add a line to a file of the run's folder."""
-        if self.folder:
-            with open(self.folder / name, "a", encoding="utf-8") as file:
-                file.write(text + "\n")
+        """Add a line to a file of the run's folder, or to the screen; a full disk ends no run."""
+        try:
+            if not name:
+                print(text, flush=True)
+            elif self.folder:
+                with open(self.folder / name, "a", encoding="utf-8") as file:
+                    file.write(text + "\n")
+        except OSError:  # nor does a closed pipe
+            pass
 
     def line(self, text: str) -> None:
         """Print a line and keep it in train.log."""
         self.progress("")
-        print(text, flush=True)
+        self.append("", text)
         self.append("train.log", text)
 
     def event(self, kind: str, **values: Any) -> None:
@@ -478,24 +489,24 @@ class Log:
             print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
-    """Let `write` fill a file object; a crash leaves the old file or the new one, never a part."""
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file; a crash leaves the old one or the new one, never a part."""
     partial = path.with_name(path.name + ".part")
     with open(partial, "wb") as file:
-        write(file)
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
 
 
-# ---- Data: what it eats ----------------------------------------------------------------------
+# ---- Data: what it eats ----
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 PROOF_TOKENS = 1_000_000  # validation tokens on which the byte table must agree with decoded text
 
 
 class DataError(ValueError):
-    """Data that cannot be used; the message names the file and the remedy."""
+    """Shards, tokenizer or artifact that cannot be used; the message names file and remedy."""
 
 
 def read_shard(path: Path) -> np.ndarray:
@@ -665,12 +676,17 @@ def load_data(h: Hyperparameters, log: Log) -> Data:
         log.line(f"byte_table:proven against {proven} bytes of decoded text")
         if unknown := int((val == tokenizer.unk_id()).sum()):
             log.line(f"warning: {unknown} validation tokens are unknown text, counted as 0 bytes")
+    if not table.count(val[:-1], val[1:]).any():
+        raise DataError(f"{folder}: the validation tokens stand for no text")
+    for path, other in itertools.product(val_stream.paths, train_stream.paths):
+        if path.samefile(other):
+            raise DataError(f"{path}: is {other} too: what is trained on cannot be scored")
     log.line(f"train_loader:dataset:{folder.name} train_shards:{len(train_stream.paths)}")
     log.line(f"val_loader:shards pattern={val_stream.pattern} tokens:{len(val) - 1}")
     return Data(val, table, train_stream)
 
 
-# ---- Model: what it is -----------------------------------------------------------------------
+# ---- Model: what it is ----
 # A class with parameters states their roles; ROLE_POLICY, under Optimizers, gives each role its
 # optimizer, rate, decay and stored bits. Nothing is chosen by a parameter's name.
 
@@ -956,7 +972,11 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
     return roles
 
 
-# ---- Evaluate: how it is judged --------------------------------------------------------------
+# ---- Evaluate: how it is judged ----
+
+
+class DivergenceError(RuntimeError):
+    """Training went wrong: a loss or a weight is no finite number; the message says where."""
 
 
 class Score(NamedTuple):
@@ -985,17 +1005,14 @@ def window_batches(
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Batches of `size` windows and at how many last positions they score.
 
-    The first sliding window scores at all and stands alone, so that the head and the loss run on
-    the last `stride` of the others only. The last batch is filled with windows that score nothing:
-    compiled code then meets two shapes.
+    The first sliding window scores everything and comes first, so that head and loss run on the
+    last `stride` positions of all others. Batches are filled up with windows that score nothing:
+    compiled code meets the shape of plain evaluation and one more.
     """
-    alone = int(stride < seq_len)
-    if alone:
-        yield windows[:1], seq_len
-    for at in range(alone, len(windows), size):
-        batch = windows[at : at + size]
-        filler = np.array([[0, np.iinfo(np.int64).max]]).repeat(size - len(batch), axis=0)
-        yield np.concatenate((batch, filler)), stride
+    starts = (0, *range(size if stride == seq_len else 1, len(windows), size), len(windows))
+    for at, end in itertools.pairwise(starts):
+        filler = np.array([[0, np.iinfo(np.int64).max]]).repeat(size - (end - at), axis=0)
+        yield np.concatenate((windows[at:end], filler)), stride if at else seq_len
 
 
 @torch.inference_mode()
@@ -1032,17 +1049,23 @@ def evaluate(
         for i, of_token in enumerate((nats.view_as(nbytes), scored, nbytes)):
             sums[i] += of_token.double().where(scored, 0).sum()
         log.progress(f"scoring window {min(n * size, len(windows))} of {len(windows)}")
+        if n == 1:
+            mark = rt.now()  # what is compiled for the first batches is behind
+        elif n == 4 and stride < seq_len:
+            expected = (rt.now() - mark) / 3 * len(windows) / size
+            over = ": OVER THE LIMIT" * (expected > EVAL_SECONDS_LIMIT)
+            log.line(f"sliding_window stride:{stride} expected_time:{expected:.0f}s{over}")
     log.progress("")
     nats, count, nbytes = sums.tolist()
     if count != total:
         raise RuntimeError(f"scored {count:.0f} tokens of {total}")
-    if not nbytes:
-        raise DataError("the validation tokens stand for no text: check DATA_PATH")
+    if not math.isfinite(nats):
+        raise DivergenceError("the score is no finite number: the weights have diverged")
     bpb = nats / math.log(2) / nbytes
     return Score(nats / total, bpb, nats, total, int(nbytes), rt.now() - began)
 
 
-# ---- Optimizers: how it learns ---------------------------------------------------------------
+# ---- Optimizers: how it learns ----
 
 
 class Policy(NamedTuple):
@@ -1062,14 +1085,14 @@ ROLE_POLICY = {
 }
 
 
-def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
+def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """About U V^T of each matrix U S V^T of a stack [n, rows, cols], by Muon's quintic iteration.
 
     Singular values above 0.002 of the Frobenius norm end in [0.67, 1.21] after five steps; smaller
-    ones stay smaller. bfloat16 on CUDA, float32 on a CPU. (Jordan et al. 2024, Muon.)
+    ones stay smaller. (Jordan et al. 2024, Muon; bfloat16 is precise enough.)
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
+    x = matrices.to(dtype)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
@@ -1082,11 +1105,17 @@ def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
 class Muon:
     """Nesterov momentum, orthogonalised; matrices of one shape are one stack [n, rows, cols]."""
 
-    def __init__(self, matrices: Sequence[Tensor], weight_decay: float, ns_steps: int) -> None:
+    def __init__(
+        self,
+        matrices: Sequence[Tensor],
+        weight_decay: float,
+        ns_steps: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         shapes = sorted({p.shape for p in matrices})
         self.stacks = [[p for p in matrices if p.shape == shape] for shape in shapes]
         self.momenta = [torch.zeros_like(torch.stack(stack)) for stack in self.stacks]
-        self.weight_decay, self.ns_steps = weight_decay, ns_steps
+        self.weight_decay, self.ns_steps, self.dtype = weight_decay, ns_steps, dtype
 
     @torch.no_grad()
     def step(self, lr: float, momentum: float) -> None:
@@ -1094,7 +1123,8 @@ class Muon:
         for stack, buffer in zip(self.stacks, self.momenta, strict=True):
             gradient = torch.stack([p.grad for p in stack])
             buffer.mul_(momentum).add_(gradient)
-            update = newton_schulz(gradient.add_(buffer, alpha=momentum), self.ns_steps)
+            nesterov = gradient.add_(buffer, alpha=momentum)
+            update = newton_schulz(nesterov, self.ns_steps, self.dtype)
             rows, cols = stack[0].shape
             torch._foreach_mul_(stack, 1 - lr * self.weight_decay)
             update = update.to(buffer.dtype).mul_(-lr * max(1, rows / cols) ** 0.5)
@@ -1110,7 +1140,7 @@ class Optimizers:
         for role, policy in ROLE_POLICY.items():
             params = [p for name, p in model.named_parameters() if roles[name] == role]
             if policy.optimizer == "muon":
-                self.muon = Muon(params, getattr(h, policy.decay), h.muon_backend_steps)
+                self.muon = Muon(params, h.muon_wd, h.muon_backend_steps, model.dtype)
             elif params:
                 untied = role == "embed" and not h.tie_embeddings
                 lr = getattr(h, "embed_lr" if untied else policy.lr)
@@ -1140,15 +1170,17 @@ def muon_momentum(step: int, h: Hyperparameters) -> float:
 def lr_scale(step: int, elapsed: float, h: Hyperparameters) -> float:
     """Factor of the learning rates at a step, `elapsed` training seconds in: 1, then down to 0.
 
-    It reaches 0 with the end of the run, be it set by the seconds or by ITERATIONS. The records'
-    rule looks at the seconds alone: with both limits set it can stop high, and on a machine where
-    WARMDOWN_ITERS steps outlast the cap it falls from the first step on.
+    It is 0 where the run ends, be that by seconds or by ITERATIONS. The records' rule knows the
+    seconds alone: it can stop high, and fall from the start where WARMDOWN_ITERS outlast the cap.
     """
+    published, cap = h.warmdown_published, h.max_wallclock_seconds
     warmdown, left = float(h.warmdown_iters), float(h.iterations - step)
-    if h.max_wallclock_seconds and elapsed:
-        capped = max(h.max_wallclock_seconds - elapsed, 0.0) * max(step, 1) / elapsed
-        left = capped if h.warmdown_published else min(left, capped)
-    if not h.warmdown_published:
+    if cap and elapsed:
+        capped = max(cap - elapsed, 0.0) * max(step, 1) / elapsed
+        left = capped if published else min(left, capped)
+    elif cap and published:
+        return 1.0
+    if not published:
         warmdown = min(warmdown, h.warmdown_max_fraction * (step + left))
     return min(left / warmdown, 1.0) if warmdown else 1.0
 
@@ -1175,22 +1207,22 @@ class WeightAverage:
         torch._foreach_lerp_(self.mean, self.params, weight)
         self.count += 1
 
+    def weights(self) -> list[Tensor]:
+        """The average, or the last weights if nothing was averaged."""
+        return self.mean if self.count else self.params
+
     def apply(self, log: Log) -> str:
-        """Give the model the average, if there is one; returns ema, swa or raw."""
-        if self.count:
-            torch._foreach_copy_(self.params, self.mean)
-        if self.h.swa_enabled:
-            log.line(f"swa:applying averaged {self.count} checkpoints")
-        elif self.count:
-            log.line("ema:applying EMA weights")
-        return ("swa" if self.h.swa_enabled else "ema") if self.count else "raw"
+        """Give the model the average; returns ema, swa, or raw if nothing was averaged."""
+        if not self.count:
+            log.line("average:none was taken; the last weights are used as they are")
+            return "raw"
+        torch._foreach_copy_(self.params, self.mean)
+        swa = f"swa:applying averaged {self.count} checkpoints"
+        log.line(swa if self.h.swa_enabled else "ema:applying EMA weights")
+        return "swa" if self.h.swa_enabled else "ema"
 
 
-# ---- Training: the clock, the step, the loop -------------------------------------------------
-
-
-class TrainingError(RuntimeError):
-    """Training that cannot go on; the message names the step and the remedy."""
+# ---- Training: the clock, the step, the loop ----
 
 
 class TrainingClock:
@@ -1220,27 +1252,25 @@ class TrainingClock:
 
     def step_launched(self, loss: Tensor) -> None:
         """Take note of a step by its loss."""
-        if self.rt.device.type == "cuda":
-            host = torch.empty((), dtype=loss.dtype, pin_memory=True)
-            host.copy_(loss, non_blocking=True)
-            self.running.append((torch.cuda.current_stream().record_event(), host))
-        else:
-            self.running.append((None, loss))
-        while len(self.running) > (self.rt.device.type == "cuda"):
+        host = loss.to("cpu", non_blocking=True)  # from a GPU, into pinned memory
+        event = torch.cuda.current_stream().record_event() if loss.is_cuda else None
+        self.running.append((event, host))
+        while len(self.running) > loss.is_cuda:
             self.finish_step()
 
     def finish_step(self) -> None:
-        """Wait for the oldest running step; TrainingError if its loss is not finite."""
+        """Wait for the oldest running step; DivergenceError if its loss is not finite."""
         event, loss = self.running.popleft()
         if event is not None:
             event.synchronize()
-        seconds, self.mark = time.perf_counter() - self.mark, time.perf_counter()
-        self.elapsed += seconds
-        self.recent.append(seconds)
+        began, self.mark = self.mark, time.perf_counter()
+        self.recent.append(self.mark - began)
+        self.elapsed += self.recent[-1]
         self.losses.append(loss.item())
-        if not math.isfinite(loss):
+        if not math.isfinite(self.losses[-1]):
             remedy = "lower MATRIX_LR, SCALAR_LR and TIED_EMBED_LR or look at the data"
-            raise TrainingError(f"step {len(self.losses)}: the loss is {loss.item()}; {remedy}")
+            found = f"step {len(self.losses)}: the loss is {self.losses[-1]}"
+            raise DivergenceError(f"{found}; {remedy}")
 
     def spent(self) -> bool:
         """Whether the running steps and one more, as slow as any recent one, pass the cap."""
@@ -1275,9 +1305,10 @@ def warm_up(
 ) -> None:
     """Compile and load what a step needs, on random tokens, and put the weights back.
 
-    Optimizers and random state are its own: it leaves no trace. On a CPU nothing needs it.
+    Optimizers and random state are its own: it leaves no trace.
     """
     if rt.device.type == "cpu" and not rt.compiled:
+        log.line("warmup:skipped, an eager CPU has nothing to warm")
         return
     weights = [p.detach().clone() for p in model.parameters()]
     optimizers, generator = Optimizers(model, h), torch.Generator().manual_seed(h.seed)
@@ -1291,52 +1322,66 @@ def warm_up(
 
 def train(
     model: GPT, data: Data, h: Hyperparameters, rt: Runtime, log: Log
-) -> tuple[TrainingClock, str]:
-    """Train in place until ITERATIONS or the cap; the clock, and which average the model has."""
+) -> tuple[TrainingClock, WeightAverage]:
+    """Train in place until ITERATIONS or the cap; the clock, and the average, not applied yet."""
     loss_of, forward_logits = rt.compile(model), rt.compile(model.forward_logits)
     model.train()
     warm_up(model, loss_of, h, rt, log)
     optimizers, average = Optimizers(model, h), WeightAverage(model, h)
     clock = TrainingClock(rt, h.max_wallclock_seconds)
-    step = 0
-    while True:
-        done = step >= h.iterations or clock.spent()
-        if done or (h.val_loss_every and step % h.val_loss_every == 0):
+    step = logged = 0
+    while step < h.iterations and not clock.spent():
+        if h.val_loss_every and step % h.val_loss_every == 0:
             clock.pause()
-            model.eval()
-            score = evaluate(forward_logits, data, h, rt, log, seq_len=h.train_seq_len)
-            model.train()
-            log_step(log, h, clock, step, val_loss=score.val_loss, val_bpb=score.val_bpb)
+            validate(model, forward_logits, data, h, rt, log, clock)
             clock.resume()
-        if done:
-            break
         scale = lr_scale(step, clock.elapsed, h)
         loss = train_step(loss_of, optimizers, data.train.batch(step, h), step, scale, rt)
         clock.step_launched(loss)
         step += 1
         average.update(step, scale)
-        if finished := len(clock.losses):
-            if finished <= 10 or (h.train_log_every and finished % h.train_log_every == 0):
-                log_step(log, h, clock, finished, train_loss=clock.losses[-1])
-            left = (h.iterations - step) * clock.elapsed / finished
+        if step == h.iterations:
+            clock.pause()  # and log the last one too
+        if len(clock.losses) > logged:
+            logged = len(clock.losses)
+            if logged <= 10 or (h.train_log_every and logged % h.train_log_every == 0):
+                log_step(log, h, clock, train_loss=clock.losses[-1])
+            left = (h.iterations - step) * clock.elapsed / logged
             left = min(left, clock.cap - clock.elapsed) if clock.cap else left
             log.progress(f"step {step}  loss {clock.losses[-1]:.4f}  {left:.0f} s left to train")
     if step < h.iterations:
-        time_ms = 1000 * clock.elapsed
-        log.line(f"stopping_early: wallclock_cap train_time:{time_ms:.0f}ms step:{step}")
-    return clock, average.apply(log)
+        clock.pause()
+        at = f"train_time:{1000 * clock.elapsed:.0f}ms step:{step}/{h.iterations}"
+        log.line(f"stopping_early: wallclock_cap {at}")
+    return clock, average
 
 
-def log_step(log: Log, h: Hyperparameters, clock: TrainingClock, step: int, **of: float) -> None:
-    """Log values of a step with the time it was reached."""
+def validate(
+    model: GPT,
+    forward_logits: Callable[..., Tensor],
+    data: Data,
+    h: Hyperparameters,
+    rt: Runtime,
+    log: Log,
+    clock: TrainingClock,
+) -> None:
+    """Log the plain score of the weights as they are, at the training length."""
+    model.eval()
+    score = evaluate(forward_logits, data, h, rt, log, seq_len=h.train_seq_len)
+    model.train()
+    log_step(log, h, clock, val_loss=score.val_loss, val_bpb=score.val_bpb)
+
+
+def log_step(log: Log, h: Hyperparameters, clock: TrainingClock, **of: float) -> None:
+    """Log values of the last finished step with its time."""
+    step, time_ms = len(clock.losses), 1000 * clock.elapsed
     values = " ".join(f"{name}:{value:.4f}" for name, value in of.items())
-    time_ms = 1000 * clock.elapsed
     average = f"step_avg:{time_ms / max(step, 1):.2f}ms"
     log.line(f"step:{step}/{h.iterations} {values} train_time:{time_ms:.0f}ms {average}")
     log.event("step", step=step, seconds=clock.elapsed, **of)
 
 
-# ---- Quantize and pack: how it is shrunk -----------------------------------------------------
+# ---- Quantize and pack: how it is shrunk ----
 
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)  # of a row's largest weight
 
@@ -1366,6 +1411,8 @@ def quantize(model: GPT) -> dict[str, Tensor]:
     """The arrays of the artifact by name, on the CPU, from the model's weights."""
     roles, arrays = parameter_roles(model), {}
     for name, p in model.state_dict().items():
+        if not p.isfinite().all():
+            raise DivergenceError(f"{name} is not finite: the weights have diverged")
         bits = ROLE_POLICY[roles[name]].bits
         if bits == 16:
             arrays[name] = p.half().cpu()
@@ -1375,13 +1422,9 @@ def quantize(model: GPT) -> dict[str, Tensor]:
     return arrays
 
 
-class ArtifactError(ValueError):
-    """A file that is no artifact, or a damaged one; the message says how that shows."""
-
-
-# An artifact is this header, the model's settings as JSON, and its arrays compressed. The header
-# holds magic, version, codec, bytes of settings, payload and arrays, and a SHA-256 of all but it.
-HEADER = struct.Struct("<8sHHIQQ32s")
+# An artifact is this header, the model's settings as JSON, which say all shapes, and its arrays
+# compressed. The header holds magic, version, codec, bytes of settings, SHA-256 of all but itself.
+HEADER = struct.Struct("<8sHHI32s")
 MAGIC, VERSION = b"PGOLFGPT", 1
 CODECS = ("zstd", "lzma")  # by number in the header
 
@@ -1452,7 +1495,7 @@ def pack(h: Hyperparameters, arrays: Mapping[str, Tensor]) -> bytes:
     raw = b"".join(arrays[name].numpy().astype(dtype).tobytes() for name, dtype, _ in layout)
     payload = compress(h.compressor, raw)
     settings = json.dumps(model_settings(h), separators=(",", ":")).encode()
-    fields = (VERSION, CODECS.index(h.compressor), len(settings), len(payload), len(raw))
+    fields = (VERSION, CODECS.index(h.compressor), len(settings))
     unsigned = HEADER.pack(MAGIC, *fields, b"")
     digest = hashlib.sha256(unsigned + settings + payload).digest()
     return HEADER.pack(MAGIC, *fields, digest) + settings + payload
@@ -1461,84 +1504,79 @@ def pack(h: Hyperparameters, arrays: Mapping[str, Tensor]) -> bytes:
 def unpack(blob: bytes, h: Hyperparameters) -> tuple[Hyperparameters, dict[str, np.ndarray]]:
     """Settings and arrays of an artifact; `h` gives the settings that do not travel.
 
-    Lengths, checksum, settings are checked before arrays are allocated; raises ArtifactError.
+    Checksum and settings are checked before arrays are allocated. Raises all sorts of Exceptions.
     """
-    if len(blob) < HEADER.size:
-        raise ArtifactError(f"{len(blob)} bytes are no artifact")
     fields, body = HEADER.unpack_from(blob), blob[HEADER.size :]
-    magic, version, codec, settings_size, payload_size, raw_size, digest = fields
-    if (magic, version) != (MAGIC, VERSION) or codec >= len(CODECS):
-        raise ArtifactError(f"magic {magic}, version {version}, codec {codec}: no artifact of ours")
-    if len(body) != settings_size + payload_size:
-        raise ArtifactError(f"{len(blob)} bytes are not as many as the header claims")
-    if hashlib.sha256(HEADER.pack(*fields[:-1], b"") + body).digest() != digest:
-        raise ArtifactError("the checksum does not fit: the file is damaged")
-    try:
-        settings = json.loads(body[:settings_size])
-        if settings.keys() != model_settings(h).keys():
-            raise ArtifactError("the settings are not those of this program")
-        h = dataclasses.replace(h, **settings)
-    except (ValueError, AttributeError) as error:
-        raise ArtifactError(f"settings of no model: {error}") from None
+    magic, version, codec, settings_size, digest = fields
+    expect((magic, version) == (MAGIC, VERSION), f"magic {magic}, version {version}: not ours")
+    signed = HEADER.pack(*fields[:-1], b"") + body
+    expect(hashlib.sha256(signed).digest() == digest, "the checksum does not fit: it is damaged")
+    settings = json.loads(body[:settings_size])
+    expect(settings.keys() == model_settings(h).keys(), "its settings are not this program's")
+    # The batch does not travel; one sequence is legal with any length.
+    h = dataclasses.replace(h, **settings, train_batch_tokens=settings["train_seq_len"])
     layout, at, arrays = artifact_layout(h), 0, {}
     needed = sum(np.dtype(dtype).itemsize * math.prod(shape) for _, dtype, shape in layout)
-    if raw_size != needed:
-        raise ArtifactError(f"{raw_size} bytes of arrays, but its settings need {needed}")
-    try:
-        raw = decompress(CODECS[codec], body[settings_size:], raw_size)
-    except Exception as error:  # each codec has errors of its own
-        raise ArtifactError(f"the arrays do not decompress: {error}") from None
-    if len(raw) != raw_size:
-        raise ArtifactError(f"{len(raw)} bytes of arrays, but the header claims {raw_size}")
+    raw = decompress(CODECS[codec], body[settings_size:], needed)
+    expect(len(raw) == needed, f"{len(raw)} bytes of arrays, but its settings need {needed}")
     for name, dtype, shape in layout:
         arrays[name] = np.frombuffer(raw, dtype, math.prod(shape), at).reshape(shape)
         at += arrays[name].nbytes
     return h, arrays
 
 
+def expect(true: bool, else_fault: str) -> None:
+    """ValueError unless true."""
+    if not true:
+        raise ValueError(else_fault)
+
+
 def load_artifact(path: Path, h: Hyperparameters) -> tuple[Hyperparameters, dict[str, Tensor]]:
-    """Settings and float32 weights by parameter name of an artifact on disk."""
+    """Settings and float32 weights by parameter name of an artifact on disk; or DataError."""
     try:
         h, arrays = unpack(path.read_bytes(), h)
-    except (OSError, ArtifactError) as error:
-        raise ArtifactError(f"{path}: {error}") from None
+    except Exception as error:  # of the file, struct, json, the settings, each codec
+        raise DataError(f"{path}: cannot be read as an artifact: {error!r}") from None
     weights = {name: torch.tensor(array, dtype=torch.float32) for name, array in arrays.items()}
-    for name in [name for name in weights if name.endswith(".codes")]:
-        name = name.removesuffix(".codes")
-        scales = weights.pop(f"{name}.scales")
-        weights[name] = weights.pop(f"{name}.codes") * scales[:, None]
+    for name in [name.removesuffix(".codes") for name in weights if name.endswith(".codes")]:
+        weights[name] = weights.pop(f"{name}.codes") * weights.pop(f"{name}.scales")[:, None]
     return h, weights
 
 
-# ---- Run: how it all goes --------------------------------------------------------------------
+# ---- Run: how it all goes ----
 
 
 def run(h: Hyperparameters, rt: Runtime, data: Data, folder: Path, log: Log) -> dict[str, Any]:
     """Train, save, quantize, pack, read back and score: the README's stages. Returns the result."""
-    began = rt.now()
-    source = Path(__file__).read_bytes()
-    write_atomically(folder / "train_gpt.py", lambda file: file.write(source))
+    began, source = rt.now(), Path(__file__).read_bytes()
+    require_compressor(h.compressor)
+    write_atomically(folder / SOURCE_COPY, source)
     torch.manual_seed(h.seed)
     model = GPT(h, rt.attend, rt.dtype).to(rt.device)
     log_model(model, h, rt, log)
 
-    clock, weights = train(model, data, h, rt, log)
+    clock, average = train(model, data, h, rt, log)
+    names, saved = [name for name, _ in model.named_parameters()], io.BytesIO()
+    weights = {name: p.cpu() for name, p in zip(names, average.weights(), strict=True)}
+    torch.save({"settings": model_settings(h), "weights": weights}, saved)
+    write_atomically(folder / "final_model.pt", saved.getvalue())
+    forward_logits = rt.compile(model.forward_logits)
+    validate(model, forward_logits, data, h, rt, log, clock)
+    log.line("peak memory allocated: {} MiB reserved: {} MiB".format(*rt.peak_memory_mib()))
+    kind = average.apply(log)
     model.eval()
-    saved = {name: p.cpu() for name, p in model.state_dict().items()}
-    saved = {"settings": model_settings(h), "weights": saved}
-    write_atomically(folder / "final_model.pt", lambda file: torch.save(saved, file))
-    float_score = evaluate(rt.compile(model.forward_logits), data, h, rt, log)
-    log_score(log, "DIAGNOSTIC post_ema", float_score)
 
     pack_began = rt.now()
     blob = pack(h, quantize(model))
-    write_atomically(folder / "final_model.int6.ptz", lambda file: file.write(blob))
-    pack_seconds = rt.now() - pack_began
-    total = len(source) + len(blob)
+    write_atomically(folder / "final_model.int6.ptz", blob)
+    pack_seconds, total = rt.now() - pack_began, len(source) + len(blob)
+    log.line(f"Serialized model: {saved.tell()} bytes")
     log.line(f"Code size: {len(source)} bytes")
     log.line(f"Serialized model int6+{h.compressor}: {len(blob)} bytes")
     log.line(f"Total submission size int6+{h.compressor}: {total} bytes")
 
+    float_score = evaluate(forward_logits, data, h, rt, log)
+    log_score(log, "DIAGNOSTIC post_ema", float_score)
     scores = score_artifact(folder / "final_model.int6.ptz", h, rt, data, log)
     eval_seconds = sum(score.seconds for score in scores.values())
     verdicts = {}
@@ -1548,7 +1586,7 @@ def run(h: Hyperparameters, rt: Runtime, data: Data, folder: Path, log: Log) -> 
         ("total_bytes", total, BYTES_LIMIT),
     ):
         verdicts[name] = "PASS" if value <= most else "FAIL"
-        log.line(f"limit:{name} {value:,.0f} of {most:,.0f} {verdicts[name]}")
+        log.line(f"limit:{name} {value:,.1f} of {most:,.1f} {verdicts[name]}")
     return {
         "status": "over a limit" if "FAIL" in verdicts.values() else "ok",
         "verdicts": verdicts,
@@ -1556,10 +1594,11 @@ def run(h: Hyperparameters, rt: Runtime, data: Data, folder: Path, log: Log) -> 
         "bytes": {"code": len(source), "model": len(blob), "total": total},
         "seconds": {"train": clock.elapsed, "pack": pack_seconds, "total": rt.now() - began},
         "steps": len(clock.losses),
+        "tokens_per_second": len(clock.losses) * h.train_batch_tokens / (clock.elapsed or 1),
+        "peak_memory_mib": rt.peak_memory_mib()[0],
         "train_losses": clock.losses,
-        "weights": weights,
+        "weights": kind,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "settings": dataclasses.asdict(h),
         "machine": rt.describe(),
         "code_sha256": hashlib.sha256(source).hexdigest(),
         "val_sha256": hashlib.sha256(data.val.numpy().tobytes()).hexdigest(),
@@ -1569,22 +1608,21 @@ def run(h: Hyperparameters, rt: Runtime, data: Data, folder: Path, log: Log) -> 
 
 def log_model(model: GPT, h: Hyperparameters, rt: Runtime, log: Log) -> None:
     """The challenge's conventional lines on model, machine and settings."""
-
-    def settings(*names: str) -> str:
-        return " ".join(f"{name}:{getattr(h, name)}" for name in names)
-
-    stacks = Optimizers(model, h).muon.stacks
+    roles = parameter_roles(model)
+    shapes = [p.shape for name, p in model.named_parameters() if roles[name] == "matrix"]
     xsa = [layer for layer, block in enumerate(model.blocks) if block.attn.xsa]
     log.line(f"model_params:{sum(p.numel() for p in model.parameters())}")
-    log.line(f"muon:{sum(len(stack) for stack in stacks)} matrices in {len(stacks)} stacks")
+    log.line(f"muon:{len(shapes)} matrices in {len(set(shapes))} stacks")
     log.line(f"XSA:last_{h.xsa_last_n} active_layers:{xsa}")
     log.line(f"world_size:1 grad_accum_steps:{micro_batches(h)}")
     log.line(" ".join(f"{name}:{value}" for name, value in rt.describe().items()))
-    log.line("attention_mode:gqa " + settings("num_heads", "num_kv_heads"))
-    rates = ("tie_embeddings", "tied_embed_lr", "head_lr", "matrix_lr", "scalar_lr")
-    log.line(settings(*rates))
-    log.line(settings("train_batch_tokens", "train_seq_len", "iterations", "warmup_steps"))
-    log.line(settings("max_wallclock_seconds", "seed"))
+    for lead, names in (
+        ("attention_mode:gqa ", "num_heads num_kv_heads"),
+        ("", "tie_embeddings tied_embed_lr head_lr matrix_lr scalar_lr"),
+        ("", "train_batch_tokens train_seq_len iterations warmup_steps max_wallclock_seconds"),
+        ("", "seed"),
+    ):
+        log.line(lead + " ".join(f"{name}:{getattr(h, name)}" for name in names.split()))
 
 
 def log_score(log: Log, name: str, score: Score, stride: int = 0) -> None:
@@ -1609,9 +1647,6 @@ def score_artifact(
     log_score(log, "final_int6_roundtrip", scores["plain"])
     seq_len = h.eval_seq_len or h.train_seq_len
     if 0 < h.eval_stride < seq_len:
-        expected = scores["plain"].seconds * seq_len / h.eval_stride
-        over = f": over the limit of {EVAL_SECONDS_LIMIT:.0f} s" * (expected > EVAL_SECONDS_LIMIT)
-        log.line(f"sliding_window stride:{h.eval_stride} expected_time:{expected:.0f}s{over}")
         scores["sliding"] = evaluate(forward_logits, data, h, rt, log, stride=h.eval_stride)
         log_score(log, "final_int6_sliding_window", scores["sliding"], h.eval_stride)
     # The community's tools look for the score under this name, whatever packed it.
@@ -1619,14 +1654,20 @@ def score_artifact(
     return scores
 
 
+SOURCE_COPY = "train_gpt.py"  # in the run's folder; where it stands a run has begun
+
+
 def open_folder(h: Hyperparameters) -> Path:
-    """The run's new folder; SettingsError where a run stands already or nothing can be written."""
+    """The run's new folder; SettingsError where a run has begun or nothing can be written."""
     run_id = h.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-s{h.seed}-{os.getpid()}"
     folder = Path(h.run_dir or f"logs/{run_id}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "train.log").open("x").close()
-    except OSError as error:  # a run stands there, no permission, no space, ...
+        if (folder / SOURCE_COPY).exists():
+            raise FileExistsError("a run stands there")
+        for name in ("train.log", "events.jsonl"):
+            (folder / name).write_bytes(b"")
+    except OSError as error:
         remedy = "choose another RUN_ID or RUN_DIR"
         raise SettingsError(f"RUN_DIR={folder}: no place for a run: {error}; {remedy}") from None
     return folder
@@ -1635,9 +1676,8 @@ def open_folder(h: Hyperparameters) -> Path:
 FAILURES = (  # status and exit status by the kind of error; the first that fits
     (SettingsError, "settings", 2),
     (DataError, "data", 2),
-    (ArtifactError, "artifact", 2),
     (torch.OutOfMemoryError, "out of memory", 3),
-    (TrainingError, "diverged", 4),
+    (DivergenceError, "diverged", 4),
     (KeyboardInterrupt, "interrupted", 5),
     (BaseException, "failed", 6),
 )
@@ -1655,31 +1695,33 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
     log, result = Log(), {"status": "ok"}
     try:
         h = Hyperparameters.from_env(env)
+        notes = [] if artifact else settings_notes(h, env)
         if artifact:
             h, _ = load_artifact(artifact, h)
         else:
             log = Log(open_folder(h))
             log.line(f"{log.folder}/train.log")
-        require_compressor(h.compressor)
+            result["settings"] = dataclasses.asdict(h)
         rt = Runtime.start(h, env)
-        for note in (*settings_notes(h, env), *rt.notes):
+        for note in (*notes, *rt.notes):
             log.line(note)
         data = load_data(h, log)
         if artifact:
             score_artifact(artifact, h, rt, data, log)
         else:
-            result = run(h, rt, data, log.folder, log)
+            result |= run(h, rt, data, log.folder, log)
         status = int(result["status"] != "ok")
     except BaseException as error:
-        word, status = next(f[1:] for f in FAILURES if isinstance(error, f[0]))
-        reason = str(error) if status in (2, 4) else traceback.format_exc()
-        result = {"status": word, "reason": reason}
-        log.line(f"error: {reason}")
+        result["status"], status = next(f[1:] for f in FAILURES if isinstance(error, f[0]))
+        result["reason"] = str(error) if status in (2, 3, 4) else traceback.format_exc()
+        if status == 3:
+            result["reason"] += "; lower MICRO_BATCH_TOKENS to train, VAL_BATCH_SIZE to score"
+        log.line(f"error: {result['reason']}")
     if log.folder:
-        text = json.dumps(result, indent=2).encode()
-        write_atomically(log.folder / "result.json", lambda file: file.write(text))
+        write_atomically(log.folder / "result.json", json.dumps(result, indent=2).encode())
     return status
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the result is written
     sys.exit(main(sys.argv[1:], os.environ))

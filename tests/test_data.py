@@ -243,6 +243,21 @@ def test_loading_checks_tokenizer_and_data(tmp_path: Path, capsys):
         assert says in str(error.value)
 
 
+@pytest.mark.parametrize("tokens", [[1] * 200, [0, 1, 2, 3] * 50])
+def test_validation_without_text_is_refused_before_training(tmp_path: Path, tokens):
+    make_split(tmp_path / "d", [tokens], "val")
+    make_split(tmp_path / "d", [tokens], "train")
+    with pytest.raises(tg.DataError, match="no text"):
+        tg.load_data(settings(data_path=tmp_path / "d"), tg.Log())
+
+
+def test_what_is_trained_on_is_not_scored(tmp_path: Path):
+    make_split(tmp_path / "d", [[1, *range(4, 100)]], "val")
+    (tmp_path / "d/fineweb_train_000000.bin").hardlink_to(tmp_path / "d/fineweb_val_000000.bin")
+    with pytest.raises(tg.DataError, match="cannot be scored"):
+        tg.load_data(settings(data_path=tmp_path / "d"), tg.Log())
+
+
 def test_unknown_text_is_said(tmp_path: Path, capsys):
     tokenizer = train_tokenizer(tmp_path, "m.model", **KINDS["no_fallback"])
     ids = [t for text in [*TEXTS * 9, "\u2603 snowman"] for t in (1, *tokenizer.encode(text))]

@@ -36,7 +36,7 @@ def test_every_position_is_scored_once_with_its_context(total, seq_len, stride, 
 def test_batches_have_two_shapes():
     windows = tg.plan_windows(1000, 64, 16)
     shapes = {(len(b), last) for b, last in tg.window_batches(windows, 64, 16, 8)}
-    assert shapes == {(1, 64), (8, 16)}
+    assert shapes == {(8, 64), (8, 16)}
     plain = tg.plan_windows(1000, 64, 64)
     assert {(len(b), last) for b, last in tg.window_batches(plain, 64, 64, 8)} == {(8, 64)}
 
@@ -112,10 +112,23 @@ def test_a_longer_context_is_seen(model, cpu):
     assert shapes == {(1, 128)}
 
 
-def test_text_without_bytes_gives_no_score(model, cpu):
-    data = data_of(TEXT)._replace(val=torch.ones(200, dtype=torch.int32))
-    with pytest.raises(tg.DataError, match="no text"):
-        tg.evaluate(model.forward_logits, data, settings(), cpu, tg.Log())
+def test_a_diverged_model_has_no_score(cpu):
+    with pytest.raises(tg.DivergenceError, match="no finite number"):
+        tg.evaluate(
+            lambda ids, last: torch.full((len(ids), last, 260), math.nan),
+            data_of(TEXT),
+            settings(),
+            cpu,
+            tg.Log(),
+        )
+
+
+def test_the_time_of_a_sliding_pass_is_told_while_it_starts(model, cpu, capsys, monkeypatch):
+    monkeypatch.setattr(tg, "EVAL_SECONDS_LIMIT", 0.0)
+    h = settings(val_batch_size=64 * 8)
+    tg.evaluate(model.forward_logits, data_of(TEXT), h, cpu, tg.Log(), stride=8)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "expected_time" in line and "OVER THE LIMIT" in line]
 
 
 def test_uniform_logits_score_log_of_the_vocabulary(cpu):

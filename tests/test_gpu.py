@@ -19,7 +19,7 @@ GPU = torch.device("cuda")
 def test_each_back_end_equals_float32_with_gradients(attn):
     h = tg.Hyperparameters(attn=attn)
     try:
-        _, attend, _ = tg.choose_attention(h, GPU, torch.bfloat16)
+        _, attend, _, _ = tg.choose_kernels(h, GPU, torch.bfloat16)
     except tg.SettingsError as error:
         pytest.skip(str(error)[:200])
     q, k, v = (torch.randn(2, 256, heads, 64, device=GPU) for heads in (8, 4, 4))
@@ -49,7 +49,7 @@ def test_bf16_compiled_agrees_with_float32_on_the_cpu():
 
 def test_newton_schulz_in_bf16_stays_in_its_band():
     stack = torch.randn(22, 512, 512, device=GPU)
-    ends = torch.linalg.svdvals(tg.newton_schulz(stack, 5).float())
+    ends = torch.linalg.svdvals(tg.newton_schulz(stack, 5, torch.bfloat16).float())
     relative = torch.linalg.svdvals(stack) / stack.norm(dim=(1, 2))[:, None]
     assert ends[relative > 0.002].min() > 0.65
     assert ends.max() < 1.23

@@ -97,7 +97,7 @@ def test_class_or_instance_builds_and_starts_near_uniform():
 
 
 def reference_logits(model: tg.GPT, ids: list[int]) -> torch.Tensor:
-    """The default model from its formulas, one token and one head at a time, in float64."""
+    """The model from its formulas, one token and one head at a time, in float64."""
     h = model.h
     w = {name: p.detach().double() for name, p in model.named_parameters()}
     d, group = h.model_dim // h.num_heads, h.num_heads // h.num_kv_heads
@@ -105,14 +105,17 @@ def reference_logits(model: tg.GPT, ids: list[int]) -> torch.Tensor:
     def norm(x):
         return x / (x.square().mean() + 1.2e-7).sqrt()
 
+    def scale(n):
+        return 1 / math.sqrt(n + 1) if h.ln_scale else 1.0
+
     def rope(x, t):
-        base = h.rope_base
+        base, rope_dims = h.rope_base, h.rope_dims or d
         if len(ids) > h.rope_train_seq_len:
-            exponent = h.rope_dims / (h.rope_dims - 2)
+            exponent = rope_dims / (rope_dims - 2)
             base *= (len(ids) / h.rope_train_seq_len) ** exponent
-        x, half = x.clone(), h.rope_dims // 2
+        x, half = x.clone(), rope_dims // 2
         for i in range(half):
-            angle = t * base ** (-2 * i / h.rope_dims)
+            angle = t * base ** (-2 * i / rope_dims)
             a, b = x[i].clone(), x[i + half].clone()
             x[i] = a * math.cos(angle) + b * math.sin(angle)
             x[i + half] = b * math.cos(angle) - a * math.sin(angle)
@@ -120,7 +123,7 @@ def reference_logits(model: tg.GPT, ids: list[int]) -> torch.Tensor:
 
     stream = []
     for t, token in enumerate(ids):
-        fresh = t == 0 or token == tg.BOS_ID
+        fresh = t == 0 or (h.bos_mask and token == tg.BOS_ID)
         last = h.bigram_vocab_size - 1
         bucket = last if fresh else ((36313 * token) ^ (27191 * ids[t - 1])) % last
         bigram = w["bigram.proj.weight"] @ w["bigram.embed.weight"][bucket]
@@ -128,24 +131,24 @@ def reference_logits(model: tg.GPT, ids: list[int]) -> torch.Tensor:
     gate = w["smear.gate"].sigmoid()
     smeared = []
     for t, token in enumerate(ids):
-        fresh = t == 0 or token == tg.BOS_ID
+        fresh = t == 0 or (h.bos_mask and token == tg.BOS_ID)
         smeared.append((1 - gate) * stream[t] + (0 if fresh else gate * stream[t - 1]))
     xs, x0s, outputs = smeared, smeared, []
     for n in range(h.num_layers):
         b = f"blocks.{n}."
         half = h.num_layers // 2
-        if half <= n < 2 * half:
+        if h.unet_skips and half <= n < 2 * half:
             early = outputs[2 * half - 1 - n]
             xs = [x + w["skip_weights"][n - half] * e for x, e in zip(xs, early, strict=True)]
         mix = w[b + "resid_mix"]
         xs = [mix[0] * x + mix[1] * x0 for x, x0 in zip(xs, x0s, strict=True)]
         qs, ks, vs = [], [], []
         for t, x in enumerate(xs):
-            x = norm(x) / math.sqrt(n + 1)
+            x = norm(x) * scale(n)
             q = (w[b + "attn.c_q.weight"] @ x).view(-1, d)
             k = (w[b + "attn.c_k.weight"] @ x).view(-1, d)
             v = w[b + "attn.c_v.weight"] @ x
-            if n >= h.num_layers - 2:
+            if h.ve_enabled and n >= h.num_layers - 2:
                 value = w["value_embedding.embed.weight"][ids[t]]
                 value = w["value_embedding.proj.weight"] @ value * w["value_embedding.scale"]
                 v = v + value * w["value_embedding.layer_scales"][n - h.num_layers + 2]
@@ -161,25 +164,76 @@ def reference_logits(model: tg.GPT, ids: list[int]) -> torch.Tensor:
                 share = (scores / math.sqrt(d)).softmax(0)
                 y = sum(share[s] * vs[s][i // group] for s in range(t + 1))
                 own = vs[t][i // group]
-                heads.append(y - (y @ own) / (own @ own) * own)
+                xsa = n >= h.num_layers - h.xsa_last_n
+                heads.append(y - xsa * (y @ own) / (own @ own) * own)
             x = x + w[b + "attn_scale"] * (w[b + "attn.proj.weight"] @ torch.cat(heads))
-            u = w[b + "mlp.up.weight"] @ (norm(x) / math.sqrt(n + 1))
-            u = torch.where(u > 0, u, 0.5 * u) ** 2
+            u = w[b + "mlp.up.weight"] @ (norm(x) * scale(n))
+            u = torch.where(u > 0, u, h.negative_slope * u) ** 2
             after.append(x + w[b + "mlp_scale"] * (w[b + "mlp.down.weight"] @ u))
         xs = after
         outputs.append(xs)
-    logits = torch.stack([w["tok_emb.weight"] @ norm(x) for x in xs])
-    return 30 * torch.tanh(logits / 30)
+    head = w["tok_emb.weight"] if h.tie_embeddings else w["lm_head.weight"]
+    logits = torch.stack([head @ norm(x) for x in xs])
+    return h.logit_softcap * torch.tanh(logits / h.logit_softcap)
 
 
-@pytest.mark.parametrize("rope_train_seq_len", [1024, 8])
-def test_logits_equal_the_formulas_in_float64(rope_train_seq_len):
-    h = settings(num_layers=5, rope_train_seq_len=rope_train_seq_len)
-    model = randomize(tg.GPT(h), seed=3)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rope_train_seq_len": 8},
+        {"rope_dims": 0, "rope_train_seq_len": 8},
+        {"negative_slope": 0},
+        {"ln_scale": 0, "unet_skips": 0},
+        {"xsa_last_n": 2, "ve_enabled": 0, "bos_mask": 0},
+        {"tie_embeddings": 0, "logit_softcap": 5, "num_kv_heads": 4},
+    ],
+)
+def test_logits_equal_the_formulas_in_float64(changes):
+    model = randomize(tg.GPT(settings(**{"num_layers": 5, **changes})), seed=3)
     ids = torch.randint(4, 260, (20,), generator=torch.Generator().manual_seed(0)).tolist()
     ids[0] = ids[7] = tg.BOS_ID
     got = model.forward_logits(torch.tensor([ids]))[0].double()
     torch.testing.assert_close(got, reference_logits(model, ids), atol=2e-4, rtol=1e-4)
+
+
+def test_the_loss_is_the_mean_cross_entropy():
+    model = randomize(tg.GPT(settings()))
+    ids, targets = torch.randint(4, 260, (2, 3, 20))
+    chances = model.forward_logits(ids).double().softmax(-1)
+    want = -chances.gather(-1, targets[..., None]).log().mean()
+    assert model(ids, targets).item() == pytest.approx(want.item(), rel=1e-6)
+
+
+def test_activations_have_their_dtype_and_weights_stay_float32():
+    model = randomize(tg.GPT(settings(), dtype=torch.bfloat16))
+    ids = torch.randint(4, 260, (1, 8))
+    assert model.hidden(ids).dtype == torch.bfloat16
+    assert model.forward_logits(ids).dtype == torch.float32
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    h = settings(qk_gain_init=1.7, num_layers=8, vocab_size=4096, model_dim=64)
+    model = tg.GPT(h)
+    block = model.blocks[3]
+    for orthogonal, gain in (
+        (block.attn.c_q, 1),
+        (block.attn.c_k, 1),
+        (block.mlp.up, 1),
+        (model.bigram.proj, 1 / 4),
+        (model.value_embedding.proj, 1 / 4),
+    ):
+        singular = torch.linalg.svdvals(orthogonal.weight)
+        torch.testing.assert_close(singular, torch.full_like(singular, gain))
+    assert not block.attn.proj.weight.any()
+    assert not block.mlp.down.weight.any()
+    assert not model.bigram.embed.weight.any()
+    assert model.tok_emb.weight.std().item() == pytest.approx(0.005, rel=0.02)
+    assert model.value_embedding.embed.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    assert (block.attn.q_gain == 1.7).all()
+    assert torch.equal(block.resid_mix, torch.tensor([[1.0], [0.0]]).expand(2, 64))
 
 
 def test_last_positions_are_the_last_rows_of_all():

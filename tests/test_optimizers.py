@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import settings
+from conftest import randomize, settings
 
 import train_gpt as tg
 
@@ -76,6 +76,40 @@ def test_every_parameter_is_in_exactly_one_group_with_its_roles_settings():
         assert rates[id(model.bigram.proj.weight)] == (h.scalar_lr, 0.04)
         if not tied:
             assert rates[id(model.lm_head.weight)] == (h.head_lr, 0.0)
+
+
+def test_a_step_is_the_published_one_at_the_scheduled_rates():
+    """AdamW and Muon written out, one step after another, at half the learning rates."""
+    h = settings(num_layers=2, grad_clip_norm=0, beta1=0.8, beta2=0.9, adam_eps=1e-3)
+    torch.manual_seed(0)
+    model = randomize(tg.GPT(h))
+    roles = tg.parameter_roles(model)
+    weights = {n: p.detach().clone().double() for n, p in model.named_parameters()}
+    first = {n: torch.zeros_like(w) for n, w in weights.items()}
+    second = {n: torch.zeros_like(w) for n, w in weights.items()}
+    optimizers = tg.Optimizers(model, h)
+    for step in range(2):
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape)
+        grads = {n: p.grad.double().clone() for n, p in model.named_parameters()}
+        for n, w in weights.items():
+            g, m = grads[n], first[n]
+            if roles[n] == "matrix":
+                momentum = 0.92 + step / 1500 * 0.07
+                m.mul_(momentum).add_(g)
+                u = tg.newton_schulz((g + momentum * m)[None].float(), 5)[0].double()
+                w.mul_(1 - 0.5 * 0.025 * 0.04)
+                w.sub_(0.5 * 0.025 * math.sqrt(max(1, w.size(0) / w.size(1))) * u)
+                continue
+            lr = 0.5 * {"embed": 0.035, "scalar": 0.025}[roles[n]]
+            m.mul_(0.8).add_(0.2 * g)
+            second[n].mul_(0.9).add_(0.1 * g * g)
+            w.mul_(1 - lr * 0.04)
+            root = (second[n] / (1 - 0.9 ** (step + 1))).sqrt() + 1e-3
+            w.sub_(lr * m / (1 - 0.8 ** (step + 1)) / root)
+        optimizers.step(step, 0.5)
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(p.detach().double(), weights[n], atol=1e-5, rtol=1e-4, msg=n)
 
 
 def test_gradients_are_clipped_and_dropped():
@@ -150,6 +184,12 @@ def test_momentum_rises_linearly_then_stays():
             59 / 3500,
         ),
         ({"iterations": 300, "warmdown_iters": 0}, 299, 9.0, 1.0),
+        (
+            {"max_wallclock_seconds": 600, "iterations": 200, "warmdown_published": 1},
+            0,
+            0.0,
+            1.0,
+        ),
     ],
 )
 def test_learning_rate_schedule(env, step, elapsed, scale):

@@ -164,10 +164,10 @@ def test_over_the_limit_is_no_success(tmp_path, byte_corpus, monkeypatch, capsys
     [
         ({"NUM_LAYERS": "many"}, 2, "NUM_LAYERS='many': must be a whole number"),
         ({"DATA_PATH": "nowhere"}, 2, "DATA_PATH=nowhere: no fineweb_val_*.bin there"),
-        ({"ATTN": "fa3"}, 2, "ATTN=fa3: cannot run here"),
+        ({"ATTN": "fa3"}, 2, "ATTN=fa3 COMPILE=auto: cannot run here"),
         ({"WORLD_SIZE": "2"}, 2, "WORLD_SIZE=2: must be 1"),
         ({"RUN_DIR": "file/run"}, 2, "RUN_DIR=file/run: no place for a run"),
-        ({"MATRIX_LR": "1e30", "GRAD_CLIP_NORM": "0", "SCALAR_LR": "1e30"}, 4, "the loss is"),
+        ({"MATRIX_LR": "1e17", "GRAD_CLIP_NORM": "0", "SCALAR_LR": "1e17"}, 4, "the loss is"),
     ],
 )
 def test_failures_have_their_status_and_reason(
@@ -182,6 +182,51 @@ def test_failures_have_their_status_and_reason(
         result = json.loads(Path("logs/bad/result.json").read_text())
         assert says in result["reason"]
         assert result["status"] in ("settings", "data", "diverged")
+        assert result["settings"]["run_id"] == "bad"
+
+
+def test_a_run_that_never_began_leaves_its_name_free(tmp_path, byte_corpus, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    env = {**TINY, "RUN_ID": "name", "ITERATIONS": "1"}
+    assert tg.main([], {**env, "DATA_PATH": "nowhere"}) == 2
+    assert tg.main([], {**env, "DATA_PATH": str(byte_corpus)}) == 0
+    assert "nowhere" not in Path("logs/name/train.log").read_text()
+
+
+def test_weights_that_diverge_in_the_last_step_are_no_success(tmp_path, byte_corpus, monkeypatch):
+    """The loss of the only step is finite: it is taken before the update."""
+    monkeypatch.chdir(tmp_path)
+    env = {
+        **TINY,
+        "DATA_PATH": str(byte_corpus),
+        "RUN_ID": "bad",
+        "ITERATIONS": "1",
+        "MATRIX_LR": "1e17",
+        "SCALAR_LR": "1e17",
+        "TIED_EMBED_LR": "1e17",
+        "GRAD_CLIP_NORM": "0",
+        "WARMDOWN_ITERS": "0",
+        "MUON_WD": "1e17",
+    }
+    assert tg.main([], env) == 4
+    result = json.loads(Path("logs/bad/result.json").read_text(), parse_constant=pytest.fail)
+    assert result["status"] == "diverged"
+    assert Path("logs/bad/final_model.pt").exists()
+
+
+def test_weights_are_saved_before_anything_is_scored(tmp_path, byte_corpus, monkeypatch):
+    def no_memory(*_, **__):
+        raise torch.OutOfMemoryError("8 GiB")
+
+    monkeypatch.setattr(tg, "evaluate", no_memory)
+    monkeypatch.chdir(tmp_path)
+    env = {**TINY, "DATA_PATH": str(byte_corpus), "RUN_ID": "oom", "ITERATIONS": "3"}
+    assert tg.main([], env) == 3
+    assert torch.load("logs/oom/final_model.pt")["weights"].keys() == {
+        name for name, _ in tg.GPT(tg.Hyperparameters.from_env(env)).named_parameters()
+    }
+    reason = json.loads(Path("logs/oom/result.json").read_text())["reason"]
+    assert "lower MICRO_BATCH_TOKENS to train, VAL_BATCH_SIZE to score" in reason
 
 
 @pytest.mark.parametrize(
@@ -197,7 +242,7 @@ def test_other_errors_leave_a_result_too(tmp_path, byte_corpus, monkeypatch, err
     env = {**TINY, "DATA_PATH": str(byte_corpus), "RUN_ID": "bad"}
     assert tg.main([], env) == status
     result = json.loads(Path("logs/bad/result.json").read_text())
-    assert type(error).__name__ in result["reason"]
+    assert type(error).__name__ in result["reason"] or "lower MICRO_BATCH" in result["reason"]
 
 
 def test_scoring_what_is_no_artifact(tmp_path, capsys):
@@ -212,6 +257,27 @@ def test_a_shard_by_the_description_trains(tmp_path, byte_corpus):
     """The corpus of these tests is written from the format's text alone; ours is read the same."""
     shard = tg.read_shard(byte_corpus / "fineweb_train_000000.bin")
     assert (byte_corpus / "fineweb_train_000000.bin").read_bytes() == shard_bytes(shard)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGTERM")
+def test_a_terminated_run_says_so(tmp_path, byte_corpus):
+    env = {**TINY, "DATA_PATH": str(byte_corpus), "RUN_ID": "stopped", "ITERATIONS": "100000"}
+    running = subprocess.Popen(
+        [sys.executable, str(ROOT / "train_gpt.py")],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], **env},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    for line in running.stdout:
+        if line.startswith("step:3/"):
+            running.terminate()
+            break
+    running.stdout.read()
+    assert running.wait(30) == 5
+    assert (
+        json.loads((tmp_path / "logs/stopped/result.json").read_text())["status"] == "interrupted"
+    )
 
 
 def test_help_lists_every_setting():

@@ -20,8 +20,8 @@ def test_the_loss_falls(byte_corpus: Path, cpu):
     h = settings(data_path=byte_corpus, iterations=60, warmdown_iters=30)
     torch.manual_seed(0)
     model = tg.GPT(h)
-    clock, weights = tg.train(model, load(h), h, cpu, tg.Log())
-    assert weights == "ema"
+    clock, average = tg.train(model, load(h), h, cpu, tg.Log())
+    assert average.apply(tg.Log()) == "ema"
     assert len(clock.losses) == 60
     assert clock.losses[0] == pytest.approx(math.log(260), abs=0.2)
     assert clock.losses[-1] < clock.losses[0] - 2
@@ -33,7 +33,8 @@ def test_ema_of_30_steps_is_far_from_the_start(byte_corpus: Path, cpu):
     torch.manual_seed(0)
     model = tg.GPT(h)
     data = load(h)
-    tg.train(model, data, h, cpu, tg.Log())
+    _, average = tg.train(model, data, h, cpu, tg.Log())
+    average.apply(tg.Log())
     score = tg.evaluate(model.eval().forward_logits, data, h, cpu, tg.Log())
     assert score.val_loss < math.log(260) - 1.5
 
@@ -130,15 +131,15 @@ def test_training_stops_before_the_cap(byte_corpus: Path, cpu, cap: float, capsy
 
 def test_no_steps_are_a_defined_result(byte_corpus: Path, cpu):
     h = settings(data_path=byte_corpus, iterations=0)
-    clock, weights = tg.train(tg.GPT(h), load(h), h, cpu, tg.Log())
-    assert (clock.losses, weights) == ([], "raw")
+    clock, average = tg.train(tg.GPT(h), load(h), h, cpu, tg.Log())
+    assert (clock.losses, average.apply(tg.Log())) == ([], "raw")
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_stops_the_run_by_step(cpu, loss):
     clock = tg.TrainingClock(cpu, cap=0.0)
     clock.step_launched(torch.tensor(2.0))
-    with pytest.raises(tg.TrainingError, match=f"step 2: the loss is {loss}; lower MATRIX_LR"):
+    with pytest.raises(tg.DivergenceError, match=f"step 2: the loss is {loss}; lower MATRIX_LR"):
         clock.step_launched(torch.tensor(loss))
 
 
@@ -147,7 +148,7 @@ def test_validation_is_at_its_steps_and_outside_the_clock(byte_corpus: Path, cpu
     tg.train(tg.GPT(h), load(h), h, cpu, tg.Log())
     lines = capsys.readouterr().out.splitlines()
     steps = [line.split()[0] for line in lines if "val_bpb" in line and "step_avg" in line]
-    assert steps == ["step:0/5", "step:2/5", "step:4/5", "step:5/5"]
+    assert steps == ["step:0/5", "step:2/5", "step:4/5"]
 
 
 def test_log_files_hold_what_was_said(tmp_path: Path, capsys):
@@ -160,19 +161,31 @@ def test_log_files_hold_what_was_said(tmp_path: Path, capsys):
     assert capsys.readouterr().out == "step:1/2 train_loss:3.0000\n"
 
 
-def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path):
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch):
     path = tmp_path / "final_model.pt"
     path.write_bytes(b"old")
 
-    def fails(file):
-        file.write(b"half of the ne")
+    def full(_):
         raise OSError("no space left on device")
 
-    with pytest.raises(OSError, match="no space"):
-        tg.write_atomically(path, fails)
+    with monkeypatch.context() as patch:
+        patch.setattr(tg.os, "fsync", full)
+        with pytest.raises(OSError, match="no space"):
+            tg.write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
-    tg.write_atomically(path, lambda file: file.write(b"new"))
+    tg.write_atomically(path, b"new")
     assert path.read_bytes() == b"new"
+
+
+def test_a_full_disk_or_a_closed_pipe_ends_no_run(tmp_path: Path, monkeypatch):
+    log = tg.Log(tmp_path / "gone")
+    log.line("to a folder that is not there")
+
+    def closed(*_, **__):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", closed)
+    log.line("to nobody")
 
 
 @pytest.mark.parametrize("attn", ["flash", "math"])
@@ -180,7 +193,7 @@ def test_each_attention_back_end_of_a_cpu_is_the_definition(attn):
     flags = ("flash", "math", "mem_efficient", "cudnn")
     before = [getattr(torch.backends.cuda, f"{f}_sdp_enabled")() for f in flags]
     try:
-        name, attend, _ = tg.choose_attention(
+        name, attend, _, _ = tg.choose_kernels(
             settings(attn=attn), torch.device("cpu"), torch.float32
         )
         q, k, v = (torch.randn(2, 24, heads, 8) for heads in (4, 2, 2))
@@ -196,18 +209,58 @@ def test_each_attention_back_end_of_a_cpu_is_the_definition(attn):
 
 
 def test_a_named_attention_that_cannot_run_is_an_error_and_auto_says_why(monkeypatch):
-    with pytest.raises(tg.SettingsError, match=r"ATTN=fa3: cannot run here; use ATTN=auto"):
-        tg.choose_attention(settings(attn="fa3"), torch.device("cpu"), torch.float32)
+    with pytest.raises(tg.SettingsError, match=r"ATTN=fa3 COMPILE=auto: cannot run here"):
+        tg.choose_kernels(settings(attn="fa3"), torch.device("cpu"), torch.float32)
 
     def broken(name):
-        if name == "flash":
-            return lambda q, k, v: q * math.nan
-        return tg.attend_sdpa
+        return (lambda q, k, v: q * math.nan) if name == "flash" else tg.attend_sdpa
 
     monkeypatch.setattr(tg, "load_attention", broken)
-    name, _, passed_over = tg.choose_attention(settings(), torch.device("cpu"), torch.float32)
-    assert name == "cudnn"  # next in the order; it is the fake's
-    assert passed_over == ["attention:flash not used: it gave NaN"]
+    name, _, compiled, why = tg.choose_kernels(settings(), torch.device("cpu"), torch.float32)
+    assert (name, compiled) == ("cudnn", False)  # next in the order; here it is the fake's
+    assert why == ["attention:flash compiled:False not used: ArithmeticError('it gave NaN')"]
+
+
+def test_a_compiler_that_fails_is_an_error_where_asked_for(monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    with pytest.raises(tg.SettingsError, match=r"COMPILE=1.*\n.*no C\+\+ compiler"):
+        tg.choose_kernels(settings(compile=1), torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.slow
+def test_compiled_is_the_same_function(byte_corpus: Path):
+    h = settings(data_path=byte_corpus, compile=1, num_layers=2)
+    rt = tg.Runtime.start(h, {})
+    assert rt.compiled
+    torch.manual_seed(0)
+    model = tg.GPT(h, rt.attend)
+    ids, targets = torch.randint(4, 260, (2, 4, 64))
+    torch.testing.assert_close(rt.compile(model)(ids, targets), model(ids, targets))
+    data = load(h)
+    scores = [
+        tg.evaluate(f(model.forward_logits), data, h, rt, tg.Log(), stride=16)
+        for f in (rt.compile, lambda function: function)
+    ]
+    assert scores[0].nats == pytest.approx(scores[1].nats, rel=1e-6)
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_the_clock_leaves_room_for_the_step_that_still_runs(fake_time, cpu):
+    """As on CUDA, where one step is still running when the next could be launched."""
+    clock = tg.TrainingClock(cpu, cap=10.0)
+    for _ in range(6):
+        fake_time.now += 1.0
+        clock.step_launched(torch.tensor(1.0))
+    fake_time.now += 2.0
+    clock.step_launched(torch.tensor(1.0))  # 8 s elapsed, the slowest step took 2
+    clock.recent.append(1.0)
+    clock.elapsed = 7.5
+    assert not clock.spent()
+    clock.running.append((None, torch.tensor(1.0)))
+    assert clock.spent()
 
 
 def test_swa_run_ends_with_its_mean(byte_corpus: Path, cpu, capsys):
@@ -219,8 +272,8 @@ def test_swa_run_ends_with_its_mean(byte_corpus: Path, cpu, capsys):
         swa_every=2,
         warmdown_max_fraction=1,
     )
-    _, weights = tg.train(tg.GPT(h), load(h), h, cpu, tg.Log())
-    assert weights == "swa"
+    _, average = tg.train(tg.GPT(h), load(h), h, cpu, tg.Log())
+    assert average.apply(tg.Log()) == "swa"
     assert "swa:applying averaged 2 checkpoints" in capsys.readouterr().out
 
 
