@@ -25,6 +25,7 @@ V vocabulary.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -109,8 +110,7 @@ of_model = functools.partial(setting, in_artifact=True)
 class Hyperparameters:
     """Every setting; the upper-cased field name is the environment variable.
 
-    Defaults are the stack of PR #1124 (26,993,756 parameters; 1.1194 bpb by its author). Readable
-    on the class; an instance is checked and raises SettingsError naming every fault.
+    Defaults are the stack of PR #1124. An instance is checked: SettingsError names every fault.
     """
 
     # Run
@@ -196,10 +196,7 @@ class Hyperparameters:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> "Hyperparameters":
-        """Settings by environment, else PRESET, else rule of VOCAB_SIZE, else default.
-
-        Raises SettingsError naming every bad value.
-        """
+        """Settings by environment, else PRESET, else rule of VOCAB_SIZE, else default."""
         env = {**assignments(PRESETS.get(env.get("PRESET", ""), "")), **env}
         env = {**assignments(VOCABULARY_RULES.get(env.get("VOCAB_SIZE", ""), "")), **env}
         faults, values = [], {}
@@ -334,10 +331,7 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def load_attention(name: str) -> Attend:
-    """One attention back end; among PyTorch's own, on CUDA and CPU, only it is left enabled.
-
-    A shape it cannot take is then an error, not a silent step down to one several times slower.
-    """
+    """One attention back end; PyTorch's others are disabled: no silent step down to a slow one."""
     if name == "fa3":
         from flash_attn_interface import flash_attn_func
 
@@ -361,10 +355,9 @@ def compile_if(on: bool, function: Callable[..., Tensor]) -> Callable[..., Tenso
 def choose_kernels(
     h: Hyperparameters, device: torch.device, dtype: torch.dtype
 ) -> tuple[str, Attend, bool, list[str]]:
-    """The first attention that runs here forward and backward, compiled if it can be.
+    """Name and function of the first attention that runs, whether compiled, and why not others.
 
-    Returns its name, itself, whether compiled, and why others were passed over. SettingsError when
-    what ATTN or COMPILE asks for cannot run.
+    SettingsError when what ATTN or COMPILE asks for does not run, forward and backward.
     """
     cuda = device.type == "cuda"
     hopper = cuda and torch.cuda.get_device_capability(device)[0] == 9
@@ -451,7 +444,6 @@ class Runtime:
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
             "python": platform.python_version(),
-            "platform": platform.platform(),
         }
 
 
@@ -463,20 +455,16 @@ class Log:
         self.watched = sys.stderr.isatty()
 
     def append(self, name: str, text: str) -> None:
-        """Add a line to a file of the run's folder, or to the screen; a full disk ends no run."""
-        try:
-            if not name:
-                print(text, flush=True)
-            elif self.folder:
-                with open(self.folder / name, "a", encoding="utf-8") as file:
-                    file.write(text + "\n")
-        except OSError:  # nor does a closed pipe
-            pass
+        """Add a line to a file of the run's folder; a full disk ends no run."""
+        if self.folder:
+            with contextlib.suppress(OSError), open(self.folder / name, "a", encoding="utf-8") as f:
+                f.write(text + "\n")
 
     def line(self, text: str) -> None:
-        """Print a line and keep it in train.log."""
+        """Print a line, unless nobody reads, and keep it in train.log."""
         self.progress("")
-        self.append("", text)
+        with contextlib.suppress(OSError):
+            print(text, flush=True)
         self.append("train.log", text)
 
     def event(self, kind: str, **values: Any) -> None:
@@ -510,19 +498,18 @@ class DataError(ValueError):
 
 
 def read_shard(path: Path) -> np.ndarray:
-    """Tokens of a shard, uint16 [count], mapped from disk; DataError unless the file is whole.
+    """Tokens uint16 [count] of a shard, mapped from disk; DataError unless the file is whole.
 
-    A shard is 256 little-endian int32 (magic, version, count, zeros) and count uint16.
+    Format: 256 little-endian int32 (magic, version, count, zeros), then count uint16.
     """
     header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
     magic, version, count = (int(n) for n in (*header, 0, 0, 0)[:3])
     expected, size = 4 * SHARD_HEADER_INTS + 2 * count, path.stat().st_size
-    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
-        found = f"magic {magic}, version {version}, not {SHARD_MAGIC}, {SHARD_VERSION}"
-        raise DataError(f"{path}: {found}: no token shard; make or fetch it again")
-    if count <= 0 or size != expected:
-        claim = f"{size} bytes, but {count} tokens need {expected}"
-        raise DataError(f"{path}: {claim}; make or fetch it again")
+    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION) or count <= 0 or size != expected:
+        found = (
+            f"magic {magic}, version {version}, {size} bytes, but {count} tokens need {expected}"
+        )
+        raise DataError(f"{path}: no whole token shard: {found}; make or fetch it again")
     return np.memmap(path, "<u2", "r", offset=4 * SHARD_HEADER_INTS, shape=(count,))
 
 
@@ -596,7 +583,8 @@ class ByteTable(NamedTuple):
         """A sentencepiece processor's; U+2581 in a piece is a space."""
         size, space, special = [], [], []
         for i in range(tokenizer.vocab_size()):
-            special.append(tokenizer.is_control(i) or tokenizer.is_unknown(i))
+            kinds = tokenizer.is_control(i), tokenizer.is_unknown(i), tokenizer.is_unused(i)
+            special.append(any(kinds))
             text = "" if special[i] else tokenizer.id_to_piece(i).replace("\u2581", " ")
             # Whether a leading space is dropped only the model's decoder knows.
             alone = "?" if tokenizer.is_byte(i) else tokenizer.decode([i]) if text else ""
@@ -634,7 +622,7 @@ def prove_byte_table(table: ByteTable, tokenizer: Any, tokens: Tensor) -> int:
     if len(head) == len(tokens):
         edges.append(len(head))  # else the last run may be cut within a character
     proven = 0
-    for start, end in zip(edges, edges[1:]):  # noqa: B905, RUF007 (pairs)
+    for start, end in itertools.pairwise(edges):
         counted = int(counts[start : end - 1].sum())
         decoded = len(tokenizer.decode(head[start + 1 : end].tolist()).encode())
         if counted != decoded:
@@ -653,14 +641,13 @@ class Data(NamedTuple):
 
     val: Tensor  # int32 [N]: the whole validation split
     table: ByteTable
-    train: TokenStream
+    train: TokenStream | None  # None: only scored
 
 
-def load_data(h: Hyperparameters, log: Log) -> Data:
-    """Open both splits and prove the byte table."""
+def load_data(h: Hyperparameters, log: Log, training: bool = True) -> Data:
+    """Open validation and, for training, its split too; prove the byte table."""
     folder = data_folder(h)
     val_stream = TokenStream(folder, "val", h.vocab_size)
-    train_stream = TokenStream(folder, "train", h.vocab_size)
     val = val_stream.read(0, len(val_stream)).int()
     if len(val) <= (h.eval_seq_len or h.train_seq_len):
         raise DataError(f"{folder}: {len(val)} validation tokens are no window; lower EVAL_SEQ_LEN")
@@ -678,11 +665,14 @@ def load_data(h: Hyperparameters, log: Log) -> Data:
             log.line(f"warning: {unknown} validation tokens are unknown text, counted as 0 bytes")
     if not table.count(val[:-1], val[1:]).any():
         raise DataError(f"{folder}: the validation tokens stand for no text")
+    log.line(f"val_loader:shards pattern={val_stream.pattern} tokens:{len(val) - 1}")
+    if not training:
+        return Data(val, table, None)
+    train_stream = TokenStream(folder, "train", h.vocab_size)
     for path, other in itertools.product(val_stream.paths, train_stream.paths):
         if path.samefile(other):
             raise DataError(f"{path}: is {other} too: what is trained on cannot be scored")
     log.line(f"train_loader:dataset:{folder.name} train_shards:{len(train_stream.paths)}")
-    log.line(f"val_loader:shards pattern={val_stream.pattern} tokens:{len(val) - 1}")
     return Data(val, table, train_stream)
 
 
@@ -1005,9 +995,8 @@ def window_batches(
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Batches of `size` windows and at how many last positions they score.
 
-    The first sliding window scores everything and comes first, so that head and loss run on the
-    last `stride` positions of all others. Batches are filled up with windows that score nothing:
-    compiled code meets the shape of plain evaluation and one more.
+    Only the first sliding window scores all its positions, so it comes alone; batches are filled up
+    with windows that score nothing, so that compiled code meets few shapes.
     """
     starts = (0, *range(size if stride == seq_len else 1, len(windows), size), len(windows))
     for at, end in itertools.pairwise(starts):
@@ -1025,10 +1014,10 @@ def evaluate(
     seq_len: int = 0,
     stride: int = 0,
 ) -> Score:
-    """Score the validation split: the only loop from logits to a score. Sums are float64.
+    """Score the validation split: the only loop from logits to a score, in float64 sums.
 
-    forward_logits(ids [B, T], last) gives logits [B, last, V]. T is seq_len, else EVAL_SEQ_LEN,
-    else TRAIN_SEQ_LEN; without a stride the windows lie side by side.
+    forward_logits(ids [B, T], last) gives logits [B, last, V]; T is seq_len, else EVAL_SEQ_LEN,
+    else TRAIN_SEQ_LEN. Without a stride windows lie side by side.
     """
     began, total = rt.now(), len(data.val) - 1
     seq_len = min(seq_len or h.eval_seq_len or h.train_seq_len, total)
@@ -1705,7 +1694,7 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
         rt = Runtime.start(h, env)
         for note in (*notes, *rt.notes):
             log.line(note)
-        data = load_data(h, log)
+        data = load_data(h, log, training=not artifact)
         if artifact:
             score_artifact(artifact, h, rt, data, log)
         else:

@@ -28,8 +28,8 @@ GOOD = shard_bytes([1, 2, 3, 4])
 @pytest.mark.parametrize(
     ("blob", "says"),
     [
-        (b"", "no token shard"),
-        (GOOD[:500], "1032"),
+        (b"", "no whole token shard"),
+        (GOOD[:500], "500 bytes, but 4 tokens need 1032"),
         (GOOD[:-1], "1031 bytes, but 4 tokens need 1032"),
         (GOOD + b"x", "1033 bytes, but 4 tokens need 1032"),
         (struct.pack("<i", 7) + GOOD[4:], "magic 7"),
