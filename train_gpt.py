@@ -48,11 +48,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-if __name__ == "__main__":
+if __name__ == "__main__" and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
     # OpenMP threads that spin long at barriers make a step ten times slower beside another busy
     # process; a few microseconds are best everywhere. It must be said before torch loads.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 
 import numpy as np
 import torch
@@ -67,7 +66,7 @@ BYTE_VOCAB = 260  # the byte vocabulary: ids 0-3 are special, 4 + b is byte b
 BOS_ID = 1  # opens every document in every vocabulary of the challenge
 
 # What a vocabulary implies: PR #832, the byte stack, has no value embeddings, and RoPE as trained.
-VOCABULARY_RULES = {str(BYTE_VOCAB): "VE_ENABLED=0 ROPE_TRAIN_SEQ_LEN=4096"}
+VOCABULARY_RULES = {BYTE_VOCAB: "VE_ENABLED=0 ROPE_TRAIN_SEQ_LEN=4096"}
 
 # Whole configurations, as one would type them; a variable set by hand overrides them.
 PRESETS = {
@@ -198,7 +197,8 @@ class Hyperparameters:
     def from_env(cls, env: Mapping[str, str]) -> "Hyperparameters":
         """Settings by environment, else PRESET, else rule of VOCAB_SIZE, else default."""
         env = {**assignments(PRESETS.get(env.get("PRESET", ""), "")), **env}
-        env = {**assignments(VOCABULARY_RULES.get(env.get("VOCAB_SIZE", ""), "")), **env}
+        with contextlib.suppress(ValueError, KeyError):
+            env = {**assignments(VOCABULARY_RULES[int(env["VOCAB_SIZE"])]), **env}
         faults, values = [], {}
         for f in dataclasses.fields(cls):
             name = f.name.upper()
@@ -273,7 +273,7 @@ def settings_notes(h: Hyperparameters, env: Mapping[str, str]) -> list[str]:
     """What a user might not know of the settings: made by a rule, or named nearly right."""
     names = [f.name.upper() for f in dataclasses.fields(h)]
     known = {**assignments(PRESETS.get(h.preset, "")), **env}
-    rules = assignments(VOCABULARY_RULES.get(str(h.vocab_size), ""))
+    rules = assignments(VOCABULARY_RULES.get(h.vocab_size, ""))
     notes = [
         f"rule: VOCAB_SIZE={h.vocab_size} sets {n}={rules[n]}" for n in rules if n not in known
     ]
@@ -474,7 +474,8 @@ class Log:
     def progress(self, text: str) -> None:
         """Show text in place of the progress shown before."""
         if self.watched:
-            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):
+                print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -978,6 +979,7 @@ class Score(NamedTuple):
     tokens: int
     bytes: int  # of text
     seconds: float
+    window_seconds: float  # a window, once all is compiled
 
 
 def plan_windows(total: int, seq_len: int, stride: int) -> np.ndarray:
@@ -1038,20 +1040,17 @@ def evaluate(
         for i, of_token in enumerate((nats.view_as(nbytes), scored, nbytes)):
             sums[i] += of_token.double().where(scored, 0).sum()
         log.progress(f"scoring window {min(n * size, len(windows))} of {len(windows)}")
-        if n == 1:
-            mark = rt.now()  # what is compiled for the first batches is behind
-        elif n == 4 and stride < seq_len:
-            expected = (rt.now() - mark) / 3 * len(windows) / size
-            over = ": OVER THE LIMIT" * (expected > EVAL_SECONDS_LIMIT)
-            log.line(f"sliding_window stride:{stride} expected_time:{expected:.0f}s{over}")
+        if n == 0:
+            compiled_at = rt.now()
     log.progress("")
     nats, count, nbytes = sums.tolist()
     if count != total:
         raise RuntimeError(f"scored {count:.0f} tokens of {total}")
     if not math.isfinite(nats):
         raise DivergenceError("the score is no finite number: the weights have diverged")
-    bpb = nats / math.log(2) / nbytes
-    return Score(nats / total, bpb, nats, total, int(nbytes), rt.now() - began)
+    loss, bpb, ended = nats / total, nats / math.log(2) / nbytes, rt.now()
+    window_seconds = (ended - compiled_at) / max(len(windows) - size, 1)
+    return Score(loss, bpb, nats, total, int(nbytes), ended - began, window_seconds)
 
 
 # ---- Optimizers: how it learns ----
@@ -1225,6 +1224,7 @@ class TrainingClock:
         self.rt, self.cap = rt, cap
         self.elapsed = 0.0  # at the end of the last finished step
         self.losses: list[float] = []  # of the finished steps
+        self.times: list[float] = []  # `elapsed` at their ends
         self.recent: deque[float] = deque(maxlen=20)  # seconds of the last of them
         self.running: deque[tuple[Any, Tensor]] = deque()
         self.resume()
@@ -1255,6 +1255,7 @@ class TrainingClock:
         began, self.mark = self.mark, time.perf_counter()
         self.recent.append(self.mark - began)
         self.elapsed += self.recent[-1]
+        self.times.append(self.elapsed)
         self.losses.append(loss.item())
         if not math.isfinite(self.losses[-1]):
             remedy = "lower MATRIX_LR, SCALAR_LR and TIED_EMBED_LR or look at the data"
@@ -1319,9 +1320,21 @@ def train(
     optimizers, average = Optimizers(model, h), WeightAverage(model, h)
     clock = TrainingClock(rt, h.max_wallclock_seconds)
     step = logged = 0
-    while step < h.iterations and not clock.spent():
-        if h.val_loss_every and step % h.val_loss_every == 0:
+    while True:
+        done = step >= h.iterations or clock.spent()
+        validates = h.val_loss_every and step % h.val_loss_every == 0
+        if done or validates:
             clock.pause()
+        for n in range(logged, len(clock.losses)):
+            if n < 10 or (h.train_log_every and (n + 1) % h.train_log_every == 0):
+                log_step(log, h, n + 1, clock.times[n], train_loss=clock.losses[n])
+        if logged := len(clock.losses):
+            left = (h.iterations - step) * clock.elapsed / logged
+            left = min(left, clock.cap - clock.elapsed) if clock.cap else left
+            log.progress(f"step {step}  loss {clock.losses[-1]:.4f}  {left:.0f} s left to train")
+        if done:
+            break
+        if validates:
             validate(model, forward_logits, data, h, rt, log, clock)
             clock.resume()
         scale = lr_scale(step, clock.elapsed, h)
@@ -1329,17 +1342,7 @@ def train(
         clock.step_launched(loss)
         step += 1
         average.update(step, scale)
-        if step == h.iterations:
-            clock.pause()  # and log the last one too
-        if len(clock.losses) > logged:
-            logged = len(clock.losses)
-            if logged <= 10 or (h.train_log_every and logged % h.train_log_every == 0):
-                log_step(log, h, clock, train_loss=clock.losses[-1])
-            left = (h.iterations - step) * clock.elapsed / logged
-            left = min(left, clock.cap - clock.elapsed) if clock.cap else left
-            log.progress(f"step {step}  loss {clock.losses[-1]:.4f}  {left:.0f} s left to train")
     if step < h.iterations:
-        clock.pause()
         at = f"train_time:{1000 * clock.elapsed:.0f}ms step:{step}/{h.iterations}"
         log.line(f"stopping_early: wallclock_cap {at}")
     return clock, average
@@ -1358,16 +1361,16 @@ def validate(
     model.eval()
     score = evaluate(forward_logits, data, h, rt, log, seq_len=h.train_seq_len)
     model.train()
-    log_step(log, h, clock, val_loss=score.val_loss, val_bpb=score.val_bpb)
+    of = {"val_loss": score.val_loss, "val_bpb": score.val_bpb}
+    log_step(log, h, len(clock.losses), clock.elapsed, **of)
 
 
-def log_step(log: Log, h: Hyperparameters, clock: TrainingClock, **of: float) -> None:
-    """Log values of the last finished step with its time."""
-    step, time_ms = len(clock.losses), 1000 * clock.elapsed
+def log_step(log: Log, h: Hyperparameters, step: int, seconds: float, **of: float) -> None:
+    """Log values of a step that ended after `seconds` of training."""
     values = " ".join(f"{name}:{value:.4f}" for name, value in of.items())
-    average = f"step_avg:{time_ms / max(step, 1):.2f}ms"
-    log.line(f"step:{step}/{h.iterations} {values} train_time:{time_ms:.0f}ms {average}")
-    log.event("step", step=step, seconds=clock.elapsed, **of)
+    times = f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(step, 1):.2f}ms"
+    log.line(f"step:{step}/{h.iterations} {values} {times}")
+    log.event("step", step=step, seconds=seconds, **of)
 
 
 # ---- Quantize and pack: how it is shrunk ----
@@ -1524,6 +1527,8 @@ def load_artifact(path: Path, h: Hyperparameters) -> tuple[Hyperparameters, dict
     """Settings and float32 weights by parameter name of an artifact on disk; or DataError."""
     try:
         h, arrays = unpack(path.read_bytes(), h)
+    except ImportError as error:
+        raise DataError(f"{path}: pip install {error.name} to read it") from None
     except Exception as error:  # of the file, struct, json, the settings, each codec
         raise DataError(f"{path}: cannot be read as an artifact: {error!r}") from None
     weights = {name: torch.tensor(array, dtype=torch.float32) for name, array in arrays.items()}
@@ -1545,13 +1550,14 @@ def run(h: Hyperparameters, rt: Runtime, data: Data, folder: Path, log: Log) -> 
     log_model(model, h, rt, log)
 
     clock, average = train(model, data, h, rt, log)
+    peak_memory = rt.peak_memory_mib()
     names, saved = [name for name, _ in model.named_parameters()], io.BytesIO()
     weights = {name: p.cpu() for name, p in zip(names, average.weights(), strict=True)}
     torch.save({"settings": model_settings(h), "weights": weights}, saved)
     write_atomically(folder / "final_model.pt", saved.getvalue())
     forward_logits = rt.compile(model.forward_logits)
     validate(model, forward_logits, data, h, rt, log, clock)
-    log.line("peak memory allocated: {} MiB reserved: {} MiB".format(*rt.peak_memory_mib()))
+    log.line("peak memory allocated: {} MiB reserved: {} MiB".format(*peak_memory))
     kind = average.apply(log)
     model.eval()
 
@@ -1566,8 +1572,9 @@ def run(h: Hyperparameters, rt: Runtime, data: Data, folder: Path, log: Log) -> 
 
     float_score = evaluate(forward_logits, data, h, rt, log)
     log_score(log, "DIAGNOSTIC post_ema", float_score)
+    eval_began = rt.now()
     scores = score_artifact(folder / "final_model.int6.ptz", h, rt, data, log)
-    eval_seconds = sum(score.seconds for score in scores.values())
+    eval_seconds = rt.now() - eval_began
     verdicts = {}
     for name, value, most in (
         ("train_seconds", clock.elapsed, h.max_wallclock_seconds or math.inf),
@@ -1575,7 +1582,7 @@ def run(h: Hyperparameters, rt: Runtime, data: Data, folder: Path, log: Log) -> 
         ("total_bytes", total, BYTES_LIMIT),
     ):
         verdicts[name] = "PASS" if value <= most else "FAIL"
-        log.line(f"limit:{name} {value:,.1f} of {most:,.1f} {verdicts[name]}")
+        log.line(f"limit:{name} {round(value, 1):,} of {most:,} {verdicts[name]}")
     return {
         "status": "over a limit" if "FAIL" in verdicts.values() else "ok",
         "verdicts": verdicts,
@@ -1584,7 +1591,7 @@ def run(h: Hyperparameters, rt: Runtime, data: Data, folder: Path, log: Log) -> 
         "seconds": {"train": clock.elapsed, "pack": pack_seconds, "total": rt.now() - began},
         "steps": len(clock.losses),
         "tokens_per_second": len(clock.losses) * h.train_batch_tokens / (clock.elapsed or 1),
-        "peak_memory_mib": rt.peak_memory_mib()[0],
+        "peak_memory_mib": peak_memory[0],
         "train_losses": clock.losses,
         "weights": kind,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -1636,6 +1643,10 @@ def score_artifact(
     log_score(log, "final_int6_roundtrip", scores["plain"])
     seq_len = h.eval_seq_len or h.train_seq_len
     if 0 < h.eval_stride < seq_len:
+        expected = scores["plain"].window_seconds * len(data.val) / h.eval_stride
+        over = expected + scores["plain"].seconds > EVAL_SECONDS_LIMIT
+        warning = f" OVER {EVAL_SECONDS_LIMIT:.0f} s with the plain pass" * over
+        log.line(f"sliding_window stride:{h.eval_stride} expected_time:{expected:.0f}s{warning}")
         scores["sliding"] = evaluate(forward_logits, data, h, rt, log, stride=h.eval_stride)
         log_score(log, "final_int6_sliding_window", scores["sliding"], h.eval_stride)
     # The community's tools look for the score under this name, whatever packed it.
@@ -1652,10 +1663,10 @@ def open_folder(h: Hyperparameters) -> Path:
     folder = Path(h.run_dir or f"logs/{run_id}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / SOURCE_COPY).exists():
-            raise FileExistsError("a run stands there")
-        for name in ("train.log", "events.jsonl"):
-            (folder / name).write_bytes(b"")
+        if (folder / "result.json").exists() and not (folder / SOURCE_COPY).exists():
+            (folder / "result.json").unlink()  # a run that failed before it began
+            (folder / "train.log").unlink()
+        (folder / "train.log").open("x").close()  # of two runs only one can
     except OSError as error:
         remedy = "choose another RUN_ID or RUN_DIR"
         raise SettingsError(f"RUN_DIR={folder}: no place for a run: {error}; {remedy}") from None
@@ -1665,7 +1676,7 @@ def open_folder(h: Hyperparameters) -> Path:
 FAILURES = (  # status and exit status by the kind of error; the first that fits
     (SettingsError, "settings", 2),
     (DataError, "data", 2),
-    (torch.OutOfMemoryError, "out of memory", 3),
+    ((torch.OutOfMemoryError, MemoryError), "out of memory", 3),
     (DivergenceError, "diverged", 4),
     (KeyboardInterrupt, "interrupted", 5),
     (BaseException, "failed", 6),
@@ -1684,9 +1695,10 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
     log, result = Log(), {"status": "ok"}
     try:
         h = Hyperparameters.from_env(env)
-        notes = [] if artifact else settings_notes(h, env)
+        notes = settings_notes(h, env)
         if artifact:
             h, _ = load_artifact(artifact, h)
+            notes = [note for note in notes if not note.startswith("rule")]
         else:
             log = Log(open_folder(h))
             log.line(f"{log.folder}/train.log")
@@ -1705,12 +1717,17 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
         result["reason"] = str(error) if status in (2, 3, 4) else traceback.format_exc()
         if status == 3:
             result["reason"] += "; lower MICRO_BATCH_TOKENS to train, VAL_BATCH_SIZE to score"
-        log.line(f"error: {result['reason']}")
     if log.folder:
-        write_atomically(log.folder / "result.json", json.dumps(result, indent=2).encode())
+        try:
+            text = json.dumps(result, indent=2).encode()
+            write_atomically(log.folder / "result.json", text)
+        except OSError as error:
+            status, result["reason"] = 6, f"{result.get('reason', '')} result.json: {error}"
+    if "reason" in result:
+        log.line(f"error: {result['reason']}")
     return status
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the result is written
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: result.json is written
     sys.exit(main(sys.argv[1:], os.environ))

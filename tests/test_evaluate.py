@@ -123,14 +123,6 @@ def test_a_diverged_model_has_no_score(cpu):
         )
 
 
-def test_the_time_of_a_sliding_pass_is_told_while_it_starts(model, cpu, capsys, monkeypatch):
-    monkeypatch.setattr(tg, "EVAL_SECONDS_LIMIT", 0.0)
-    h = settings(val_batch_size=64 * 8)
-    tg.evaluate(model.forward_logits, data_of(TEXT), h, cpu, tg.Log(), stride=8)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if "expected_time" in line and "OVER THE LIMIT" in line]
-
-
 def test_uniform_logits_score_log_of_the_vocabulary(cpu):
     data = data_of(TEXT)
     score = tg.evaluate(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -181,6 +182,45 @@ def test_failures_have_their_status_and_reason(
         assert says in result["reason"]
         assert result["status"] in ("settings", "data", "diverged")
         assert result["settings"]["run_id"] == "bad"
+
+
+def test_the_time_of_a_sliding_pass_is_told_before_it(finished):
+    _, done = finished
+    lines = [line.split()[0] for line in done.stdout.splitlines()]
+    told = lines.index("sliding_window")
+    assert told == lines.index("final_int6_sliding_window") - 1
+    assert re.search(r"sliding_window stride:32 expected_time:\d+s$", done.stdout, re.MULTILINE)
+
+
+def test_a_sliding_pass_over_the_limit_is_told(finished, byte_corpus, cpu, monkeypatch, capsys):
+    folder, _ = finished
+    monkeypatch.setattr(tg, "EVAL_SECONDS_LIMIT", 0.0)
+    env = {"DATA_PATH": str(byte_corpus), "EVAL_STRIDE": "8", "EVAL_STRIDEE": "9"}
+    assert tg.main(["--eval", str(folder / "logs/first/final_model.int6.ptz")], env) == 0
+    told = capsys.readouterr().out
+    assert "OVER 0 s with the plain pass" in told
+    assert "EVAL_STRIDEE is no setting" in told
+    assert "rule:" not in told  # the artifact's own settings hold
+
+
+def test_only_one_of_two_runs_gets_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    h = tg.Hyperparameters(run_id="same")
+    tg.open_folder(h)
+    with pytest.raises(tg.SettingsError, match="choose another RUN_ID"):
+        tg.open_folder(h)
+
+
+def test_a_result_that_cannot_be_written_is_a_failure(tmp_path, byte_corpus, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def full(path, data):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(tg, "write_atomically", full)
+    env = {**TINY, "DATA_PATH": str(byte_corpus), "RUN_ID": "full"}
+    assert tg.main([], env) == 6
+    assert "no space left on device" in capsys.readouterr().out
 
 
 def test_a_run_that_never_began_leaves_its_name_free(tmp_path, byte_corpus, monkeypatch):

@@ -23,6 +23,7 @@ def test_environment_beats_preset_beats_rule_beats_default():
     assert not from_env({"VOCAB_SIZE": "260"}).ve_enabled
     assert from_env({"VOCAB_SIZE": "260"}).rope_train_seq_len == 4096
     assert from_env({"VOCAB_SIZE": "260", "VE_ENABLED": "1"}).ve_enabled
+    assert not from_env({"VOCAB_SIZE": "0260"}).ve_enabled
     cpu = from_env({"PRESET": "cpu"})
     assert (cpu.num_layers, cpu.max_wallclock_seconds, cpu.corpus) == (2, 0.0, "python")
     assert from_env({"PRESET": "cpu", "NUM_LAYERS": "7"}).num_layers == 7

@@ -151,6 +151,33 @@ def test_validation_is_at_its_steps_and_outside_the_clock(byte_corpus: Path, cpu
     assert steps == ["step:0/5", "step:2/5", "step:4/5"]
 
 
+def test_every_step_is_logged_though_it_is_known_late(byte_corpus: Path, cpu, capsys, monkeypatch):
+    """As on CUDA, where a step's loss is read after the next one's launch."""
+
+    def launched(clock, loss):
+        clock.running.append((None, loss))
+        while len(clock.running) > 1:
+            clock.finish_step()
+
+    monkeypatch.setattr(tg.TrainingClock, "step_launched", launched)
+    h = settings(data_path=byte_corpus, iterations=6, val_loss_every=3)
+    clock, _ = tg.train(tg.GPT(h), load(h), h, cpu, tg.Log())
+    steps = [
+        line.split()[:2] for line in capsys.readouterr().out.splitlines() if "step_avg" in line
+    ]
+    told = [(step, value.split(":")[0]) for step, value in steps]
+    assert told == [
+        ("step:0/6", "val_loss"),
+        ("step:1/6", "train_loss"),
+        ("step:2/6", "train_loss"),
+        ("step:3/6", "train_loss"),
+        ("step:3/6", "val_loss"),
+        *((f"step:{n}/6", "train_loss") for n in (4, 5, 6)),
+    ]
+    assert clock.times == sorted(clock.times)
+    assert clock.elapsed >= clock.times[-1]
+
+
 def test_log_files_hold_what_was_said(tmp_path: Path, capsys):
     log = tg.Log(tmp_path)
     log.line("step:1/2 train_loss:3.0000")
