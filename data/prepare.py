@@ -31,7 +31,6 @@ from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
@@ -177,6 +176,11 @@ def library_files() -> Iterator[tuple[str, bytes]]:
 
 def embedded_documents() -> list[Document]:
     """Return the texts every Python carries, sources and language reference, in hash order."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        reason = "this Python was installed without its language reference, pydoc_data"
+        raise InputError(f"INPUT: {reason}; give documents, or use another Python") from None
     reference = ((f"topic {name}", text.encode()) for name, text in topics.items())
     documents: dict[bytes, Document] = {}
     lossy = copies = 0
