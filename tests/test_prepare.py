@@ -346,10 +346,16 @@ def test_embedded_corpus_drops_what_tokens_cannot_give_back(monkeypatch, capsys)
     data = [b"one", "a \u2581 bar".encode(), b"latin \xe9", b"nul \0", b"one", b"two \xef\xbf\xbd"]
     files = [(f"module{number}.py", content) for number, content in enumerate(data)]
     monkeypatch.setattr(prepare, "library_files", lambda: files)
-    monkeypatch.setattr(prepare, "topics", {"topic": "three"})
+    monkeypatch.setattr("pydoc_data.topics.topics", {"topic": "three"})
     texts = {text for _, text in prepare.embedded_documents()}
     assert texts == {"one", "two \ufffd", "three"}
     assert "dropped 1 copies and 3 texts" in capsys.readouterr().out
+
+
+def test_a_python_without_its_reference_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(prepare.InputError, match="without its language reference"):
+        prepare.embedded_documents()
 
 
 def test_embedded_manifest(embedded):
