@@ -74,7 +74,7 @@ PRESETS = {
     "cpu": "CORPUS=python NUM_LAYERS=2 MODEL_DIM=128 NUM_HEADS=2 NUM_KV_HEADS=1 VE_DIM=32 "
     "BIGRAM_VOCAB_SIZE=16384 BIGRAM_DIM=64 TRAIN_SEQ_LEN=512 TRAIN_BATCH_TOKENS=2048 "
     "ITERATIONS=1200 WARMDOWN_ITERS=720 MAX_WALLCLOCK_SECONDS=0 MATRIX_LR=0.02 EMA_DECAY=0.97 "
-    "TRAIN_LOG_EVERY=100 VAL_LOSS_EVERY=0 VAL_BATCH_SIZE=32768",
+    "TRAIN_LOG_EVERY=100 VAL_LOSS_EVERY=0",
     # PR #1124: the defaults.
     "v9": "",
 }
@@ -1025,7 +1025,10 @@ def evaluate(
     seq_len = min(seq_len or h.eval_seq_len or h.train_seq_len, total)
     stride = stride or seq_len
     windows = plan_windows(total, seq_len, stride)
-    size = min(max(h.val_batch_size // 8 // seq_len, 1), len(windows))
+    batch_tokens = h.val_batch_size // 8
+    if rt.device.type == "cpu":
+        batch_tokens = min(batch_tokens, 4096)  # more spills the caches: half the speed
+    size = min(max(batch_tokens // seq_len, 1), len(windows))
     tokens, table = data.val.to(rt.device), ByteTable(*(t.to(rt.device) for t in data.table))
     offsets = torch.arange(seq_len + 1, device=rt.device)
     sums = torch.zeros(3, dtype=torch.float64, device=rt.device)
