@@ -336,8 +336,9 @@ def load_attention(name: str) -> Attend:
         from flash_attn_interface import flash_attn_func
 
         def attend_fa3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            """FlashAttention 3; some versions return the log-sum-exp too."""
             y = flash_attn_func(q, k, v, causal=True)
-            return y[0] if isinstance(y, tuple) else y  # some versions add the log-sum-exp
+            return y[0] if isinstance(y, tuple) else y
 
         return attend_fa3
     torch.backends.cuda.enable_cudnn_sdp(name == "cudnn")
