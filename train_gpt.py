@@ -1131,12 +1131,13 @@ class Optimizers:
         roles, groups = parameter_roles(model), []
         for role, policy in ROLE_POLICY.items():
             params = [p for name, p in model.named_parameters() if roles[name] == role]
+            untied = role == "embed" and not h.tie_embeddings
+            lr = getattr(h, "embed_lr" if untied else policy.lr)
+            decay = getattr(h, policy.decay) if policy.decay else 0.0
             if policy.optimizer == "muon":
-                self.muon = Muon(params, h.muon_wd, h.muon_backend_steps, model.dtype)
+                self.muon = Muon(params, decay, h.muon_backend_steps, model.dtype)
+                self.muon_lr = lr
             elif params:
-                untied = role == "embed" and not h.tie_embeddings
-                lr = getattr(h, "embed_lr" if untied else policy.lr)
-                decay = getattr(h, policy.decay) if policy.decay else 0.0
                 groups.append({"params": params, "lr": lr, "base_lr": lr, "weight_decay": decay})
         betas = (h.beta1, h.beta2)
         self.adamw = torch.optim.AdamW(groups, betas=betas, eps=h.adam_eps, fused=True)
@@ -1145,7 +1146,7 @@ class Optimizers:
         """Clip the gradients, step at `scale` times the learning rates, drop the gradients."""
         if self.h.grad_clip_norm:
             nn.utils.clip_grad_norm_(self.params, self.h.grad_clip_norm)
-        self.muon.step(self.h.matrix_lr * scale, muon_momentum(step, self.h))
+        self.muon.step(self.muon_lr * scale, muon_momentum(step, self.h))
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * scale
         self.adamw.step()
@@ -1463,7 +1464,7 @@ def require_compressor(codec: str) -> None:
 
 
 def model_settings(h: Hyperparameters) -> dict[str, Any]:
-    """The settings that the model's function depends on."""
+    """The settings that travel in the artifact."""
     return {f.name: getattr(h, f.name) for f in dataclasses.fields(h) if f.metadata["in_artifact"]}
 
 
@@ -1500,7 +1501,7 @@ def pack(h: Hyperparameters, arrays: Mapping[str, Tensor]) -> bytes:
 def unpack(blob: bytes, h: Hyperparameters) -> tuple[Hyperparameters, dict[str, np.ndarray]]:
     """Settings and arrays of an artifact; `h` gives the settings that do not travel.
 
-    Checksum and settings are checked before arrays are allocated. Raises all sorts of Exceptions.
+    Checksum and settings are checked before arrays are allocated. Faults raise as they come.
     """
     fields, body = HEADER.unpack_from(blob), blob[HEADER.size :]
     magic, version, codec, settings_size, digest = fields

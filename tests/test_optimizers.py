@@ -78,6 +78,14 @@ def test_every_parameter_is_in_exactly_one_group_with_its_roles_settings():
             assert rates[id(model.lm_head.weight)] == (h.head_lr, 0.0)
 
 
+def test_the_one_table_decides_for_muon_too(monkeypatch):
+    policy = tg.ROLE_POLICY["matrix"]._replace(lr="head_lr", decay="adam_wd")
+    monkeypatch.setitem(tg.ROLE_POLICY, "matrix", policy)
+    h = settings(head_lr=0.5, adam_wd=0.7)
+    optimizers = tg.Optimizers(tg.GPT(h), h)
+    assert (optimizers.muon_lr, optimizers.muon.weight_decay) == (0.5, 0.7)
+
+
 def test_a_step_is_the_published_one_at_the_scheduled_rates():
     """AdamW and Muon written out, one step after another, at half the learning rates."""
     h = settings(num_layers=2, grad_clip_norm=0, beta1=0.8, beta2=0.9, adam_eps=1e-3)
