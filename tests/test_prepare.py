@@ -456,7 +456,13 @@ def test_a_killed_run_leaves_the_old_dataset(tmp_path, docs, sent):
     run_ok(docs, *options, "--shard-tokens", 1000)
     before = files_of(out)
     command = [sys.executable, "-c", STUCK_WRITER, SCRIPT, docs, *options, "--shard-tokens", 900]
-    job = subprocess.Popen([str(c) for c in (*command, flag)], stderr=subprocess.PIPE, text=True)
+    job = subprocess.Popen(
+        [str(c) for c in (*command, flag)],
+        stderr=subprocess.PIPE,
+        text=True,
+        # A test run in the background may have SIGINT ignored, and its children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not flag.exists():
         assert job.poll() is None
     job.send_signal(sent)
