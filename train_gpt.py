@@ -75,13 +75,17 @@ PRESETS = {
     "BIGRAM_VOCAB_SIZE=16384 BIGRAM_DIM=64 TRAIN_SEQ_LEN=512 TRAIN_BATCH_TOKENS=2048 "
     "ITERATIONS=1200 WARMDOWN_ITERS=720 MAX_WALLCLOCK_SECONDS=0 MATRIX_LR=0.02 EMA_DECAY=0.97 "
     "TRAIN_LOG_EVERY=100 VAL_LOSS_EVERY=0",
+    # PR #832, bytes and the JEPA head: what its command sets that is no default.
+    "byte_jepa": "VOCAB_SIZE=260 NUM_LAYERS=13 MLP_MULT=2 XSA_LAST_N=4 BIGRAM_VOCAB_SIZE=4096 "
+    "BIGRAM_DIM=32 TRAIN_SEQ_LEN=4096 TRAIN_BATCH_TOKENS=393216 ITERATIONS=9000 "
+    "WARMDOWN_ITERS=3000 EVAL_STRIDE=512 JEPA_CHUNK_SIZE=8",
     # PR #1124: the defaults.
     "v9": "",
 }
 
 
 # Variables of the published commands that have no effect yet.
-NOT_BUILT = ("GPTQ_ENABLED", "JEPA_CHUNK_SIZE", "LABEL_SMOOTHING", "STP_ENABLED", "TTT_ENABLED")
+NOT_BUILT = ("GPTQ_ENABLED", "LABEL_SMOOTHING", "STP_ENABLED", "TTT_ENABLED")
 
 
 class SettingsError(ValueError):
@@ -152,6 +156,21 @@ class Hyperparameters:
     ve_enabled: bool = of_model(True, "value embeddings")
     ve_dim: int = of_model(128, "their width", 1, 65_536)
     ve_layers: str = of_model("", "their layers, as 9,10; empty: the last two")
+    # JEPA head (PR #832)
+    jepa_chunk_size: int = of_model(0, "positions a latent stands for; 0: no JEPA", 0)
+    jepa_latent_dim: int = of_model(256, "width of a latent", 1, 65_536)
+    jepa_proj_hidden: int = of_model(256, "hidden width of its projector", 1, 65_536)
+    jepa_inject: bool = of_model(True, "predictions enter the stream; 0: it only teaches")
+    jepa_lambda_max: float = setting(0.001, "peak weight of its losses; 0: random latents", 0)
+    jepa_phase1_frac: float = setting(0.3, "part of the run before they start", 0, 1)
+    jepa_phase2_frac: float = setting(0.5, "next part: rise to the peak; then none", 1e-9, 1)
+    jepa_phase_progress: bool = setting(False, "parts by seconds too; 0: of ITERATIONS alone")
+    jepa_backbone_grad: bool = setting(False, "its losses teach the backbone")
+    jepa_sigreg: str = setting("published", "SIGReg", choices=("published", "lejepa"))
+    jepa_sigreg_weight: float = setting(0.02, "of SIGReg beside the prediction error", 0)
+    jepa_sigreg_projs: int = setting(256, "its directions", 1, 65_536)
+    jepa_sigreg_knots: int = setting(17, "its quadrature nodes", 2, 1000)
+    jepa_lr: float = setting(0.001, "AdamW: JEPA head", 0)
     # Optimizers
     matrix_lr: float = setting(0.025, "Muon: block matrices", 0)
     scalar_lr: float = setting(0.025, "AdamW: gains, gates, small projections", 0)
@@ -254,6 +273,8 @@ def faults_together(h: Hyperparameters) -> list[str]:
         "NUM_KV_HEADS must divide NUM_HEADS": h.num_heads % h.num_kv_heads,
         f"ROPE_DIMS must be even and at most {width}": h.rope_dims % 2 or h.rope_dims > width,
         f"TRAIN_BATCH_TOKENS must be a multiple of TRAIN_SEQ_LEN; {near}, say": rest,
+        "JEPA_CHUNK_SIZE must be at most half of TRAIN_SEQ_LEN": 2 * h.jepa_chunk_size
+        > h.train_seq_len,
         "BIGRAM_VOCAB_SIZE must be 0 (none) or at least 2": h.bigram_vocab_size == 1,
         "VE_LAYERS must be layers below NUM_LAYERS, as 9,10": not all(
             n.isdecimal() and int(n) < h.num_layers for n in layers
@@ -689,29 +710,22 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """Bias-free map, float32 weight [out, in] cast to its input's dtype; starts orthogonal or 0."""
+    """Bias-free map, float32 weight [out, in] cast to its input's dtype.
 
-    ROLES = {"weight": "matrix"}
+    It starts orthogonal times `gain`, at 0, or, where gain is None, uniform within 1/sqrt(in).
+    """
 
-    def __init__(self, fan_in: int, fan_out: int, gain: float = 1.0) -> None:
+    def __init__(
+        self, fan_in: int, fan_out: int, gain: float | None = 1.0, role: str = "matrix"
+    ) -> None:
         super().__init__(fan_in, fan_out, bias=False)
-        nn.init.orthogonal_(self.weight, gain) if gain else nn.init.zeros_(self.weight)
+        self.ROLES = {"weight": role}
+        if gain is not None:
+            nn.init.orthogonal_(self.weight, gain) if gain else nn.init.zeros_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] to [..., out]."""
         return F.linear(x, self.weight.to(x.dtype))
-
-
-class Projection(Linear):
-    """From a small table's width to the model's: AdamW learns it and it is stored in float16."""
-
-    ROLES = {"weight": "scalar"}
-
-
-class Head(Linear):
-    """The untied output head."""
-
-    ROLES = {"weight": "head"}
 
 
 class Embedding(nn.Embedding):
@@ -833,7 +847,7 @@ class BigramHash(nn.Module):
         # multiple of the other, so both would stay 0 for ever.
         same = h.bigram_dim == h.model_dim
         gain = (2 * h.num_layers) ** -0.5
-        self.proj = nn.Identity() if same else Projection(h.bigram_dim, h.model_dim, gain)
+        self.proj = nn.Identity() if same else Linear(h.bigram_dim, h.model_dim, gain, "scalar")
         self.scale = nn.Parameter(torch.tensor(0.05))
 
     def hash(self, ids: Tensor) -> Tensor:
@@ -858,7 +872,7 @@ class ValueEmbedding(nn.Module):
         super().__init__()
         kv_dim = h.model_dim // h.num_heads * h.num_kv_heads
         self.embed = Embedding(h.vocab_size, h.ve_dim, std=0.01)
-        self.proj = Projection(h.ve_dim, kv_dim, gain=(2 * h.num_layers) ** -0.5)
+        self.proj = Linear(h.ve_dim, kv_dim, (2 * h.num_layers) ** -0.5, "scalar")
         self.scale = nn.Parameter(torch.tensor(0.1))
         self.layers = value_layers(h)
         self.layer_scales = nn.Parameter(torch.ones(len(self.layers)))
@@ -894,6 +908,95 @@ class Block(nn.Module):
         return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.norm_scale)
 
 
+def sigreg(z: Tensor, directions: Tensor, knots: int, form: str) -> Tensor:
+    """How far the rows of z [N, n] are from samples of N(0, I): a float32 scalar.
+
+    Along each direction, a unit column of [n, P], the characteristic function of the rows is held
+    against the normal one, exp(-t^2/2), at `knots` points t (Epps-Pulley). "lejepa": N times the
+    integral under that Gaussian, by trapezoids (arXiv 2511.08544). "published": a plain mean over
+    standardised rows, blind to their mean and scale (PR #832).
+    """
+    published, z = form == "published", z.float()
+    if published:
+        z = (z - z.mean(0)) / z.var(0).clamp_min(1e-12).sqrt()
+    t = torch.linspace(0.2 if published else 0.0, 3.0, knots, device=z.device)
+    angles, normal = (z @ directions).unsqueeze(-1) * t, torch.exp(-t.square() / 2)
+    error = (angles.cos().mean(0) - normal).square() + angles.sin().mean(0).square()
+    if published:
+        return error.mean()
+    return 2 * len(z) * torch.trapezoid(error * normal, t).mean()  # 2: t < 0 gives as much
+
+
+class JEPA(nn.Module):
+    """Predicts the latent of each chunk of positions from the chunk before it.
+
+    A latent is the projected mean of a chunk; the prediction enters the stream of its chunk. Two
+    losses, the squared error and SIGReg, teach projector and predictor; cross-entropy alone teaches
+    the injection. The backbone learns from none of them but with JEPA_BACKBONE_GRAD (PR #832).
+    """
+
+    ROLES = {"start": "aux"}
+
+    def __init__(self, h: Hyperparameters) -> None:
+        super().__init__()
+        self.h, self.chunk = h, h.jepa_chunk_size
+
+        def two_maps(fan_in: int, hidden: int) -> nn.Sequential:
+            into, out = Linear(fan_in, hidden, None, "aux"), Linear(hidden, latent, None, "aux")
+            return nn.Sequential(into, nn.RMSNorm(hidden, 1.2e-7, False), nn.SiLU(), out)
+
+        latent = h.jepa_latent_dim
+        self.projector = two_maps(h.model_dim, h.jepa_proj_hidden)
+        self.predictor = two_maps(latent, latent)
+        self.start = nn.Parameter(torch.empty(1, latent).normal_(std=0.02))
+        self.inject = Linear(latent, h.model_dim, 0, "aux") if h.jepa_inject else None
+        # For training: tensors, so that new values compile nothing anew.
+        self.register_buffer("weights", torch.zeros(2), persistent=False)
+        self.register_buffer(
+            "directions", torch.zeros(latent, h.jepa_sigreg_projs), persistent=False
+        )
+        self.learns = False
+
+    @torch.no_grad()
+    def prepare(self, weight: float, step: int) -> None:
+        """Set the losses' weight, lambda, for a step; LeJEPA draws new directions for each."""
+        self.learns = weight > 0
+        self.weights[0], self.weights[1] = weight, weight * self.h.jepa_sigreg_weight
+        if self.learns:
+            generator = torch.Generator(self.directions.device)
+            generator.manual_seed(self.h.seed + step * (self.h.jepa_sigreg == "lejepa"))
+            self.directions.normal_(generator=generator)
+            self.directions.div_(self.directions.norm(dim=0))
+
+    def predict(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, n] predicted from those before them, the first from a learned one."""
+        before = self.start.to(latents.dtype).expand(len(latents), 1, -1)
+        return self.predictor(torch.cat((before, latents), dim=1)[:, : latents.size(1)])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The stream x [B, T, D] with predictions, and the losses [2] while they are learned from.
+
+        Positions after the last whole chunk get nothing.
+        """
+        learns = self.training and self.learns
+        if not learns and self.inject is None:
+            return x, None
+        chunks = x.size(1) // self.chunk
+        source = x if self.h.jepa_backbone_grad else x.detach()
+        source = source[:, : chunks * self.chunk].unflatten(1, (chunks, self.chunk))
+        latents = self.projector(source.mean(2))
+        predicted = self.predict(latents)
+        if self.inject is not None:
+            added = self.inject(predicted.detach()).repeat_interleave(self.chunk, dim=1)
+            x = x + F.pad(added, (0, 0, 0, x.size(1) - added.size(1)))
+        if not learns:
+            return x, None
+        error = F.mse_loss(predicted.float(), latents.detach().float())
+        h, rows = self.h, latents.flatten(0, 1)
+        spread = sigreg(rows, self.directions, h.jepa_sigreg_knots, h.jepa_sigreg)
+        return x, torch.stack((error, spread))
+
+
 class GPT(nn.Module):
     """The language model of `h`, Hyperparameters itself or an instance; weights are float32.
 
@@ -917,10 +1020,12 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(h, layer, attend) for layer in range(h.num_layers))
         skips = h.num_layers // 2 if h.unet_skips else 0
         self.skip_weights = nn.Parameter(torch.ones(skips, h.model_dim))
-        self.lm_head = None if h.tie_embeddings else Head(h.model_dim, h.vocab_size, gain=0)
+        tied = h.tie_embeddings
+        self.lm_head = None if tied else Linear(h.model_dim, h.vocab_size, 0, "head")
+        self.jepa = JEPA(h) if h.jepa_chunk_size else None
 
-    def hidden(self, ids: Tensor) -> Tensor:
-        """Token ids [B, T] to the normed last hidden state [B, T, D]."""
+    def hidden(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The normed last hidden state [B, T, D] of ids [B, T], and auxiliary losses, if any."""
         x = self.tok_emb(ids)
         if self.bigram is not None:
             x = x + self.bigram(ids)
@@ -937,19 +1042,31 @@ class GPT(nn.Module):
             x = block(x, x0, rotation, values.get(layer))
             if layer < half:
                 outputs.append(x)
-        return rms_norm(x)
+        x, auxiliary = (x, None) if self.jepa is None else self.jepa(x)
+        return rms_norm(x), auxiliary
 
-    def forward_logits(self, ids: Tensor, last: int | None = None) -> Tensor:
-        """Soft-capped logits, float32 [B, T, V], of ids [B, T] or of their `last` positions."""
-        x = self.hidden(ids)
-        x = x if last is None else x[:, -last:]
+    def logits(self, x: Tensor) -> Tensor:
+        """Soft-capped logits, float32 [..., V], of hidden states [..., D]."""
         head = (self.lm_head or self.tok_emb).weight
         logits, cap = F.linear(x, head.to(x.dtype)).float(), self.h.logit_softcap
         return logits.div_(cap).tanh_() * cap  # in place: V is large, and eager memory is slow
 
+    def forward_logits(self, ids: Tensor, last: int | None = None) -> Tensor:
+        """Logits [B, T, V] of ids [B, T] or of their `last` positions."""
+        x, _ = self.hidden(ids)
+        return self.logits(x if last is None else x[:, -last:])
+
+    def losses(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss to descend, and its terms [n]: cross-entropy in nats, then auxiliary ones."""
+        x, auxiliary = self.hidden(ids)
+        nats = F.cross_entropy(self.logits(x).flatten(0, 1), targets.flatten())
+        if auxiliary is None:
+            return nats, nats.view(1)
+        return nats + auxiliary @ self.jepa.weights, torch.cat((nats.view(1), auxiliary))
+
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats, a float32 scalar, of targets [B, T]."""
-        return F.cross_entropy(self.forward_logits(ids).flatten(0, 1), targets.flatten())
+        """The loss, a float32 scalar: mean cross-entropy in nats and, in training, auxiliary."""
+        return self.losses(ids, targets)[0]
 
 
 def parameter_roles(model: nn.Module) -> dict[str, str]:
@@ -958,7 +1075,7 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
     for prefix, module in model.named_modules():
         for name, _ in module.named_parameters(prefix, recurse=False):
             try:
-                roles[name] = type(module).ROLES[name.rpartition(".")[2]]
+                roles[name] = module.ROLES[name.rpartition(".")[2]]
             except (AttributeError, KeyError):
                 raise TypeError(f"{type(module).__name__}.ROLES lacks {name}") from None
     return roles
@@ -1074,6 +1191,7 @@ ROLE_POLICY = {
     "embed": Policy("adamw", "tied_embed_lr", "adam_wd", 8),  # untied: EMBED_LR
     "head": Policy("adamw", "head_lr", None, 8),
     "scalar": Policy("adamw", "scalar_lr", "adam_wd", 16),
+    "aux": Policy("adamw", "jepa_lr", None, 8),
 }
 
 
@@ -1178,6 +1296,18 @@ def lr_scale(step: int, elapsed: float, h: Hyperparameters) -> float:
     return min(left / warmdown, 1.0) if warmdown else 1.0
 
 
+def jepa_weight(step: int, elapsed: float, h: Hyperparameters) -> float:
+    """Lambda at a step, `elapsed` training seconds in: 0, then a rise to its peak, then 0.
+
+    By the seconds too, a run that the cap ends has all its phases.
+    """
+    cap, done = h.max_wallclock_seconds, step / h.iterations
+    if h.jepa_phase_progress and cap:
+        done = max(done, elapsed / cap)
+    risen = (done - h.jepa_phase1_frac) / h.jepa_phase2_frac
+    return h.jepa_lambda_max * risen if 0 <= risen < 1 else 0.0
+
+
 class WeightAverage:
     """A float32 average of a model's weights: the EMA or, for SWA, the mean of late ones."""
 
@@ -1228,7 +1358,8 @@ class TrainingClock:
     def __init__(self, rt: Runtime, cap: float) -> None:
         self.rt, self.cap = rt, cap
         self.elapsed = 0.0  # at the end of the last finished step
-        self.losses: list[float] = []  # of the finished steps
+        self.losses: list[float] = []  # of the finished steps: cross-entropy
+        self.auxiliary: list[list[float]] = []  # and their other terms
         self.times: list[float] = []  # `elapsed` at their ends
         self.recent: deque[float] = deque(maxlen=20)  # seconds of the last of them
         self.running: deque[tuple[Any, Tensor]] = deque()
@@ -1244,27 +1375,29 @@ class TrainingClock:
             self.finish_step()
         self.elapsed += self.rt.now() - self.mark
 
-    def step_launched(self, loss: Tensor) -> None:
-        """Take note of a step by its loss."""
-        host = loss.to("cpu", non_blocking=True)  # from a GPU, into pinned memory
-        event = torch.cuda.current_stream().record_event() if loss.is_cuda else None
+    def step_launched(self, terms: Tensor) -> None:
+        """Take note of a step by the terms of its loss."""
+        host = terms.to("cpu", non_blocking=True)  # from a GPU, into pinned memory
+        event = torch.cuda.current_stream().record_event() if terms.is_cuda else None
         self.running.append((event, host))
-        while len(self.running) > loss.is_cuda:
+        while len(self.running) > terms.is_cuda:
             self.finish_step()
 
     def finish_step(self) -> None:
         """Wait for the oldest running step; DivergenceError if its loss is not finite."""
-        event, loss = self.running.popleft()
+        event, terms = self.running.popleft()
         if event is not None:
             event.synchronize()
         began, self.mark = self.mark, time.perf_counter()
         self.recent.append(self.mark - began)
         self.elapsed += self.recent[-1]
         self.times.append(self.elapsed)
-        self.losses.append(loss.item())
-        if not math.isfinite(self.losses[-1]):
+        cross_entropy, *auxiliary = terms.tolist()
+        self.losses.append(cross_entropy)
+        self.auxiliary.append(auxiliary)
+        if not math.isfinite(loss := sum(auxiliary, cross_entropy)):
             remedy = "lower MATRIX_LR, SCALAR_LR and TIED_EMBED_LR or look at the data"
-            found = f"step {len(self.losses)}: the loss is {self.losses[-1]}"
+            found = f"step {len(self.losses)}: the loss is {loss}"
             raise DivergenceError(f"{found}; {remedy}")
 
     def spent(self) -> bool:
@@ -1274,29 +1407,29 @@ class TrainingClock:
 
 
 def train_step(
-    loss_of: Callable[[Tensor, Tensor], Tensor],
+    losses_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     optimizers: Optimizers,
     batch: tuple[Tensor, Tensor],
     step: int,
     scale: float,
     rt: Runtime,
 ) -> Tensor:
-    """One step on inputs and targets [sequences, T], in equal parts; its mean loss."""
+    """One step on inputs and targets [sequences, T], in equal parts; the mean terms of its loss."""
     parts = micro_batches(optimizers.h)
     if rt.device.type == "cuda":
         batch = batch[0].pin_memory(), batch[1].pin_memory()
     inputs, targets = (ids.to(rt.device, non_blocking=True).chunk(parts) for ids in batch)
-    mean_loss = torch.zeros((), device=rt.device)
+    of_parts = []
     for x, y in zip(inputs, targets, strict=True):
-        loss = loss_of(x, y) / parts
-        loss.backward()
-        mean_loss += loss.detach()
+        loss, terms = losses_of(x, y)
+        (loss / parts).backward()
+        of_parts.append(terms.detach())
     optimizers.step(step, scale)
-    return mean_loss
+    return torch.stack(of_parts).mean(0)
 
 
 def warm_up(
-    model: GPT, loss_of: Callable[..., Tensor], h: Hyperparameters, rt: Runtime, log: Log
+    model: GPT, losses_of: Callable[..., Any], h: Hyperparameters, rt: Runtime, log: Log
 ) -> None:
     """Compile and load what a step needs, on random tokens, and put the weights back.
 
@@ -1309,8 +1442,10 @@ def warm_up(
     optimizers, generator = Optimizers(model, h), torch.Generator().manual_seed(h.seed)
     shape = (2, h.train_batch_tokens // h.train_seq_len, h.train_seq_len)
     for step in range(h.warmup_steps):
+        if model.jepa is not None:  # the step with its losses and the one without are two programs
+            model.jepa.prepare(h.jepa_lambda_max * (step % 2), step)
         x, y = torch.randint(h.vocab_size, shape, generator=generator)
-        train_step(loss_of, optimizers, (x, y), step, 1.0, rt)
+        train_step(losses_of, optimizers, (x, y), step, 1.0, rt)
         log.line(f"warmup_step:{step + 1}/{h.warmup_steps}")
     torch._foreach_copy_([p.detach() for p in model.parameters()], weights)
 
@@ -1319,9 +1454,9 @@ def train(
     model: GPT, data: Data, h: Hyperparameters, rt: Runtime, log: Log
 ) -> tuple[TrainingClock, WeightAverage]:
     """Train in place until ITERATIONS or the cap; the clock, and the average, not applied yet."""
-    loss_of, forward_logits = rt.compile(model), rt.compile(model.forward_logits)
+    losses_of, forward_logits = rt.compile(model.losses), rt.compile(model.forward_logits)
     model.train()
-    warm_up(model, loss_of, h, rt, log)
+    warm_up(model, losses_of, h, rt, log)
     optimizers, average = Optimizers(model, h), WeightAverage(model, h)
     clock = TrainingClock(rt, h.max_wallclock_seconds)
     step = logged = 0
@@ -1332,7 +1467,8 @@ def train(
             clock.pause()
         for n in range(logged, len(clock.losses)):
             if n < 10 or (h.train_log_every and (n + 1) % h.train_log_every == 0):
-                log_step(log, h, n + 1, clock.times[n], train_loss=clock.losses[n])
+                of = zip(("jepa_error", "jepa_sigreg"), clock.auxiliary[n], strict=False)
+                log_step(log, h, n + 1, clock.times[n], train_loss=clock.losses[n], **dict(of))
         if logged := len(clock.losses):
             left = (h.iterations - step) * clock.elapsed / logged
             left = min(left, clock.cap - clock.elapsed) if clock.cap else left
@@ -1343,8 +1479,10 @@ def train(
             validate(model, forward_logits, data, h, rt, log, clock)
             clock.resume()
         scale = lr_scale(step, clock.elapsed, h)
-        loss = train_step(loss_of, optimizers, data.train.batch(step, h), step, scale, rt)
-        clock.step_launched(loss)
+        if model.jepa is not None:
+            model.jepa.prepare(jepa_weight(step, clock.elapsed, h), step)
+        terms = train_step(losses_of, optimizers, data.train.batch(step, h), step, scale, rt)
+        clock.step_launched(terms)
         step += 1
         average.update(step, scale)
     if step < h.iterations:
@@ -1487,7 +1625,9 @@ def artifact_layout(h: Hyperparameters) -> list[tuple[str, str, tuple[int, ...]]
 
 
 def pack(h: Hyperparameters, arrays: Mapping[str, Tensor]) -> bytes:
-    """The artifact's bytes, the same for the same arrays."""
+    """The artifact's bytes, the same for the same arrays; without a JEPA head that only teaches."""
+    if not h.jepa_inject:
+        h = dataclasses.replace(h, jepa_chunk_size=0)
     layout = artifact_layout(h)
     raw = b"".join(arrays[name].numpy().astype(dtype).tobytes() for name, dtype, _ in layout)
     payload = compress(h.compressor, raw)
@@ -1615,6 +1755,12 @@ def log_model(model: GPT, h: Hyperparameters, rt: Runtime, log: Log) -> None:
     log.line(f"model_params:{sum(p.numel() for p in model.parameters())}")
     log.line(f"muon:{len(shapes)} matrices in {len(set(shapes))} stacks")
     log.line(f"XSA:last_{h.xsa_last_n} active_layers:{xsa}")
+    if model.jepa is not None:
+        size = sum(p.numel() for p in model.jepa.parameters())
+        of = f"chunk_size={h.jepa_chunk_size} latent_dim={h.jepa_latent_dim} params={size}"
+        log.line(f"jepa:enabled {of}")
+        of = f"phase1={h.jepa_phase1_frac} phase2={h.jepa_phase2_frac}"
+        log.line(f"jepa:schedule {of} lambda_max={h.jepa_lambda_max}")
     log.line(f"world_size:1 grad_accum_steps:{micro_batches(h)}")
     log.line(" ".join(f"{name}:{value}" for name, value in rt.describe().items()))
     for lead, names in (
@@ -1642,8 +1788,8 @@ def score_artifact(
     h, weights = load_artifact(path, h)
     with torch.device("meta"):
         model = GPT(h, rt.attend, rt.dtype).eval()
-    model.load_state_dict(weights, assign=True)
-    forward_logits = rt.compile(model.to(rt.device).forward_logits)
+    model.to_empty(device=rt.device).load_state_dict(weights)
+    forward_logits = rt.compile(model.forward_logits)
     scores = {"plain": evaluate(forward_logits, data, h, rt, log)}
     log_score(log, "final_int6_roundtrip", scores["plain"])
     seq_len = h.eval_seq_len or h.train_seq_len

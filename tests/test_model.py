@@ -208,7 +208,7 @@ def test_the_loss_is_the_mean_cross_entropy():
 def test_activations_have_their_dtype_and_weights_stay_float32():
     model = randomize(tg.GPT(settings(), dtype=torch.bfloat16))
     ids = torch.randint(4, 260, (1, 8))
-    assert model.hidden(ids).dtype == torch.bfloat16
+    assert model.hidden(ids)[0].dtype == torch.bfloat16
     assert model.forward_logits(ids).dtype == torch.float32
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 

@@ -48,7 +48,7 @@ def test_the_cut_of_a_step_changes_nothing_but_rounding(byte_corpus: Path, cpu):
         optimizers = tg.Optimizers(model, h)
         optimizers.step = lambda *_: None
         batch = load(h).train.batch(0, h)
-        tg.train_step(model, optimizers, batch, 0, 1.0, cpu)
+        tg.train_step(model.losses, optimizers, batch, 0, 1.0, cpu)
         grads.append([p.grad for p in model.parameters() if p.grad is not None])
     for one, eight in zip(*grads, strict=True):
         torch.testing.assert_close(one, eight, atol=1e-6, rtol=1e-4)
@@ -63,7 +63,7 @@ def test_warm_up_leaves_no_trace(byte_corpus: Path, cpu):
     before = [p.detach().clone() for p in model.parameters()]
     random_state = torch.get_rng_state()
     took = []
-    tg.warm_up(model, lambda x, y: took.append(x) or model(x, y), h, rt, tg.Log())
+    tg.warm_up(model, lambda x, y: took.append(x) or model.losses(x, y), h, rt, tg.Log())
     assert len(took) == 3 * tg.micro_batches(h)
     assert torch.equal(random_state, torch.get_rng_state())
     for p, was in zip(model.parameters(), before, strict=True):
@@ -92,14 +92,14 @@ def test_the_clock_stands_still_when_paused_and_knows_its_slowest_step(fake_time
     clock = tg.TrainingClock(cpu, cap=10.0)
     for seconds in (1.0, 3.0, 1.0):
         fake_time.now += seconds
-        clock.step_launched(torch.tensor(1.0))
+        clock.step_launched(torch.tensor([1.0]))
     clock.pause()
     fake_time.now += 100
     clock.resume()
     assert clock.elapsed == 5.0
     assert not clock.spent()  # 5 + 3 < 10
     fake_time.now += 2.0
-    clock.step_launched(torch.tensor(1.0))
+    clock.step_launched(torch.tensor([1.0]))
     assert clock.elapsed == 7.0
     assert clock.spent()  # 7 + 3 reaches 10
 
@@ -107,7 +107,7 @@ def test_the_clock_stands_still_when_paused_and_knows_its_slowest_step(fake_time
 def test_time_between_steps_belongs_to_training(fake_time, cpu):
     clock = tg.TrainingClock(cpu, cap=0.0)
     fake_time.now += 1
-    clock.step_launched(torch.tensor(1.0))
+    clock.step_launched(torch.tensor([1.0]))
     fake_time.now += 5  # a slow batch, say
     clock.pause()
     assert clock.elapsed == 6.0
@@ -145,9 +145,9 @@ def test_no_steps_are_a_defined_result(byte_corpus: Path, cpu):
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_stops_the_run_by_step(cpu, loss):
     clock = tg.TrainingClock(cpu, cap=0.0)
-    clock.step_launched(torch.tensor(2.0))
+    clock.step_launched(torch.tensor([2.0]))
     with pytest.raises(tg.DivergenceError, match=f"step 2: the loss is {loss}; lower MATRIX_LR"):
-        clock.step_launched(torch.tensor(loss))
+        clock.step_launched(torch.tensor([loss]))
 
 
 def test_validation_is_at_its_steps_and_outside_the_clock(byte_corpus: Path, cpu, capsys):
@@ -287,9 +287,9 @@ def test_the_clock_leaves_room_for_the_step_that_still_runs(fake_time, cpu):
     clock = tg.TrainingClock(cpu, cap=10.0)
     for _ in range(6):
         fake_time.now += 1.0
-        clock.step_launched(torch.tensor(1.0))
+        clock.step_launched(torch.tensor([1.0]))
     fake_time.now += 2.0
-    clock.step_launched(torch.tensor(1.0))  # 8 s elapsed, the slowest step took 2
+    clock.step_launched(torch.tensor([1.0]))  # 8 s elapsed, the slowest step took 2
     clock.recent.append(1.0)
     clock.elapsed = 7.5
     assert not clock.spent()
