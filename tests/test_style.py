@@ -123,7 +123,9 @@ def python_3_10_faults(source: str) -> str:
     return done.stdout if "invalid-syntax" in done.stdout else ""
 
 
-@pytest.mark.parametrize("name", ["train_gpt.py", "data/prepare.py"])
+@pytest.mark.parametrize(
+    "name", ["train_gpt.py", "data/prepare.py", "data/to_bytes.py", "data/download.py"]
+)
 def test_python_3_10_parses_it(name):
     source = (ROOT / name).read_text(encoding="utf-8")
     ast.parse(source, feature_version=(3, 10))
