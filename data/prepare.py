@@ -462,7 +462,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def merge_manifest(path: Path, name: str, vocabulary: Vocabulary, stats: dict[str, int]) -> None:
-    """Put a dataset and its tokenizer in place of the entries of their names; keep all others."""
+    """Describe a dataset and its tokenizer in a manifest."""
     tokenizer, folder = vocabulary.entry(), f"datasets/{name}"
     shared = ("vocab_size", "bos_id", "eos_id", "recommended_bigram_vocab_size")
     dataset = {
@@ -475,6 +475,11 @@ def merge_manifest(path: Path, name: str, vocabulary: Vocabulary, stats: dict[st
         **{key: tokenizer[key] for key in shared},
         "stats": stats,
     }
+    merge_entries(path, tokenizer, dataset)
+
+
+def merge_entries(path: Path, tokenizer: dict[str, Any], dataset: dict[str, Any]) -> None:
+    """Put two entries in place of those of their names in a manifest; keep all others."""
     manifest = read_manifest(path)
     for key, entry in (("tokenizers", tokenizer), ("datasets", dataset)):
         others = [other for other in manifest[key] if other["name"] != entry["name"]]
