@@ -199,20 +199,8 @@ class Hyperparameters:
         env = {**assignments(PRESETS.get(env.get("PRESET", ""), "")), **env}
         with contextlib.suppress(ValueError, KeyError):
             env = {**assignments(VOCABULARY_RULES[int(env["VOCAB_SIZE"])]), **env}
-        faults, values = [], {}
-        for f in dataclasses.fields(cls):
-            name = f.name.upper()
-            try:
-                values[f.name] = parse_value(env[name], f.default) if name in env else f.default
-            except ValueError as error:
-                faults.append(f"{name}={env[name]!r}: {error}")
-        try:
-            h = cls(**values)
-        except SettingsError as error:
-            faults.append(str(error))
-        if faults:
-            raise SettingsError("\n".join(faults))
-        return h
+        given = [f for f in dataclasses.fields(cls) if f.name.upper() in env]
+        return cls(**{f.name: parse_value(env[f.name.upper()], f.default) for f in given})
 
 
 def assignments(text: str) -> dict[str, str]:
@@ -221,27 +209,27 @@ def assignments(text: str) -> dict[str, str]:
 
 
 def parse_value(text: str, default: Any) -> Any:
-    """The value of a variable in the type of its default; ValueError tells the accepted form."""
+    """The value of a variable in its default's type, or the text itself: then it is a fault."""
     if isinstance(default, bool):
-        if text not in ("0", "1"):
-            raise ValueError("must be 0 or 1")
-        return text == "1"
+        return {"0": False, "1": True}.get(text, text)
     try:
         return type(default)(text)
     except ValueError:
-        raise ValueError(f"must be a {'whole ' * isinstance(default, int)}number") from None
+        return text
 
 
 def fault(f: "dataclasses.Field[Any]", value: Any) -> str | None:
     """What is wrong with one value by itself, or None."""
-    name, about, kind = f"{f.name.upper()}={value!r}", f.metadata, type(f.default)
+    about, kind = f.metadata, type(f.default)
     if type(value) is not kind and (kind, type(value)) != (float, int):
-        return f"{name}: must be of type {kind.__name__}"
-    if about["choices"] and value not in about["choices"]:
-        return f"{name}: must be one of {', '.join(about['choices'])}"
-    if kind is not str and not about["low"] <= value <= about["high"]:  # NaN neither
-        return f"{name}: must be from {about['low']} to {about['high']}"
-    return None
+        must = {bool: "0 or 1", int: "a whole number", float: "a number", str: "text"}[kind]
+    elif about["choices"] and value not in about["choices"]:
+        must = f"one of {', '.join(about['choices'])}"
+    elif kind is not str and not about["low"] <= value <= about["high"]:  # NaN neither
+        must = f"from {about['low']} to {about['high']}"
+    else:
+        return None
+    return f"{f.name.upper()}={value!r}: must be {must}"
 
 
 def faults_together(h: Hyperparameters) -> list[str]:
@@ -261,9 +249,8 @@ def faults_together(h: Hyperparameters) -> list[str]:
         "RUN_ID must be letters, digits, '_', '-' and, not first, '.'": h.run_id
         and not re.fullmatch(r"[\w-][\w.-]*", h.run_id, re.ASCII),
     }
-    values = {f.name.upper(): getattr(h, f.name) for f in dataclasses.fields(h)}
     return [
-        re.sub(r"[A-Z_]{5,}", lambda m: f"{m[0]}={values[m[0]]!r}", rule)  # every NAME
+        re.sub(r"[A-Z_]{5,}", lambda m: f"{m[0]}={getattr(h, m[0].lower())!r}", rule)  # every NAME
         for rule, broken in checks.items()
         if broken
     ]
