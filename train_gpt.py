@@ -328,46 +328,9 @@ def load_attention(name: str) -> Attend:
             return y[0] if isinstance(y, tuple) else y
 
         return attend_fa3
-    torch.backends.cuda.enable_cudnn_sdp(name == "cudnn")
-    torch.backends.cuda.enable_flash_sdp(name == "flash")
-    torch.backends.cuda.enable_math_sdp(name == "math")
-    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    for back_end in ("cudnn", "flash", "math", "mem_efficient"):
+        getattr(torch.backends.cuda, f"enable_{back_end}_sdp")(back_end == name)
     return attend_sdpa
-
-
-def compile_if(on: bool, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function compiled for fixed shapes, or itself."""
-    return torch.compile(function, dynamic=False, fullgraph=True) if on else function
-
-
-def choose_kernels(
-    h: Hyperparameters, device: torch.device, dtype: torch.dtype
-) -> tuple[str, Attend, bool, list[str]]:
-    """Name and function of the first attention that runs, whether compiled, and why not others.
-
-    SettingsError when what ATTN or COMPILE asks for does not run, forward and backward.
-    """
-    cuda = device.type == "cuda"
-    hopper = cuda and torch.cuda.get_device_capability(device)[0] == 9
-    order = ("fa3", "cudnn", "flash", "math") if hopper else ("flash", "cudnn", "math")
-    compiles = {"0": (False,), "1": (True,), "auto": (True, False) if cuda else (False,)}[h.compile]
-    heads, passed_over = (h.num_heads, h.num_kv_heads, h.num_kv_heads), []
-    shape = (1, h.train_seq_len, sum(heads), h.model_dim // h.num_heads)
-    for compiled, name in itertools.product(compiles, order if h.attn == "auto" else (h.attn,)):
-        try:
-            attend = load_attention(name)
-            qkv = torch.linspace(-1, 1, math.prod(shape)).view(shape).to(device, dtype)
-            q, k, v = qkv.requires_grad_().split(heads, dim=2)
-            y = compile_if(compiled, lambda q, k, v: attend(q.sin(), k, v))(q, k, v)  # noqa: B023
-            y.sum().backward()
-            if y.isfinite().all() and qkv.grad.isfinite().all():
-                return name, attend, compiled, passed_over
-            raise ArithmeticError("it gave NaN")
-        except Exception as error:  # whatever a kernel or a compiler raises, the next one may run
-            passed_over.append(f"attention:{name} compiled:{compiled} not used: {error!r:.200}")
-            torch.compiler.reset()
-    asked = f"ATTN={h.attn} COMPILE={h.compile}: cannot run here; use auto or COMPILE=0"
-    raise SettingsError("\n".join((asked, *passed_over)))
 
 
 @dataclass(frozen=True)
@@ -386,27 +349,26 @@ class Runtime:
         """Choose device, dtype, attention, compiler; SettingsError where a named one cannot run."""
         if env.get("WORLD_SIZE", "1") != "1":
             raise SettingsError(f"WORLD_SIZE={env['WORLD_SIZE']}: must be 1; --nproc_per_node=1")
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        cuda = device.type == "cuda"
+        cuda, notes = torch.cuda.is_available(), []
         # Where bf16 is emulated it is many times slower than float32.
-        has_bf16 = cuda and torch.cuda.get_device_capability(device) >= (8, 0)
-        if cuda and h.dtype == "bf16" and not has_bf16:
-            raise SettingsError("DTYPE=bf16: this GPU has no bf16; use auto or fp32")
-        bf16 = h.dtype == "bf16" or (h.dtype == "auto" and has_bf16)
-        dtype = torch.bfloat16 if bf16 else torch.float32
-        notes = []
+        has_bf16 = cuda and torch.cuda.get_device_capability() >= (8, 0)
         if not cuda:
             notes.append("device:cpu, no CUDA GPU is here (Apple's are not used)")
         elif not has_bf16:
             notes.append("dtype:fp32, this GPU has no bf16")
+            if h.dtype == "bf16":
+                raise SettingsError("DTYPE=bf16: this GPU has no bf16; use auto or fp32")
         if cuda:
             torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
-        attention, attend, compiled, passed_over = choose_kernels(h, device, dtype)
-        return cls(device, dtype, attention, attend, compiled, [*notes, *passed_over])
+        bf16 = h.dtype == "bf16" or (h.dtype == "auto" and has_bf16)
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        return choose_kernels(h, torch.device("cuda" if cuda else "cpu"), dtype, notes)
 
     def compile(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The function, compiled if this run compiles."""
-        return compile_if(self.compiled, function)
+        """The function, compiled for fixed shapes if this run compiles."""
+        if not self.compiled:
+            return function
+        return torch.compile(function, dynamic=False, fullgraph=True)
 
     def now(self) -> float:
         """Monotonic seconds when all work queued on the device is done."""
@@ -433,6 +395,36 @@ class Runtime:
             "cuda": torch.version.cuda,
             "python": platform.python_version(),
         }
+
+
+def choose_kernels(
+    h: Hyperparameters, device: torch.device, dtype: torch.dtype, notes: list[str]
+) -> Runtime:
+    """A runtime with the first attention that runs, forward and backward; notes why not others.
+
+    SettingsError when what ATTN or COMPILE asks for does not run.
+    """
+    cuda = device.type == "cuda"
+    hopper = cuda and torch.cuda.get_device_capability(device)[0] == 9
+    order = ("fa3", "cudnn", "flash", "math") if hopper else ("flash", "cudnn", "math")
+    compiles = {"0": (False,), "1": (True,), "auto": (True, False) if cuda else (False,)}[h.compile]
+    heads = (h.num_heads, h.num_kv_heads, h.num_kv_heads)
+    shape = (1, h.train_seq_len, sum(heads), h.model_dim // h.num_heads)
+    for compiled, name in itertools.product(compiles, order if h.attn == "auto" else (h.attn,)):
+        try:
+            rt = Runtime(device, dtype, name, load_attention(name), compiled, notes)
+            qkv = torch.linspace(-1, 1, math.prod(shape)).view(shape).to(device, dtype)
+            q, k, v = qkv.requires_grad_().split(heads, dim=2)
+            y = rt.compile(lambda q, k, v: rt.attend(q.sin(), k, v))(q, k, v)  # noqa: B023
+            y.sum().backward()
+            if y.isfinite().all() and qkv.grad.isfinite().all():
+                return rt
+            raise ArithmeticError("it gave NaN")
+        except Exception as error:  # whatever a kernel or a compiler raises, the next one may run
+            notes.append(f"attention:{name} compiled:{compiled} not used: {error!r:.200}")
+            torch.compiler.reset()
+    asked = f"ATTN={h.attn} COMPILE={h.compile}: cannot run here; use auto or COMPILE=0"
+    raise SettingsError("\n".join((asked, *notes)))
 
 
 class Log:
