@@ -376,12 +376,6 @@ class Runtime:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def peak_memory_mib(self) -> tuple[int, int]:
-        """Most MiB of the GPU allocated and reserved so far; 0 on a CPU."""
-        if self.device.type != "cuda":
-            return 0, 0
-        return torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
-
     def describe(self) -> dict[str, Any]:
         """Device, choices and versions."""
         cuda = self.device.type == "cuda"
@@ -1534,14 +1528,15 @@ def run(h: Hyperparameters, rt: Runtime, data: Data, folder: Path, log: Log) -> 
     log_model(model, h, rt, log)
 
     clock, average = train(model, data, h, rt, log)
-    peak_memory = rt.peak_memory_mib()
+    allocated = torch.cuda.max_memory_allocated() >> 20  # 0 on a CPU
+    reserved = torch.cuda.max_memory_reserved() >> 20
     names, saved = [name for name, _ in model.named_parameters()], io.BytesIO()
     weights = {name: p.cpu() for name, p in zip(names, average.weights(), strict=True)}
     torch.save({"settings": model_settings(h), "weights": weights}, saved)
     write_atomically(folder / "final_model.pt", saved.getvalue())
     forward_logits = rt.compile(model.forward_logits)
     validate(model, forward_logits, data, h, rt, log, clock)
-    log.line("peak memory allocated: {} MiB reserved: {} MiB".format(*peak_memory))
+    log.line(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
     kind = average.apply(log)
     model.eval()
 
@@ -1575,7 +1570,7 @@ def run(h: Hyperparameters, rt: Runtime, data: Data, folder: Path, log: Log) -> 
         "seconds": {"train": clock.elapsed, "pack": pack_seconds, "total": rt.now() - began},
         "steps": len(clock.losses),
         "tokens_per_second": len(clock.losses) * h.train_batch_tokens / (clock.elapsed or 1),
-        "peak_memory_mib": peak_memory[0],
+        "peak_memory_mib": allocated,
         "train_losses": clock.losses,
         "weights": kind,
         "parameters": sum(p.numel() for p in model.parameters()),
