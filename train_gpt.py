@@ -556,17 +556,17 @@ class ByteTable(NamedTuple):
     @classmethod
     def of_tokenizer(cls, tokenizer: Any) -> "ByteTable":
         """A sentencepiece processor's; U+2581 in a piece is a space."""
-        size, space, special = [], [], []
+        rows = []
         for i in range(tokenizer.vocab_size()):
-            kinds = tokenizer.is_control(i), tokenizer.is_unknown(i), tokenizer.is_unused(i)
-            special.append(any(kinds))
-            text = "" if special[i] else tokenizer.id_to_piece(i).replace("\u2581", " ")
-            # Whether a leading space is dropped only the model's decoder knows.
-            alone = "?" if tokenizer.is_byte(i) else tokenizer.decode([i]) if text else ""
-            size.append(len(alone.encode()))
-            space.append(0 if tokenizer.is_byte(i) else len(text.encode()) - size[i])
-        short = functools.partial(torch.tensor, dtype=torch.int16)
-        return cls(short(size), short(space), torch.tensor(special))
+            special = tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i)
+            size, whole = (0, 0) if special else (1, 1)
+            if not special and not tokenizer.is_byte(i):
+                # Whether a leading space is dropped only the model's decoder knows.
+                size = len(tokenizer.decode([i]).encode())
+                whole = len(tokenizer.id_to_piece(i).replace("\u2581", " ").encode())
+            rows.append((size, whole - size, special))
+        size, space, special = torch.tensor(rows, dtype=torch.int16).unbind(1)
+        return cls(size, space, special.bool())
 
 
 def load_tokenizer(h: Hyperparameters) -> Any:
@@ -574,12 +574,10 @@ def load_tokenizer(h: Hyperparameters) -> Any:
     import sentencepiece
 
     path = tokenizer_file(h)
-    if not path.is_file():
-        raise DataError(f"TOKENIZER_PATH={path}: no such file; fetch it with its data")
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except Exception as error:  # RuntimeError, OSError, ... by version
-        raise DataError(f"TOKENIZER_PATH={path}: no sentencepiece model: {error}") from None
+        raise DataError(f"TOKENIZER_PATH={path}: {error}; fetch it with its data") from None
     if tokenizer.vocab_size() != h.vocab_size:
         found = f"{tokenizer.vocab_size()} pieces, VOCAB_SIZE={h.vocab_size}"
         raise DataError(f"TOKENIZER_PATH={path}: {found}; change one of them")
@@ -606,8 +604,6 @@ def prove_byte_table(table: ByteTable, tokenizer: Any, tokens: Tensor) -> int:
                 f"decoder gives {decoded}; no bpb of these data and tokenizer can be trusted"
             )
         proven += counted
-    if not proven:
-        raise DataError(f"the validation tokens hold no text that follows BOS={BOS_ID}")
     return proven
 
 
@@ -628,18 +624,19 @@ def load_data(h: Hyperparameters, log: Log, training: bool = True) -> Data:
         raise DataError(f"{folder}: {len(val)} validation tokens are no window; lower EVAL_SEQ_LEN")
     if h.vocab_size == BYTE_VOCAB:
         table = ByteTable.of_bytes()
+        proven = int(table.count(val[:-1], val[1:]).sum())
         log.line(f"val_bpb:enabled tokenizer_kind=byte260 vocab_size={BYTE_VOCAB}")
     else:
         tokenizer = load_tokenizer(h)
         table = ByteTable.of_tokenizer(tokenizer)
         proven = prove_byte_table(table, tokenizer, val)
-        path = tokenizer_file(h)
-        log.line(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={path}")
+        kind = f"sentencepiece tokenizer_path={tokenizer_file(h)}"
+        log.line(f"val_bpb:enabled tokenizer_kind={kind}")
         log.line(f"byte_table:proven against {proven} bytes of decoded text")
         if unknown := int((val == tokenizer.unk_id()).sum()):
             log.line(f"warning: {unknown} validation tokens are unknown text, counted as 0 bytes")
-    if not table.count(val[:-1], val[1:]).any():
-        raise DataError(f"{folder}: the validation tokens stand for no text")
+    if not proven:
+        raise DataError(f"{folder}: the validation tokens hold no text that follows BOS={BOS_ID}")
     log.line(f"val_loader:shards pattern={val_stream.pattern} tokens:{len(val) - 1}")
     if not training:
         return Data(val, table, None)
