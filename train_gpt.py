@@ -1375,18 +1375,20 @@ def round_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def quantize(model: GPT) -> dict[str, Tensor]:
-    """The arrays of the artifact by name, on the CPU, from the model's weights."""
-    roles, arrays = parameter_roles(model), {}
+    """The arrays of the artifact by name, in its order; of a meta model, their types and shapes.
+
+    All codes come first: like beside like compresses best.
+    """
+    roles, codes, scales, floats = parameter_roles(model), {}, {}, {}
     for name, p in model.state_dict().items():
-        if not p.isfinite().all():
+        if not (p.is_meta or p.isfinite().all()):
             raise DivergenceError(f"{name} is not finite: the weights have diverged")
         bits = ROLE_POLICY[roles[name]].bits
         if bits == 16:
-            arrays[name] = p.half().cpu()
+            floats[name] = p.half()
         else:
-            codes, scales = round_rows(p, bits)
-            arrays[f"{name}.codes"], arrays[f"{name}.scales"] = codes.cpu(), scales.cpu()
-    return arrays
+            codes[f"{name}.codes"], scales[f"{name}.scales"] = round_rows(p, bits)
+    return codes | scales | floats
 
 
 # An artifact is this header, the model's settings as JSON, which say all shapes, and its arrays
@@ -1438,37 +1440,16 @@ def model_settings(h: Hyperparameters) -> dict[str, Any]:
     return {f.name: getattr(h, f.name) for f in dataclasses.fields(h) if f.metadata["in_artifact"]}
 
 
-def artifact_layout(h: Hyperparameters) -> list[tuple[str, str, tuple[int, ...]]]:
-    """Name, numpy dtype and shape of the artifact's arrays, in order; allocates nothing.
-
-    All codes come first: like beside like compresses best.
-    """
-    with torch.device("meta"):
-        model = GPT(h)
-    roles = parameter_roles(model)
-    codes, scales, floats = [], [], []
-    for name, p in model.named_parameters():
-        if ROLE_POLICY[roles[name]].bits == 16:
-            floats.append((name, "<f2", tuple(p.shape)))
-        else:
-            codes.append((f"{name}.codes", "i1", tuple(p.shape)))
-            scales.append((f"{name}.scales", "<f2", (len(p),)))
-    return codes + scales + floats
-
-
 def pack(h: Hyperparameters, arrays: Mapping[str, Tensor]) -> bytes:
     """The artifact's bytes, the same for the same arrays."""
-    layout = artifact_layout(h)
-    raw = b"".join(arrays[name].numpy().astype(dtype).tobytes() for name, dtype, _ in layout)
-    payload = compress(h.compressor, raw)
+    payload = compress(h.compressor, b"".join(a.cpu().numpy().tobytes() for a in arrays.values()))
     settings = json.dumps(model_settings(h), separators=(",", ":")).encode()
-    fields = (VERSION, CODECS.index(h.compressor), len(settings))
-    unsigned = HEADER.pack(MAGIC, *fields, b"")
-    digest = hashlib.sha256(unsigned + settings + payload).digest()
-    return HEADER.pack(MAGIC, *fields, digest) + settings + payload
+    fields = (MAGIC, VERSION, CODECS.index(h.compressor), len(settings))
+    digest = hashlib.sha256(HEADER.pack(*fields, b"") + settings + payload).digest()
+    return HEADER.pack(*fields, digest) + settings + payload
 
 
-def unpack(blob: bytes, h: Hyperparameters) -> tuple[Hyperparameters, dict[str, np.ndarray]]:
+def unpack(blob: bytes, h: Hyperparameters) -> tuple[Hyperparameters, dict[str, Tensor]]:
     """Settings and arrays of an artifact; `h` gives the settings that do not travel.
 
     Checksum and settings are checked before arrays are allocated. Faults raise as they come.
@@ -1482,13 +1463,15 @@ def unpack(blob: bytes, h: Hyperparameters) -> tuple[Hyperparameters, dict[str, 
     expect(settings.keys() == model_settings(h).keys(), "its settings are not this program's")
     # The batch does not travel; one sequence is legal with any length.
     h = dataclasses.replace(h, **settings, train_batch_tokens=settings["train_seq_len"])
-    layout, at, arrays = artifact_layout(h), 0, {}
-    needed = sum(np.dtype(dtype).itemsize * math.prod(shape) for _, dtype, shape in layout)
-    raw = decompress(CODECS[codec], body[settings_size:], needed)
-    expect(len(raw) == needed, f"{len(raw)} bytes of arrays, but its settings need {needed}")
-    for name, dtype, shape in layout:
-        arrays[name] = np.frombuffer(raw, dtype, math.prod(shape), at).reshape(shape)
-        at += arrays[name].nbytes
+    with torch.device("meta"):
+        layout = quantize(GPT(h))
+    sizes = [array.nbytes for array in layout.values()]
+    raw = decompress(CODECS[codec], body[settings_size:], sum(sizes))
+    expect(len(raw) == sum(sizes), f"{len(raw)} bytes of arrays, its settings need {sum(sizes)}")
+    parts = torch.frombuffer(bytearray(raw), dtype=torch.uint8).split(sizes)
+    arrays = {}
+    for (name, like), part in zip(layout.items(), parts, strict=True):
+        arrays[name] = part.clone().view(like.dtype).view(like.shape)
     return h, arrays
 
 
@@ -1506,7 +1489,7 @@ def load_artifact(path: Path, h: Hyperparameters) -> tuple[Hyperparameters, dict
         raise DataError(f"{path}: pip install {error.name} to read it") from None
     except Exception as error:  # of the file, struct, json, the settings, each codec
         raise DataError(f"{path}: cannot be read as an artifact: {error!r}") from None
-    weights = {name: torch.tensor(array, dtype=torch.float32) for name, array in arrays.items()}
+    weights = {name: array.float() for name, array in arrays.items()}
     for name in [name.removesuffix(".codes") for name in weights if name.endswith(".codes")]:
         weights[name] = weights.pop(f"{name}.codes") * weights.pop(f"{name}.scales")[:, None]
     return h, weights
