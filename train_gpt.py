@@ -1400,39 +1400,28 @@ CODECS = ("zstd", "lzma")  # by number in the header
 
 def compress(codec: str, data: bytes) -> bytes:
     """Compress as far as the codec goes; the same bytes for the same data."""
-    if codec == "zstd":
+    if codec == "lzma":
+        import lzma
+
+        return lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)
+    try:
         import zstandard
-
-        return zstandard.ZstdCompressor(level=22).compress(data)
-    import lzma
-
-    return lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)
+    except ImportError:
+        remedy = "pip install zstandard, or use COMPRESSOR=lzma"
+        raise SettingsError(f"COMPRESSOR={codec}: {remedy}") from None
+    return zstandard.ZstdCompressor(level=22).compress(data)
 
 
 def decompress(codec: str, data: bytes, size: int) -> bytes:
-    """`size` bytes of compressed data; memory is bounded by it whatever the data claim."""
-    if codec == "zstd":
-        import zstandard
+    """The data, at most one byte more than `size` of them whatever they claim."""
+    if codec == "lzma":
+        import lzma
 
-        if zstandard.get_frame_parameters(data).content_size != size:  # it would be allocated
-            raise ValueError("the frame is of another size")
-        return zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
-    import lzma
+        return lzma.open(io.BytesIO(data)).read(size + 1)
+    import zstandard
 
-    stream = lzma.LZMADecompressor()
-    raw = stream.decompress(data, max_length=size + 1)
-    if not stream.eof or stream.unused_data:
-        raise ValueError("the stream does not end with its data")
-    return raw
-
-
-def require_compressor(codec: str) -> None:
-    """Fail before training, not after it, where the compressor is missing."""
-    try:
-        compress(codec, b"")
-    except ImportError as error:
-        remedy = f"pip install {error.name}, or use COMPRESSOR=lzma"
-        raise SettingsError(f"COMPRESSOR={codec}: {error.name} is missing; {remedy}") from None
+    stream = zstandard.ZstdDecompressor().stream_reader(data, read_across_frames=True)
+    return stream.read(size + 1)
 
 
 def model_settings(h: Hyperparameters) -> dict[str, Any]:
@@ -1485,8 +1474,6 @@ def load_artifact(path: Path, h: Hyperparameters) -> tuple[Hyperparameters, dict
     """Settings and float32 weights by parameter name of an artifact on disk; or DataError."""
     try:
         h, arrays = unpack(path.read_bytes(), h)
-    except ImportError as error:
-        raise DataError(f"{path}: pip install {error.name} to read it") from None
     except Exception as error:  # of the file, struct, json, the settings, each codec
         raise DataError(f"{path}: cannot be read as an artifact: {error!r}") from None
     weights = {name: array.float() for name, array in arrays.items()}
@@ -1501,7 +1488,7 @@ def load_artifact(path: Path, h: Hyperparameters) -> tuple[Hyperparameters, dict
 def run(h: Hyperparameters, rt: Runtime, data: Data, folder: Path, log: Log) -> dict[str, Any]:
     """Train, save, quantize, pack, read back and score: the README's stages. Returns the result."""
     began, source = rt.now(), Path(__file__).read_bytes()
-    require_compressor(h.compressor)
+    compress(h.compressor, b"")  # if it is missing, fail before training, not after it
     write_atomically(folder / SOURCE_COPY, source)
     torch.manual_seed(h.seed)
     model = GPT(h, rt.attend, rt.dtype).to(rt.device)
