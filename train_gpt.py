@@ -43,7 +43,7 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -953,28 +953,20 @@ class Score(NamedTuple):
     window_seconds: float  # a window, once all is compiled
 
 
-def plan_windows(total: int, seq_len: int, stride: int) -> np.ndarray:
-    """Windows int64 [n, 2], (start, first scored position), that score every position once.
+def plan_windows(total: int, seq_len: int, stride: int, size: int) -> list[Tensor]:
+    """Batches int64 [n, 2], n at most size, of windows (start, how many last positions it scores).
 
-    Each has seq_len positions, ends stride after the one before it and scores what that one did
-    not; the last is moved back to end at the end. stride = seq_len is plain evaluation.
+    Each window has seq_len positions, ends stride after the one before it and scores what that one
+    did not; the last ends at the end. stride = seq_len is plain evaluation. Only the first sliding
+    window scores all its positions, so it comes alone; batches are filled up with windows that
+    score nothing, so that compiled code meets few shapes.
     """
-    ends = np.append(np.arange(seq_len, total, stride), total)
-    return np.stack((np.maximum(ends - seq_len, 0), np.append(0, ends[:-1])), axis=1)
-
-
-def window_batches(
-    windows: np.ndarray, seq_len: int, stride: int, size: int
-) -> Iterator[tuple[np.ndarray, int]]:
-    """Batches of `size` windows and at how many last positions they score.
-
-    Only the first sliding window scores all its positions, so it comes alone; batches are filled up
-    with windows that score nothing, so that compiled code meets few shapes.
-    """
-    starts = (0, *range(size if stride == seq_len else 1, len(windows), size), len(windows))
-    for at, end in itertools.pairwise(starts):
-        filler = np.array([[0, np.iinfo(np.int64).max]]).repeat(size - (end - at), axis=0)
-        yield np.concatenate((windows[at:end], filler)), stride if at else seq_len
+    ends = torch.cat((torch.arange(seq_len, total, stride), torch.tensor([total])))
+    windows = torch.stack((ends - seq_len, ends.diff(prepend=torch.tensor([0]))), dim=1)
+    size = min(size, len(windows))
+    first = size if stride == seq_len else 1
+    batches = (windows[:first], *windows[first:].split(size))
+    return [F.pad(batch, (0, 0, 0, size - len(batch))) for batch in batches if len(batch)]
 
 
 @torch.inference_mode()
@@ -995,25 +987,25 @@ def evaluate(
     began, total = rt.now(), len(data.val) - 1
     seq_len = min(seq_len or h.eval_seq_len or h.train_seq_len, total)
     stride = stride or seq_len
-    windows = plan_windows(total, seq_len, stride)
     batch_tokens = h.val_batch_size // 8
     if rt.device.type == "cpu":
         batch_tokens = min(batch_tokens, 4096)  # more spills the caches: half the speed
-    size = min(max(batch_tokens // seq_len, 1), len(windows))
+    batches = plan_windows(total, seq_len, stride, max(batch_tokens // seq_len, 1))
     tokens, table = data.val.to(rt.device), ByteTable(*(t.to(rt.device) for t in data.table))
     offsets = torch.arange(seq_len + 1, device=rt.device)
     sums = torch.zeros(3, dtype=torch.float64, device=rt.device)
-    for n, (batch, last) in enumerate(window_batches(windows, seq_len, stride, size)):
-        starts, firsts = torch.from_numpy(batch).to(rt.device).unsqueeze(-1).unbind(1)
+    for n, batch in enumerate(batches):
+        last = stride if n else seq_len
+        starts, counts = batch.to(rt.device).unsqueeze(-1).unbind(1)
         ids = tokens[starts + offsets].long()
         inputs, targets = ids[:, :-1], ids[:, -last:]
         logits = forward_logits(inputs, last)
         nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         nbytes = table.count(inputs[:, -last:], targets)
-        scored = starts + offsets[-last - 1 : -1] >= firsts
+        scored = offsets[:last] >= last - counts
         for i, of_token in enumerate((nats.view_as(nbytes), scored, nbytes)):
             sums[i] += of_token.double().where(scored, 0).sum()
-        log.progress(f"scoring window {min(n * size, len(windows))} of {len(windows)}")
+        log.progress(f"scoring batch {n + 1} of {len(batches)}")
         if n == 0:
             compiled_at = rt.now()
     log.progress("")
@@ -1023,7 +1015,7 @@ def evaluate(
     if not math.isfinite(nats):
         raise DivergenceError("the score is no finite number: the weights have diverged")
     loss, bpb, ended = nats / total, nats / math.log(2) / nbytes, rt.now()
-    window_seconds = (ended - compiled_at) / max(len(windows) - size, 1)
+    window_seconds = (ended - compiled_at) / max(len(batches) - 1, 1) / len(batch)
     return Score(loss, bpb, nats, total, int(nbytes), ended - began, window_seconds)
 
 
