@@ -1118,25 +1118,23 @@ class Optimizers:
 
 def muon_momentum(step: int, h: Hyperparameters) -> float:
     """Momentum at a step: linear from start to warm."""
-    warm = min(step / h.muon_momentum_warmup_steps, 1.0) if h.muon_momentum_warmup_steps else 1.0
+    steps = h.muon_momentum_warmup_steps
+    warm = step / steps if step < steps else 1.0
     return h.muon_momentum_warmup_start + warm * (h.muon_momentum - h.muon_momentum_warmup_start)
 
 
 def lr_scale(step: int, elapsed: float, h: Hyperparameters) -> float:
     """Factor of the learning rates at a step, `elapsed` training seconds in: 1, then down to 0.
 
-    It is 0 where the run ends, be that by seconds or by ITERATIONS. The records' rule knows the
-    seconds alone: it can stop high, and fall from the start where WARMDOWN_ITERS outlast the cap.
+    It is 0 where the run ends, by seconds or by ITERATIONS. The records' rule knows the seconds
+    alone: it can stop high, and fall from the start where WARMDOWN_ITERS outlast the cap.
     """
     published, cap = h.warmdown_published, h.max_wallclock_seconds
-    warmdown, left = float(h.warmdown_iters), float(h.iterations - step)
+    left = math.inf if published and cap else h.iterations - step
     if cap and elapsed:
-        capped = max(cap - elapsed, 0.0) * max(step, 1) / elapsed
-        left = capped if published else min(left, capped)
-    elif cap and published:
-        return 1.0
-    if not published:
-        warmdown = min(warmdown, h.warmdown_max_fraction * (step + left))
+        left = min(left, max(cap - elapsed, 0.0) * max(step, 1) / elapsed)
+    longest = math.inf if published else h.warmdown_max_fraction * (step + left)
+    warmdown = min(h.warmdown_iters, longest)
     return min(left / warmdown, 1.0) if warmdown else 1.0
 
 
