@@ -1475,9 +1475,9 @@ def load_artifact(path: Path, h: Hyperparameters) -> tuple[Hyperparameters, dict
 # ---- Run: how it all goes ----
 
 
-def run(h: Hyperparameters, rt: Runtime, data: Data, folder: Path, log: Log) -> dict[str, Any]:
+def run(h: Hyperparameters, rt: Runtime, data: Data, log: Log) -> dict[str, Any]:
     """Train, save, quantize, pack, read back and score: the README's stages. Returns the result."""
-    began, source = rt.now(), Path(__file__).read_bytes()
+    began, source, folder = rt.now(), Path(__file__).read_bytes(), log.folder
     compress(h.compressor, b"")  # if it is missing, fail before training, not after it
     write_atomically(folder / SOURCE_COPY, source)
     torch.manual_seed(h.seed)
@@ -1487,8 +1487,8 @@ def run(h: Hyperparameters, rt: Runtime, data: Data, folder: Path, log: Log) -> 
     clock, average = train(model, data, h, rt, log)
     allocated = torch.cuda.max_memory_allocated() >> 20  # 0 on a CPU
     reserved = torch.cuda.max_memory_reserved() >> 20
-    names, saved = [name for name, _ in model.named_parameters()], io.BytesIO()
-    weights = {name: p.cpu() for name, p in zip(names, average.weights(), strict=True)}
+    weights = {name: p.cpu() for name, p in zip(model.state_dict(), average.weights(), strict=True)}
+    saved = io.BytesIO()
     torch.save({"settings": model_settings(h), "weights": weights}, saved)
     write_atomically(folder / "final_model.pt", saved.getvalue())
     forward_logits = rt.compile(model.forward_logits)
@@ -1499,31 +1499,31 @@ def run(h: Hyperparameters, rt: Runtime, data: Data, folder: Path, log: Log) -> 
 
     pack_began = rt.now()
     blob = pack(h, quantize(model))
-    write_atomically(folder / "final_model.int6.ptz", blob)
-    pack_seconds, total = rt.now() - pack_began, len(source) + len(blob)
+    write_atomically(artifact := folder / "final_model.int6.ptz", blob)
+    pack_seconds = rt.now() - pack_began
+    sizes = {"code": len(source), "model": len(blob), "total": len(source) + len(blob)}
     log.line(f"Serialized model: {saved.tell()} bytes")
-    log.line(f"Code size: {len(source)} bytes")
-    log.line(f"Serialized model int6+{h.compressor}: {len(blob)} bytes")
-    log.line(f"Total submission size int6+{h.compressor}: {total} bytes")
+    log.line(f"Code size: {sizes['code']} bytes")
+    log.line(f"Serialized model int6+{h.compressor}: {sizes['model']} bytes")
+    log.line(f"Total submission size int6+{h.compressor}: {sizes['total']} bytes")
 
     float_score = evaluate(forward_logits, data, h, rt, log)
     log_score(log, "DIAGNOSTIC post_ema", float_score)
     eval_began = rt.now()
-    scores = score_artifact(folder / "final_model.int6.ptz", h, rt, data, log)
-    eval_seconds = rt.now() - eval_began
+    scores = {"float": float_score, **score_artifact(artifact, h, rt, data, log)}
     verdicts = {}
     for name, value, most in (
         ("train_seconds", clock.elapsed, h.max_wallclock_seconds or math.inf),
-        ("eval_seconds", eval_seconds, EVAL_SECONDS_LIMIT),
-        ("total_bytes", total, BYTES_LIMIT),
+        ("eval_seconds", rt.now() - eval_began, EVAL_SECONDS_LIMIT),
+        ("total_bytes", sizes["total"], BYTES_LIMIT),
     ):
         verdicts[name] = "PASS" if value <= most else "FAIL"
         log.line(f"limit:{name} {round(value, 1):,} of {most:,} {verdicts[name]}")
     return {
         "status": "over a limit" if "FAIL" in verdicts.values() else "ok",
         "verdicts": verdicts,
-        "scores": {name: s._asdict() for name, s in {"float": float_score, **scores}.items()},
-        "bytes": {"code": len(source), "model": len(blob), "total": total},
+        "scores": {name: score._asdict() for name, score in scores.items()},
+        "bytes": sizes,
         "seconds": {"train": clock.elapsed, "pack": pack_seconds, "total": rt.now() - began},
         "steps": len(clock.losses),
         "tokens_per_second": len(clock.losses) * h.train_batch_tokens / (clock.elapsed or 1),
@@ -1646,7 +1646,7 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
         if artifact:
             score_artifact(artifact, h, rt, data, log)
         else:
-            result |= run(h, rt, data, log.folder, log)
+            result |= run(h, rt, data, log)
         status = int(result["status"] != "ok")
     except BaseException as error:
         result["status"], status = next(f[1:] for f in FAILURES if isinstance(error, f[0]))
