@@ -8,17 +8,9 @@ with the fewest bits per byte (bpb) on text it has not seen.
     python train_gpt.py --eval logs/<RUN_ID>/final_model.int6.ptz    # score an artifact again
     python train_gpt.py --help                                       # every setting
 
-Importing this file only defines names. It reads from top to bottom:
-
-    Settings            what the run is told
-    Runtime             where it runs: device, dtype, attention back end, log
-    Data                what it eats: token shards, batches, bytes per token
-    Model               what it is: GQA, XSA, partial RoPE, U-Net skips, SmearGate, BigramHash
-    Evaluate            how it is judged: windows, the one scoring loop
-    Optimizers          how it learns: stacked Muon, AdamW by role, schedules, averages
-    Training            the clock, the step, the loop
-    Quantize and pack   how it is shrunk: row rounding, the artifact
-    Run                 how it all goes
+Importing this file only defines names. Its sections, each under a line with "# ----", use
+themselves and earlier ones: Settings, Runtime (device, dtype, attention, log), Data (shards,
+batches, bytes per token), Model, Evaluate, Optimizers, Training, Quantize and pack, Run.
 
 Shapes: B sequences, T tokens, D model width, H query heads, K key/value heads, d head width,
 V vocabulary.
