@@ -310,7 +310,7 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def load_attention(name: str) -> Attend:
-    """One attention back end; PyTorch's others are disabled: no silent step down to a slow one."""
+    """One attention back end; PyTorch's others are disabled, so none takes its place unsaid."""
     if name == "fa3":
         from flash_attn_interface import flash_attn_func
 
@@ -338,7 +338,7 @@ class Runtime:
 
     @classmethod
     def start(cls, h: Hyperparameters, env: Mapping[str, str]) -> "Runtime":
-        """Choose device, dtype, attention, compiler; SettingsError where a named one cannot run."""
+        """Choose device and dtype, then kernels; SettingsError where a named one cannot run."""
         if env.get("WORLD_SIZE", "1") != "1":
             raise SettingsError(f"WORLD_SIZE={env['WORLD_SIZE']}: must be 1; --nproc_per_node=1")
         cuda, notes = torch.cuda.is_available(), []
@@ -363,7 +363,7 @@ class Runtime:
         return torch.compile(function, dynamic=False, fullgraph=True)
 
     def now(self) -> float:
-        """Monotonic seconds when all work queued on the device is done."""
+        """Monotonic seconds, once all work queued on the device is done."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
@@ -386,10 +386,7 @@ class Runtime:
 def choose_kernels(
     h: Hyperparameters, device: torch.device, dtype: torch.dtype, notes: list[str]
 ) -> Runtime:
-    """A runtime with the first attention that runs, forward and backward; notes why not others.
-
-    SettingsError when what ATTN or COMPILE asks for does not run.
-    """
+    """With the first attention that runs, forward and backward; SettingsError if none does."""
     cuda = device.type == "cuda"
     hopper = cuda and torch.cuda.get_device_capability(device)[0] == 9
     order = ("fa3", "cudnn", "flash", "math") if hopper else ("flash", "cudnn", "math")
@@ -421,7 +418,7 @@ class Log:
         self.watched = sys.stderr.isatty()
 
     def append(self, name: str, text: str) -> None:
-        """Add a line to a file of the run's folder; a full disk ends no run."""
+        """Add a line to a file of the folder; a full disk ends no run."""
         if self.folder:
             with contextlib.suppress(OSError), open(self.folder / name, "a", encoding="utf-8") as f:
                 f.write(text + "\n")
@@ -445,7 +442,7 @@ class Log:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file; a crash leaves the old one or the new one, never a part."""
+    """Write a file whole or not at all, whenever a crash comes."""
     partial = path.with_name(path.name + ".part")
     with open(partial, "wb") as file:
         file.write(data)
@@ -465,29 +462,27 @@ class DataError(ValueError):
 
 
 def read_shard(path: Path) -> np.ndarray:
-    """Tokens uint16 [count] of a shard, mapped from disk; DataError unless the file is whole.
+    """Tokens uint16 [count], mapped from disk; DataError unless the file is whole.
 
-    Format: 256 little-endian int32 (magic, version, count, zeros), then count uint16.
+    A shard is 256 little-endian int32 (magic, version, count, zeros), then count uint16.
     """
     header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
     magic, version, count = (int(n) for n in (*header, 0, 0, 0)[:3])
     expected, size = 4 * SHARD_HEADER_INTS + 2 * count, path.stat().st_size
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION) or count <= 0 or size != expected:
-        found = (
-            f"magic {magic}, version {version}, {size} bytes, but {count} tokens need {expected}"
-        )
-        raise DataError(f"{path}: no whole token shard: {found}; make or fetch it again")
+        found = f"magic {magic}, version {version}, {size} bytes, but {count} tokens need"
+        raise DataError(f"{path}: no whole shard: {found} {expected}; make or fetch it again")
     return np.memmap(path, "<u2", "r", offset=4 * SHARD_HEADER_INTS, shape=(count,))
 
 
 class TokenStream:
-    """The tokens of a split, shards in name order, as a sequence that starts again at its end."""
+    """The tokens of a split, shards in name order, again and again."""
 
     def __init__(self, folder: Path, split: str, vocab_size: int) -> None:
         self.pattern = folder / f"fineweb_{split}_*.bin"
         self.paths = sorted(folder.glob(self.pattern.name))
         if not self.paths:
-            remedy = "set DATA_PATH; `python data/prepare.py` makes the shards of PRESET=cpu"
+            remedy = "change it; `python data/prepare.py` makes the shards of PRESET=cpu"
             raise DataError(f"DATA_PATH={folder}: no {self.pattern.name} there; {remedy}")
         self.shards = [read_shard(path) for path in self.paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
@@ -497,46 +492,41 @@ class TokenStream:
         return int(self.ends[-1])
 
     def read(self, position: int, count: int) -> Tensor:
-        """Tokens int64 [count] from a position on; DataError for an id outside the vocabulary."""
+        """Tokens int64 [count] from a position on."""
         tokens, filled = np.empty(count, np.int64), 0
         while filled < count:
             at = (position + filled) % len(self)
             index = int(np.searchsorted(self.ends, at, side="right"))
             part = self.shards[index][at - int(self.ends[index]) :][: count - filled]
             if (largest := int(part.max())) >= self.vocab_size:
-                raise DataError(
-                    f"{self.paths[index]}: token id {largest} is outside VOCAB_SIZE="
-                    f"{self.vocab_size}; use the data of the vocabulary"
-                )
+                found = f"token id {largest} is outside VOCAB_SIZE={self.vocab_size}"
+                raise DataError(f"{self.paths[index]}: {found}; use data of the vocabulary")
             tokens[filled : filled + len(part)] = part
             filled += len(part)
         return torch.from_numpy(tokens)
 
     def batch(self, step: int, h: Hyperparameters) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, int64 [sequences, T], of a step; it depends on no step before it."""
+        """Inputs and targets int64 [sequences, T] of a step, whatever steps came before."""
         tokens = self.read(step * h.train_batch_tokens, h.train_batch_tokens + 1)
         return tokens[:-1].view(-1, h.train_seq_len), tokens[1:].view(-1, h.train_seq_len)
 
 
 def micro_batches(h: Hyperparameters) -> int:
-    """Number of equal parts of a step such that none passes MICRO_BATCH_TOKENS."""
+    """The least number of equal parts of a step of at most MICRO_BATCH_TOKENS each."""
     rows = h.train_batch_tokens // h.train_seq_len
     most = max(h.micro_batch_tokens // h.train_seq_len, 1)
     return next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= most)
 
 
 class ByteTable(NamedTuple):
-    """Bytes of text each token stands for: the only byte accounting there is.
+    """Bytes of text each token stands for: the only byte accounting there is."""
 
-    Some tokenizers drop a piece's leading space where no text stands before it.
-    """
-
-    size: Tensor  # int16 [V]: bytes, without a space that may be dropped
-    space: Tensor  # int16 [V]: 1 where a leading space may be dropped
-    special: Tensor  # bool [V]: not text, as BOS
+    size: Tensor  # int16 [V]: bytes, but for a leading space that some decoders drop after no text
+    space: Tensor  # int16 [V]: 1 where there is such a space
+    special: Tensor  # bool [V]: no text, as BOS
 
     def count(self, previous: Tensor, target: Tensor) -> Tensor:
-        """Bytes int16 of target tokens after previous ones, all of one shape."""
+        """Bytes int16 of each target token after the previous one."""
         return self.size[target] + self.space[target] * ~self.special[previous]
 
     @classmethod
@@ -562,7 +552,7 @@ class ByteTable(NamedTuple):
 
 
 def load_tokenizer(h: Hyperparameters) -> Any:
-    """The sentencepiece processor of the run; DataError where it is missing or another's."""
+    """The run's sentencepiece processor; DataError where it is missing or another's."""
     import sentencepiece
 
     path = tokenizer_file(h)
@@ -577,9 +567,9 @@ def load_tokenizer(h: Hyperparameters) -> Any:
 
 
 def prove_byte_table(table: ByteTable, tokenizer: Any, tokens: Tensor) -> int:
-    """Bytes of the text among the first PROOF_TOKENS, proven against the decoder, run by run.
+    """Bytes among the first PROOF_TOKENS on which table and decoder agree; else DataError.
 
-    A run is the text between two special tokens. DataError where table and decoder differ.
+    They are compared from one special token to the next.
     """
     head = tokens[:PROOF_TOKENS]
     counts = table.count(head[:-1], head[1:]).long()
@@ -592,8 +582,8 @@ def prove_byte_table(table: ByteTable, tokenizer: Any, tokens: Tensor) -> int:
         decoded = len(tokenizer.decode(head[start + 1 : end].tolist()).encode())
         if counted != decoded:
             raise DataError(
-                f"validation text at token {start + 1}: the byte table counts {counted} bytes, the "
-                f"decoder gives {decoded}; no bpb of these data and tokenizer can be trusted"
+                f"validation token {start + 1}: the byte table counts {counted}, the decoder "
+                f"{decoded} bytes; no bpb of these data and tokenizer can be trusted"
             )
         proven += counted
     return proven
@@ -608,7 +598,7 @@ class Data(NamedTuple):
 
 
 def load_data(h: Hyperparameters, log: Log, training: bool = True) -> Data:
-    """Open validation and, for training, its split too; prove the byte table."""
+    """Open the splits and prove the byte table."""
     folder = data_folder(h)
     val_stream = TokenStream(folder, "val", h.vocab_size)
     val = val_stream.read(0, len(val_stream)).int()

@@ -28,7 +28,7 @@ GOOD = shard_bytes([1, 2, 3, 4])
 @pytest.mark.parametrize(
     ("blob", "says"),
     [
-        (b"", "no whole token shard"),
+        (b"", "no whole shard"),
         (GOOD[:500], "500 bytes, but 4 tokens need 1032"),
         (GOOD[:-1], "1031 bytes, but 4 tokens need 1032"),
         (GOOD + b"x", "1033 bytes, but 4 tokens need 1032"),
