@@ -924,7 +924,7 @@ class DivergenceError(RuntimeError):
 
 
 class Score(NamedTuple):
-    """What scoring a text gives; bits per byte (bpb) is the challenge's measure."""
+    """What scoring a text gives; bpb, bits per byte, is the challenge's measure."""
 
     val_loss: float  # nats a token
     val_bpb: float
@@ -938,10 +938,9 @@ class Score(NamedTuple):
 def plan_windows(total: int, seq_len: int, stride: int, size: int) -> list[Tensor]:
     """Batches int64 [n, 2], n at most size, of windows (start, how many last positions it scores).
 
-    Each window has seq_len positions, ends stride after the one before it and scores what that one
-    did not; the last ends at the end. stride = seq_len is plain evaluation. Only the first sliding
-    window scores all its positions, so it comes alone; batches are filled up with windows that
-    score nothing, so that compiled code meets few shapes.
+    Each has seq_len positions, ends stride after the one before it, or at the end, and scores what
+    that one did not. Only the first sliding window scores all its positions, so it comes alone;
+    windows that score nothing fill up the batches, so that compiled code meets few shapes.
     """
     ends = torch.cat((torch.arange(seq_len, total, stride), torch.tensor([total])))
     windows = torch.stack((ends - seq_len, ends.diff(prepend=torch.tensor([0]))), dim=1)
@@ -963,8 +962,8 @@ def evaluate(
 ) -> Score:
     """Score the validation split: the only loop from logits to a score, in float64 sums.
 
-    forward_logits(ids [B, T], last) gives logits [B, last, V]; T is seq_len, else EVAL_SEQ_LEN,
-    else TRAIN_SEQ_LEN. Without a stride windows lie side by side.
+    forward_logits(ids [B, T], last) gives logits [B, last, V]; T is seq_len, else the settings'.
+    Without a stride windows lie side by side.
     """
     began, total = rt.now(), len(data.val) - 1
     seq_len = min(seq_len or h.eval_seq_len or h.train_seq_len, total)
@@ -1022,10 +1021,9 @@ ROLE_POLICY = {
 
 
 def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """About U V^T of each matrix U S V^T of a stack [n, rows, cols], by Muon's quintic iteration.
+    """About U V^T of each matrix U S V^T of a stack [n, rows, cols] (Jordan et al. 2024, Muon).
 
-    Singular values above 0.002 of the Frobenius norm end in [0.67, 1.21] after five steps; smaller
-    ones stay smaller. (Jordan et al. 2024, Muon; bfloat16 is precise enough.)
+    Five steps bring singular values above 0.002 of the Frobenius norm into [0.67, 1.21].
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.to(dtype)
@@ -1039,7 +1037,7 @@ def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype = torch.float
 
 
 class Muon:
-    """Nesterov momentum, orthogonalised; matrices of one shape are one stack [n, rows, cols]."""
+    """Nesterov momentum, orthogonalised in one stack for each shape."""
 
     def __init__(
         self,
@@ -1055,7 +1053,7 @@ class Muon:
 
     @torch.no_grad()
     def step(self, lr: float, momentum: float) -> None:
-        """Decay the weights, then move them; tall matrices move by sqrt(rows / cols) more."""
+        """Decay the weights, then move them, tall ones by sqrt(rows / cols) more."""
         for stack, buffer in zip(self.stacks, self.momenta, strict=True):
             gradient = torch.stack([p.grad for p in stack])
             buffer.mul_(momentum).add_(gradient)
@@ -1087,7 +1085,7 @@ class Optimizers:
         self.adamw = torch.optim.AdamW(groups, betas=betas, eps=h.adam_eps, fused=True)
 
     def step(self, step: int, scale: float) -> None:
-        """Clip the gradients, step at `scale` times the learning rates, drop the gradients."""
+        """Clip the gradients, step at `scale` times the rates, drop the gradients."""
         if self.h.grad_clip_norm:
             nn.utils.clip_grad_norm_(self.params, self.h.grad_clip_norm)
         self.muon.step(self.muon_lr * scale, muon_momentum(step, self.h))
@@ -1106,10 +1104,10 @@ def muon_momentum(step: int, h: Hyperparameters) -> float:
 
 
 def lr_scale(step: int, elapsed: float, h: Hyperparameters) -> float:
-    """Factor of the learning rates at a step, `elapsed` training seconds in: 1, then down to 0.
+    """Factor of the learning rates: 1, then down to 0 where seconds or ITERATIONS end the run.
 
-    It is 0 where the run ends, by seconds or by ITERATIONS. The records' rule knows the seconds
-    alone: it can stop high, and fall from the start where WARMDOWN_ITERS outlast the cap.
+    The records' rule knows the seconds alone: it can stop high, and fall from the first step where
+    WARMDOWN_ITERS outlast the cap.
     """
     published, cap = h.warmdown_published, h.max_wallclock_seconds
     left = math.inf if published and cap else h.iterations - step
@@ -1121,7 +1119,7 @@ def lr_scale(step: int, elapsed: float, h: Hyperparameters) -> float:
 
 
 class WeightAverage:
-    """A float32 average of a model's weights: the EMA or, for SWA, the mean of late ones."""
+    """A float32 average of the weights: the EMA or, for SWA, the mean of late ones."""
 
     def __init__(self, model: nn.Module, h: Hyperparameters) -> None:
         self.h, self.count = h, 0  # count of weights averaged
@@ -1130,15 +1128,14 @@ class WeightAverage:
 
     def update(self, step: int, scale: float) -> None:
         """Take in the weights after `step` steps, the last at learning-rate factor `scale`."""
+        if not (self.h.swa_enabled or self.h.ema_enabled):
+            return
+        # A constant 0.997 would leave 41 % of the initial weights after 300 steps.
+        weight = 1 - min(self.h.ema_decay, (1 + self.count) / (10 + self.count))
         if self.h.swa_enabled:
-            if scale < 0.2 and step % self.h.swa_every == 0:  # as the records' SWA
-                self.move(1 / (self.count + 1))
-        elif self.h.ema_enabled:
-            # A constant 0.997 would leave 41 % of the initial weights after 300 steps.
-            self.move(1 - min(self.h.ema_decay, (1 + self.count) / (10 + self.count)))
-
-    def move(self, weight: float) -> None:
-        """Move the average by `weight` of its way to the weights."""
+            if scale >= 0.2 or step % self.h.swa_every:  # as the records' SWA
+                return
+            weight = 1 / (self.count + 1)
         torch._foreach_lerp_(self.mean, self.params, weight)
         self.count += 1
 
@@ -1326,10 +1323,10 @@ CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)  # of a row's largest w
 
 
 def round_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes int8 [rows, cols], within +-(2^(bits-1) - 1), and scales float16 [rows] of a matrix.
+    """Codes int8 [rows, cols] within +-(2^(bits-1) - 1) and scales float16 [rows] of a matrix.
 
-    Each row takes the clip of least squared error. The scale is rounded first and has no floor but
-    float16's own: a floor of 1/31, as in the records, spoils a row of weights far below 1.
+    Each row takes the clip of least squared error. Scales have no floor but float16's own: the
+    records' 1/31 spoils a row of weights far below 1.
     """
     limit = 2 ** (bits - 1) - 1
     weight = weight.float()
@@ -1363,15 +1360,15 @@ def quantize(model: GPT) -> dict[str, Tensor]:
     return codes | scales | floats
 
 
-# An artifact is this header, the model's settings as JSON, which say all shapes, and its arrays
-# compressed. The header holds magic, version, codec, bytes of settings, SHA-256 of all but itself.
+# An artifact is this header (magic, version, codec, bytes of settings, SHA-256 of all but itself),
+# the model's settings as JSON, which say all shapes, and the arrays compressed.
 HEADER = struct.Struct("<8sHHI32s")
 MAGIC, VERSION = b"PGOLFGPT", 1
 CODECS = ("zstd", "lzma")  # by number in the header
 
 
 def compress(codec: str, data: bytes) -> bytes:
-    """Compress as far as the codec goes; the same bytes for the same data."""
+    """Compress as far as the codec goes."""
     if codec == "lzma":
         import lzma
 
@@ -1411,10 +1408,7 @@ def pack(h: Hyperparameters, arrays: Mapping[str, Tensor]) -> bytes:
 
 
 def unpack(blob: bytes, h: Hyperparameters) -> tuple[Hyperparameters, dict[str, Tensor]]:
-    """Settings and arrays of an artifact; `h` gives the settings that do not travel.
-
-    Checksum and settings are checked before arrays are allocated. Faults raise as they come.
-    """
+    """Settings, `h` where they do not travel, and arrays; all is checked before it is allocated."""
     fields, body = HEADER.unpack_from(blob), blob[HEADER.size :]
     magic, version, codec, settings_size, digest = fields
     expect((magic, version) == (MAGIC, VERSION), f"magic {magic}, version {version}: not ours")
@@ -1443,7 +1437,7 @@ def expect(true: bool, else_fault: str) -> None:
 
 
 def load_artifact(path: Path, h: Hyperparameters) -> tuple[Hyperparameters, dict[str, Tensor]]:
-    """Settings and float32 weights by parameter name of an artifact on disk; or DataError."""
+    """Settings and float32 weights by parameter name; DataError for what is no artifact."""
     try:
         h, arrays = unpack(path.read_bytes(), h)
     except Exception as error:  # of the file, struct, json, the settings, each codec
