@@ -201,7 +201,7 @@ def assignments(text: str) -> dict[str, str]:
 
 
 def parse_value(text: str, default: Any) -> Any:
-    """The value of a variable in its default's type, or the text itself: then it is a fault."""
+    """A variable's value in its default's type, or its text, which is then a fault."""
     if isinstance(default, bool):
         return {"0": False, "1": True}.get(text, text)
     try:
@@ -249,19 +249,18 @@ def faults_together(h: Hyperparameters) -> list[str]:
 
 
 def settings_notes(h: Hyperparameters, env: Mapping[str, str]) -> list[str]:
-    """What a user might not know of the settings: made by a rule, or named nearly right."""
+    """What a user might not know: set by a rule, without effect, or named nearly right."""
     names = [f.name.upper() for f in dataclasses.fields(h)]
-    known = {**assignments(PRESETS.get(h.preset, "")), **env}
-    rules = assignments(VOCABULARY_RULES.get(h.vocab_size, ""))
-    notes = [
-        f"rule: VOCAB_SIZE={h.vocab_size} sets {n}={rules[n]}" for n in rules if n not in known
-    ]
+    known, notes = {**assignments(PRESETS.get(h.preset, "")), **env}, []
+    for name, value in assignments(VOCABULARY_RULES.get(h.vocab_size, "")).items():
+        if name not in known:
+            notes.append(f"rule: VOCAB_SIZE={h.vocab_size} sets {name}={value}")
     for name in NOT_BUILT:
         if env.get(name, "").strip("0."):
-            notes.append(f"warning: {name}={env[name]} has no effect: it is not built yet")
+            notes.append(f"warning: {name}={env[name]} has no effect: not built yet")
     for name in sorted({*env} - {*names, *NOT_BUILT}):
         for near in difflib.get_close_matches(name, names, n=1, cutoff=0.88):
-            notes.append(f"warning: {name} is no setting and changes nothing; is {near} meant?")
+            notes.append(f"warning: {name} is no setting; is {near} meant?")
     return notes
 
 
@@ -1515,7 +1514,7 @@ def run(h: Hyperparameters, rt: Runtime, data: Data, log: Log) -> dict[str, Any]
 
 
 def log_model(model: GPT, h: Hyperparameters, rt: Runtime, log: Log) -> None:
-    """The challenge's conventional lines on model, machine and settings."""
+    """The challenge's lines on model, machine and settings."""
     roles = parameter_roles(model)
     shapes = [p.shape for name, p in model.named_parameters() if roles[name] == "matrix"]
     xsa = [layer for layer, block in enumerate(model.blocks) if block.attn.xsa]
@@ -1545,7 +1544,7 @@ def log_score(log: Log, name: str, score: Score, stride: int = 0) -> None:
 def score_artifact(
     path: Path, h: Hyperparameters, rt: Runtime, data: Data, log: Log
 ) -> dict[str, Score]:
-    """Plain and, if EVAL_STRIDE asks for it, sliding score of the model read from disk."""
+    """Plain score and, if EVAL_STRIDE asks for it, sliding one of the model on disk."""
     h, weights = load_artifact(path, h)
     with torch.device("meta"):
         model = GPT(h, rt.attend, rt.dtype).eval()
@@ -1570,7 +1569,7 @@ SOURCE_COPY = "train_gpt.py"  # in the run's folder; where it stands a run has b
 
 
 def open_folder(h: Hyperparameters) -> Path:
-    """The run's new folder; SettingsError where a run has begun or nothing can be written."""
+    """The run's new folder; SettingsError where a run has begun or none can."""
     run_id = h.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-s{h.seed}-{os.getpid()}"
     folder = Path(h.run_dir or f"logs/{run_id}")
     try:
@@ -1585,7 +1584,7 @@ def open_folder(h: Hyperparameters) -> Path:
     return folder
 
 
-FAILURES = (  # status and exit status by the kind of error; the first that fits
+FAILURES = (  # error, status, exit status; the first that fits
     (SettingsError, "settings", 2),
     (DataError, "data", 2),
     ((torch.OutOfMemoryError, MemoryError), "out of memory", 3),
@@ -1631,8 +1630,7 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
             result["reason"] += "; lower MICRO_BATCH_TOKENS to train, VAL_BATCH_SIZE to score"
     if log.folder:
         try:
-            text = json.dumps(result, indent=2).encode()
-            write_atomically(log.folder / "result.json", text)
+            write_atomically(log.folder / "result.json", json.dumps(result, indent=2).encode())
         except OSError as error:
             status, result["reason"] = 6, f"{result.get('reason', '')} result.json: {error}"
     if "reason" in result:
