@@ -18,7 +18,6 @@ V vocabulary.
 
 import argparse
 import contextlib
-import dataclasses
 import difflib
 import functools
 import hashlib
@@ -36,7 +35,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,7 +89,7 @@ def setting(
 ) -> Any:
     """Declare a setting: default (it gives the type), meaning, bounds or choices."""
     about = {"doc": doc, "low": low, "high": high, "choices": choices, "in_artifact": in_artifact}
-    return dataclasses.field(default=default, metadata=about)
+    return field(default=default, metadata=about)
 
 
 # A setting that says what the model is: it travels in the artifact's header.
@@ -181,7 +180,7 @@ class Hyperparameters:
     compressor: str = setting("zstd", "of the artifact", choices=("zstd", "lzma"))
 
     def __post_init__(self) -> None:
-        faults = [x for f in dataclasses.fields(self) if (x := fault(f, getattr(self, f.name)))]
+        faults = [x for f in fields(self) if (x := fault(f, getattr(self, f.name)))]
         if faults := faults or faults_together(self):
             raise SettingsError("\n".join(faults))
 
@@ -191,7 +190,7 @@ class Hyperparameters:
         env = {**assignments(PRESETS.get(env.get("PRESET", ""), "")), **env}
         with contextlib.suppress(ValueError, KeyError):
             env = {**assignments(VOCABULARY_RULES[int(env["VOCAB_SIZE"])]), **env}
-        given = [f for f in dataclasses.fields(cls) if f.name.upper() in env]
+        given = [f for f in fields(cls) if f.name.upper() in env]
         return cls(**{f.name: parse_value(env[f.name.upper()], f.default) for f in given})
 
 
@@ -210,7 +209,7 @@ def parse_value(text: str, default: Any) -> Any:
         return text
 
 
-def fault(f: "dataclasses.Field[Any]", value: Any) -> str | None:
+def fault(f: "Field[Any]", value: Any) -> str | None:
     """What is wrong with one value by itself, or None."""
     about, kind = f.metadata, type(f.default)
     if type(value) is not kind and (kind, type(value)) != (float, int):
@@ -250,7 +249,7 @@ def faults_together(h: Hyperparameters) -> list[str]:
 
 def settings_notes(h: Hyperparameters, env: Mapping[str, str]) -> list[str]:
     """What a user might not know: set by a rule, without effect, or named nearly right."""
-    names = [f.name.upper() for f in dataclasses.fields(h)]
+    names = [f.name.upper() for f in fields(h)]
     known, notes = {**assignments(PRESETS.get(h.preset, "")), **env}, []
     for name, value in assignments(VOCABULARY_RULES.get(h.vocab_size, "")).items():
         if name not in known:
@@ -267,7 +266,7 @@ def settings_notes(h: Hyperparameters, env: Mapping[str, str]) -> list[str]:
 def settings_table() -> str:
     """Every setting with default and meaning, for --help and the README."""
     lines = []
-    for f in dataclasses.fields(Hyperparameters):
+    for f in fields(Hyperparameters):
         default = int(f.default) if isinstance(f.default, bool) else f.default
         choices = " | ".join(c for c in f.metadata["choices"] if c)
         doc = f.metadata["doc"] + (f" ({choices})" if choices else "")
@@ -1394,29 +1393,29 @@ def decompress(codec: str, data: bytes, size: int) -> bytes:
 
 def model_settings(h: Hyperparameters) -> dict[str, Any]:
     """The settings that travel in the artifact."""
-    return {f.name: getattr(h, f.name) for f in dataclasses.fields(h) if f.metadata["in_artifact"]}
+    return {f.name: getattr(h, f.name) for f in fields(h) if f.metadata["in_artifact"]}
 
 
 def pack(h: Hyperparameters, arrays: Mapping[str, Tensor]) -> bytes:
     """The artifact's bytes, the same for the same arrays."""
     payload = compress(h.compressor, b"".join(a.cpu().numpy().tobytes() for a in arrays.values()))
     settings = json.dumps(model_settings(h), separators=(",", ":")).encode()
-    fields = (MAGIC, VERSION, CODECS.index(h.compressor), len(settings))
-    digest = hashlib.sha256(HEADER.pack(*fields, b"") + settings + payload).digest()
-    return HEADER.pack(*fields, digest) + settings + payload
+    head = (MAGIC, VERSION, CODECS.index(h.compressor), len(settings))
+    digest = hashlib.sha256(HEADER.pack(*head, b"") + settings + payload).digest()
+    return HEADER.pack(*head, digest) + settings + payload
 
 
 def unpack(blob: bytes, h: Hyperparameters) -> tuple[Hyperparameters, dict[str, Tensor]]:
     """Settings, `h` where they do not travel, and arrays; all is checked before it is allocated."""
-    fields, body = HEADER.unpack_from(blob), blob[HEADER.size :]
-    magic, version, codec, settings_size, digest = fields
+    head, body = HEADER.unpack_from(blob), blob[HEADER.size :]
+    magic, version, codec, settings_size, digest = head
     expect((magic, version) == (MAGIC, VERSION), f"magic {magic}, version {version}: not ours")
-    signed = HEADER.pack(*fields[:-1], b"") + body
+    signed = HEADER.pack(*head[:-1], b"") + body
     expect(hashlib.sha256(signed).digest() == digest, "the checksum does not fit: it is damaged")
     settings = json.loads(body[:settings_size])
     expect(settings.keys() == model_settings(h).keys(), "its settings are not this program's")
     # The batch does not travel; one sequence is legal with any length.
-    h = dataclasses.replace(h, **settings, train_batch_tokens=settings["train_seq_len"])
+    h = replace(h, **settings, train_batch_tokens=settings["train_seq_len"])
     with torch.device("meta"):
         layout = quantize(GPT(h))
     sizes = [array.nbytes for array in layout.values()]
@@ -1613,7 +1612,7 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
         else:
             log = Log(open_folder(h))
             log.line(f"{log.folder}/train.log")
-            result["settings"] = dataclasses.asdict(h)
+            result["settings"] = asdict(h)
         rt = Runtime.start(h, env)
         for note in (*notes, *rt.notes):
             log.line(note)
