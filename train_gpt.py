@@ -8,17 +8,9 @@ with the fewest bits per byte (bpb) on text it has not seen.
     python train_gpt.py --eval logs/<RUN_ID>/final_model.int6.ptz    # score an artifact again
     python train_gpt.py --help                                       # every setting
 
-Importing this file only defines names. It reads from top to bottom:
-
-    Settings            what the run is told
-    Runtime             where it runs: device, dtype, attention back end, log
-    Data                what it eats: token shards, batches, bytes per token
-    Model               what it is: GQA, XSA, partial RoPE, U-Net skips, SmearGate, BigramHash
-    Evaluate            how it is judged: windows, the one scoring loop
-    Optimizers          how it learns: stacked Muon, AdamW by role, schedules, averages
-    Training            the clock, the step, the loop
-    Quantize and pack   how it is shrunk: row rounding, the artifact
-    Run                 how it all goes
+Importing this file only defines names. Its sections, each under a line with "# ----", use
+themselves and earlier ones: Settings, Runtime (device, dtype, attention, log), Data (shards,
+batches, bytes per token), Model, Evaluate, Optimizers, Training, Quantize and pack, Run.
 
 Shapes: B sequences, T tokens, D model width, H query heads, K key/value heads, d head width,
 V vocabulary.
@@ -26,7 +18,6 @@ V vocabulary.
 
 import argparse
 import contextlib
-import dataclasses
 import difflib
 import functools
 import hashlib
@@ -43,8 +34,8 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,7 +93,7 @@ def setting(
 ) -> Any:
     """Declare a setting: default (it gives the type), meaning, bounds or choices."""
     about = {"doc": doc, "low": low, "high": high, "choices": choices, "in_artifact": in_artifact}
-    return dataclasses.field(default=default, metadata=about)
+    return field(default=default, metadata=about)
 
 
 # A setting that says what the model is: it travels in the artifact's header.
@@ -208,7 +199,7 @@ class Hyperparameters:
     compressor: str = setting("zstd", "of the artifact", choices=("zstd", "lzma"))
 
     def __post_init__(self) -> None:
-        faults = [x for f in dataclasses.fields(self) if (x := fault(f, getattr(self, f.name)))]
+        faults = [x for f in fields(self) if (x := fault(f, getattr(self, f.name)))]
         if faults := faults or faults_together(self):
             raise SettingsError("\n".join(faults))
 
@@ -218,20 +209,8 @@ class Hyperparameters:
         env = {**assignments(PRESETS.get(env.get("PRESET", ""), "")), **env}
         with contextlib.suppress(ValueError, KeyError):
             env = {**assignments(VOCABULARY_RULES[int(env["VOCAB_SIZE"])]), **env}
-        faults, values = [], {}
-        for f in dataclasses.fields(cls):
-            name = f.name.upper()
-            try:
-                values[f.name] = parse_value(env[name], f.default) if name in env else f.default
-            except ValueError as error:
-                faults.append(f"{name}={env[name]!r}: {error}")
-        try:
-            h = cls(**values)
-        except SettingsError as error:
-            faults.append(str(error))
-        if faults:
-            raise SettingsError("\n".join(faults))
-        return h
+        given = [f for f in fields(cls) if f.name.upper() in env]
+        return cls(**{f.name: parse_value(env[f.name.upper()], f.default) for f in given})
 
 
 def assignments(text: str) -> dict[str, str]:
@@ -240,27 +219,27 @@ def assignments(text: str) -> dict[str, str]:
 
 
 def parse_value(text: str, default: Any) -> Any:
-    """The value of a variable in the type of its default; ValueError tells the accepted form."""
+    """A variable's value in its default's type, or its text, which is then a fault."""
     if isinstance(default, bool):
-        if text not in ("0", "1"):
-            raise ValueError("must be 0 or 1")
-        return text == "1"
+        return {"0": False, "1": True}.get(text, text)
     try:
         return type(default)(text)
     except ValueError:
-        raise ValueError(f"must be a {'whole ' * isinstance(default, int)}number") from None
+        return text
 
 
-def fault(f: "dataclasses.Field[Any]", value: Any) -> str | None:
+def fault(f: "Field[Any]", value: Any) -> str | None:
     """What is wrong with one value by itself, or None."""
-    name, about, kind = f"{f.name.upper()}={value!r}", f.metadata, type(f.default)
+    about, kind = f.metadata, type(f.default)
     if type(value) is not kind and (kind, type(value)) != (float, int):
-        return f"{name}: must be of type {kind.__name__}"
-    if about["choices"] and value not in about["choices"]:
-        return f"{name}: must be one of {', '.join(about['choices'])}"
-    if kind is not str and not about["low"] <= value <= about["high"]:  # NaN neither
-        return f"{name}: must be from {about['low']} to {about['high']}"
-    return None
+        must = {bool: "0 or 1", int: "a whole number", float: "a number", str: "text"}[kind]
+    elif about["choices"] and value not in about["choices"]:
+        must = f"one of {', '.join(about['choices'])}"
+    elif kind is not str and not about["low"] <= value <= about["high"]:  # NaN neither
+        must = f"from {about['low']} to {about['high']}"
+    else:
+        return None
+    return f"{f.name.upper()}={value!r}: must be {must}"
 
 
 def faults_together(h: Hyperparameters) -> list[str]:
@@ -282,35 +261,33 @@ def faults_together(h: Hyperparameters) -> list[str]:
         "RUN_ID must be letters, digits, '_', '-' and, not first, '.'": h.run_id
         and not re.fullmatch(r"[\w-][\w.-]*", h.run_id, re.ASCII),
     }
-    values = {f.name.upper(): getattr(h, f.name) for f in dataclasses.fields(h)}
     return [
-        re.sub(r"[A-Z_]{5,}", lambda m: f"{m[0]}={values[m[0]]!r}", rule)  # every NAME
+        re.sub(r"[A-Z_]{5,}", lambda m: f"{m[0]}={getattr(h, m[0].lower())!r}", rule)  # every NAME
         for rule, broken in checks.items()
         if broken
     ]
 
 
 def settings_notes(h: Hyperparameters, env: Mapping[str, str]) -> list[str]:
-    """What a user might not know of the settings: made by a rule, or named nearly right."""
-    names = [f.name.upper() for f in dataclasses.fields(h)]
-    known = {**assignments(PRESETS.get(h.preset, "")), **env}
-    rules = assignments(VOCABULARY_RULES.get(h.vocab_size, ""))
-    notes = [
-        f"rule: VOCAB_SIZE={h.vocab_size} sets {n}={rules[n]}" for n in rules if n not in known
-    ]
+    """What a user might not know: set by a rule, without effect, or named nearly right."""
+    names = [f.name.upper() for f in fields(h)]
+    known, notes = {**assignments(PRESETS.get(h.preset, "")), **env}, []
+    for name, value in assignments(VOCABULARY_RULES.get(h.vocab_size, "")).items():
+        if name not in known:
+            notes.append(f"rule: VOCAB_SIZE={h.vocab_size} sets {name}={value}")
     for name in NOT_BUILT:
         if env.get(name, "").strip("0."):
-            notes.append(f"warning: {name}={env[name]} has no effect: it is not built yet")
+            notes.append(f"warning: {name}={env[name]} has no effect: not built yet")
     for name in sorted({*env} - {*names, *NOT_BUILT}):
         for near in difflib.get_close_matches(name, names, n=1, cutoff=0.88):
-            notes.append(f"warning: {name} is no setting and changes nothing; is {near} meant?")
+            notes.append(f"warning: {name} is no setting; is {near} meant?")
     return notes
 
 
 def settings_table() -> str:
     """Every setting with default and meaning, for --help and the README."""
     lines = []
-    for f in dataclasses.fields(Hyperparameters):
+    for f in fields(Hyperparameters):
         default = int(f.default) if isinstance(f.default, bool) else f.default
         choices = " | ".join(c for c in f.metadata["choices"] if c)
         doc = f.metadata["doc"] + (f" ({choices})" if choices else "")
@@ -352,7 +329,7 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def load_attention(name: str) -> Attend:
-    """One attention back end; PyTorch's others are disabled: no silent step down to a slow one."""
+    """One attention back end; PyTorch's others are disabled, so none takes its place unsaid."""
     if name == "fa3":
         from flash_attn_interface import flash_attn_func
 
@@ -362,46 +339,9 @@ def load_attention(name: str) -> Attend:
             return y[0] if isinstance(y, tuple) else y
 
         return attend_fa3
-    torch.backends.cuda.enable_cudnn_sdp(name == "cudnn")
-    torch.backends.cuda.enable_flash_sdp(name == "flash")
-    torch.backends.cuda.enable_math_sdp(name == "math")
-    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    for back_end in ("cudnn", "flash", "math", "mem_efficient"):
+        getattr(torch.backends.cuda, f"enable_{back_end}_sdp")(back_end == name)
     return attend_sdpa
-
-
-def compile_if(on: bool, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function compiled for fixed shapes, or itself."""
-    return torch.compile(function, dynamic=False, fullgraph=True) if on else function
-
-
-def choose_kernels(
-    h: Hyperparameters, device: torch.device, dtype: torch.dtype
-) -> tuple[str, Attend, bool, list[str]]:
-    """Name and function of the first attention that runs, whether compiled, and why not others.
-
-    SettingsError when what ATTN or COMPILE asks for does not run, forward and backward.
-    """
-    cuda = device.type == "cuda"
-    hopper = cuda and torch.cuda.get_device_capability(device)[0] == 9
-    order = ("fa3", "cudnn", "flash", "math") if hopper else ("flash", "cudnn", "math")
-    compiles = {"0": (False,), "1": (True,), "auto": (True, False) if cuda else (False,)}[h.compile]
-    heads, passed_over = (h.num_heads, h.num_kv_heads, h.num_kv_heads), []
-    shape = (1, h.train_seq_len, sum(heads), h.model_dim // h.num_heads)
-    for compiled, name in itertools.product(compiles, order if h.attn == "auto" else (h.attn,)):
-        try:
-            attend = load_attention(name)
-            qkv = torch.linspace(-1, 1, math.prod(shape)).view(shape).to(device, dtype)
-            q, k, v = qkv.requires_grad_().split(heads, dim=2)
-            y = compile_if(compiled, lambda q, k, v: attend(q.sin(), k, v))(q, k, v)  # noqa: B023
-            y.sum().backward()
-            if y.isfinite().all() and qkv.grad.isfinite().all():
-                return name, attend, compiled, passed_over
-            raise ArithmeticError("it gave NaN")
-        except Exception as error:  # whatever a kernel or a compiler raises, the next one may run
-            passed_over.append(f"attention:{name} compiled:{compiled} not used: {error!r:.200}")
-            torch.compiler.reset()
-    asked = f"ATTN={h.attn} COMPILE={h.compile}: cannot run here; use auto or COMPILE=0"
-    raise SettingsError("\n".join((asked, *passed_over)))
 
 
 @dataclass(frozen=True)
@@ -417,42 +357,35 @@ class Runtime:
 
     @classmethod
     def start(cls, h: Hyperparameters, env: Mapping[str, str]) -> "Runtime":
-        """Choose device, dtype, attention, compiler; SettingsError where a named one cannot run."""
+        """Choose device and dtype, then kernels; SettingsError where a named one cannot run."""
         if env.get("WORLD_SIZE", "1") != "1":
             raise SettingsError(f"WORLD_SIZE={env['WORLD_SIZE']}: must be 1; --nproc_per_node=1")
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        cuda = device.type == "cuda"
+        cuda, notes = torch.cuda.is_available(), []
         # Where bf16 is emulated it is many times slower than float32.
-        has_bf16 = cuda and torch.cuda.get_device_capability(device) >= (8, 0)
-        if cuda and h.dtype == "bf16" and not has_bf16:
-            raise SettingsError("DTYPE=bf16: this GPU has no bf16; use auto or fp32")
-        bf16 = h.dtype == "bf16" or (h.dtype == "auto" and has_bf16)
-        dtype = torch.bfloat16 if bf16 else torch.float32
-        notes = []
+        has_bf16 = cuda and torch.cuda.get_device_capability() >= (8, 0)
         if not cuda:
             notes.append("device:cpu, no CUDA GPU is here (Apple's are not used)")
         elif not has_bf16:
             notes.append("dtype:fp32, this GPU has no bf16")
+            if h.dtype == "bf16":
+                raise SettingsError("DTYPE=bf16: this GPU has no bf16; use auto or fp32")
         if cuda:
             torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
-        attention, attend, compiled, passed_over = choose_kernels(h, device, dtype)
-        return cls(device, dtype, attention, attend, compiled, [*notes, *passed_over])
+        bf16 = h.dtype == "bf16" or (h.dtype == "auto" and has_bf16)
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        return choose_kernels(h, torch.device("cuda" if cuda else "cpu"), dtype, notes)
 
     def compile(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The function, compiled if this run compiles."""
-        return compile_if(self.compiled, function)
+        """The function, compiled for fixed shapes if this run compiles."""
+        if not self.compiled:
+            return function
+        return torch.compile(function, dynamic=False, fullgraph=True)
 
     def now(self) -> float:
-        """Monotonic seconds when all work queued on the device is done."""
+        """Monotonic seconds, once all work queued on the device is done."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
-
-    def peak_memory_mib(self) -> tuple[int, int]:
-        """Most MiB of the GPU allocated and reserved so far; 0 on a CPU."""
-        if self.device.type != "cuda":
-            return 0, 0
-        return torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
 
     def describe(self) -> dict[str, Any]:
         """Device, choices and versions."""
@@ -469,6 +402,33 @@ class Runtime:
         }
 
 
+def choose_kernels(
+    h: Hyperparameters, device: torch.device, dtype: torch.dtype, notes: list[str]
+) -> Runtime:
+    """With the first attention that runs, forward and backward; SettingsError if none does."""
+    cuda = device.type == "cuda"
+    hopper = cuda and torch.cuda.get_device_capability(device)[0] == 9
+    order = ("fa3", "cudnn", "flash", "math") if hopper else ("flash", "cudnn", "math")
+    compiles = {"0": (False,), "1": (True,), "auto": (True, False) if cuda else (False,)}[h.compile]
+    heads = (h.num_heads, h.num_kv_heads, h.num_kv_heads)
+    shape = (1, h.train_seq_len, sum(heads), h.model_dim // h.num_heads)
+    for compiled, name in itertools.product(compiles, order if h.attn == "auto" else (h.attn,)):
+        try:
+            rt = Runtime(device, dtype, name, load_attention(name), compiled, notes)
+            qkv = torch.linspace(-1, 1, math.prod(shape)).view(shape).to(device, dtype)
+            q, k, v = qkv.requires_grad_().split(heads, dim=2)
+            y = rt.compile(lambda q, k, v: rt.attend(q.sin(), k, v))(q, k, v)  # noqa: B023
+            y.sum().backward()
+            if y.isfinite().all() and qkv.grad.isfinite().all():
+                return rt
+            raise ArithmeticError("it gave NaN")
+        except Exception as error:  # whatever a kernel or a compiler raises, the next one may run
+            notes.append(f"attention:{name} compiled:{compiled} not used: {error!r:.200}")
+            torch.compiler.reset()
+    asked = f"ATTN={h.attn} COMPILE={h.compile}: cannot run here; use auto or COMPILE=0"
+    raise SettingsError("\n".join((asked, *notes)))
+
+
 class Log:
     """Lines for people, events for programs, and a moving line for who watches a terminal."""
 
@@ -477,7 +437,7 @@ class Log:
         self.watched = sys.stderr.isatty()
 
     def append(self, name: str, text: str) -> None:
-        """Add a line to a file of the run's folder; a full disk ends no run."""
+        """Add a line to a file of the folder; a full disk ends no run."""
         if self.folder:
             with contextlib.suppress(OSError), open(self.folder / name, "a", encoding="utf-8") as f:
                 f.write(text + "\n")
@@ -501,7 +461,7 @@ class Log:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file; a crash leaves the old one or the new one, never a part."""
+    """Write a file whole or not at all, whenever a crash comes."""
     partial = path.with_name(path.name + ".part")
     with open(partial, "wb") as file:
         file.write(data)
@@ -521,29 +481,27 @@ class DataError(ValueError):
 
 
 def read_shard(path: Path) -> np.ndarray:
-    """Tokens uint16 [count] of a shard, mapped from disk; DataError unless the file is whole.
+    """Tokens uint16 [count], mapped from disk; DataError unless the file is whole.
 
-    Format: 256 little-endian int32 (magic, version, count, zeros), then count uint16.
+    A shard is 256 little-endian int32 (magic, version, count, zeros), then count uint16.
     """
     header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
     magic, version, count = (int(n) for n in (*header, 0, 0, 0)[:3])
     expected, size = 4 * SHARD_HEADER_INTS + 2 * count, path.stat().st_size
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION) or count <= 0 or size != expected:
-        found = (
-            f"magic {magic}, version {version}, {size} bytes, but {count} tokens need {expected}"
-        )
-        raise DataError(f"{path}: no whole token shard: {found}; make or fetch it again")
+        found = f"magic {magic}, version {version}, {size} bytes, but {count} tokens need"
+        raise DataError(f"{path}: no whole shard: {found} {expected}; make or fetch it again")
     return np.memmap(path, "<u2", "r", offset=4 * SHARD_HEADER_INTS, shape=(count,))
 
 
 class TokenStream:
-    """The tokens of a split, shards in name order, as a sequence that starts again at its end."""
+    """The tokens of a split, shards in name order, again and again."""
 
     def __init__(self, folder: Path, split: str, vocab_size: int) -> None:
         self.pattern = folder / f"fineweb_{split}_*.bin"
         self.paths = sorted(folder.glob(self.pattern.name))
         if not self.paths:
-            remedy = "set DATA_PATH; `python data/prepare.py` makes the shards of PRESET=cpu"
+            remedy = "change it; `python data/prepare.py` makes the shards of PRESET=cpu"
             raise DataError(f"DATA_PATH={folder}: no {self.pattern.name} there; {remedy}")
         self.shards = [read_shard(path) for path in self.paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
@@ -553,46 +511,41 @@ class TokenStream:
         return int(self.ends[-1])
 
     def read(self, position: int, count: int) -> Tensor:
-        """Tokens int64 [count] from a position on; DataError for an id outside the vocabulary."""
+        """Tokens int64 [count] from a position on."""
         tokens, filled = np.empty(count, np.int64), 0
         while filled < count:
             at = (position + filled) % len(self)
             index = int(np.searchsorted(self.ends, at, side="right"))
             part = self.shards[index][at - int(self.ends[index]) :][: count - filled]
             if (largest := int(part.max())) >= self.vocab_size:
-                raise DataError(
-                    f"{self.paths[index]}: token id {largest} is outside VOCAB_SIZE="
-                    f"{self.vocab_size}; use the data of the vocabulary"
-                )
+                found = f"token id {largest} is outside VOCAB_SIZE={self.vocab_size}"
+                raise DataError(f"{self.paths[index]}: {found}; use data of the vocabulary")
             tokens[filled : filled + len(part)] = part
             filled += len(part)
         return torch.from_numpy(tokens)
 
     def batch(self, step: int, h: Hyperparameters) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, int64 [sequences, T], of a step; it depends on no step before it."""
+        """Inputs and targets int64 [sequences, T] of a step, whatever steps came before."""
         tokens = self.read(step * h.train_batch_tokens, h.train_batch_tokens + 1)
         return tokens[:-1].view(-1, h.train_seq_len), tokens[1:].view(-1, h.train_seq_len)
 
 
 def micro_batches(h: Hyperparameters) -> int:
-    """Number of equal parts of a step such that none passes MICRO_BATCH_TOKENS."""
+    """The least number of equal parts of a step of at most MICRO_BATCH_TOKENS each."""
     rows = h.train_batch_tokens // h.train_seq_len
     most = max(h.micro_batch_tokens // h.train_seq_len, 1)
     return next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= most)
 
 
 class ByteTable(NamedTuple):
-    """Bytes of text each token stands for: the only byte accounting there is.
+    """Bytes of text each token stands for: the only byte accounting there is."""
 
-    Some tokenizers drop a piece's leading space where no text stands before it.
-    """
-
-    size: Tensor  # int16 [V]: bytes, without a space that may be dropped
-    space: Tensor  # int16 [V]: 1 where a leading space may be dropped
-    special: Tensor  # bool [V]: not text, as BOS
+    size: Tensor  # int16 [V]: bytes, but for a leading space that some decoders drop after no text
+    space: Tensor  # int16 [V]: 1 where there is such a space
+    special: Tensor  # bool [V]: no text, as BOS
 
     def count(self, previous: Tensor, target: Tensor) -> Tensor:
-        """Bytes int16 of target tokens after previous ones, all of one shape."""
+        """Bytes int16 of each target token after the previous one."""
         return self.size[target] + self.space[target] * ~self.special[previous]
 
     @classmethod
@@ -604,30 +557,28 @@ class ByteTable(NamedTuple):
     @classmethod
     def of_tokenizer(cls, tokenizer: Any) -> "ByteTable":
         """A sentencepiece processor's; U+2581 in a piece is a space."""
-        size, space, special = [], [], []
+        rows = []
         for i in range(tokenizer.vocab_size()):
-            kinds = tokenizer.is_control(i), tokenizer.is_unknown(i), tokenizer.is_unused(i)
-            special.append(any(kinds))
-            text = "" if special[i] else tokenizer.id_to_piece(i).replace("\u2581", " ")
-            # Whether a leading space is dropped only the model's decoder knows.
-            alone = "?" if tokenizer.is_byte(i) else tokenizer.decode([i]) if text else ""
-            size.append(len(alone.encode()))
-            space.append(0 if tokenizer.is_byte(i) else len(text.encode()) - size[i])
-        short = functools.partial(torch.tensor, dtype=torch.int16)
-        return cls(short(size), short(space), torch.tensor(special))
+            special = tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i)
+            size, whole = (0, 0) if special else (1, 1)
+            if not special and not tokenizer.is_byte(i):
+                # Whether a leading space is dropped only the model's decoder knows.
+                size = len(tokenizer.decode([i]).encode())
+                whole = len(tokenizer.id_to_piece(i).replace("\u2581", " ").encode())
+            rows.append((size, whole - size, special))
+        size, space, special = torch.tensor(rows, dtype=torch.int16).unbind(1)
+        return cls(size, space, special.bool())
 
 
 def load_tokenizer(h: Hyperparameters) -> Any:
-    """The sentencepiece processor of the run; DataError where it is missing or another's."""
+    """The run's sentencepiece processor; DataError where it is missing or another's."""
     import sentencepiece
 
     path = tokenizer_file(h)
-    if not path.is_file():
-        raise DataError(f"TOKENIZER_PATH={path}: no such file; fetch it with its data")
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except Exception as error:  # RuntimeError, OSError, ... by version
-        raise DataError(f"TOKENIZER_PATH={path}: no sentencepiece model: {error}") from None
+        raise DataError(f"TOKENIZER_PATH={path}: {error}; fetch it with its data") from None
     if tokenizer.vocab_size() != h.vocab_size:
         found = f"{tokenizer.vocab_size()} pieces, VOCAB_SIZE={h.vocab_size}"
         raise DataError(f"TOKENIZER_PATH={path}: {found}; change one of them")
@@ -635,9 +586,9 @@ def load_tokenizer(h: Hyperparameters) -> Any:
 
 
 def prove_byte_table(table: ByteTable, tokenizer: Any, tokens: Tensor) -> int:
-    """Bytes of the text among the first PROOF_TOKENS, proven against the decoder, run by run.
+    """Bytes among the first PROOF_TOKENS on which table and decoder agree; else DataError.
 
-    A run is the text between two special tokens. DataError where table and decoder differ.
+    They are compared from one special token to the next.
     """
     head = tokens[:PROOF_TOKENS]
     counts = table.count(head[:-1], head[1:]).long()
@@ -650,12 +601,10 @@ def prove_byte_table(table: ByteTable, tokenizer: Any, tokens: Tensor) -> int:
         decoded = len(tokenizer.decode(head[start + 1 : end].tolist()).encode())
         if counted != decoded:
             raise DataError(
-                f"validation text at token {start + 1}: the byte table counts {counted} bytes, the "
-                f"decoder gives {decoded}; no bpb of these data and tokenizer can be trusted"
+                f"validation token {start + 1}: the byte table counts {counted}, the decoder "
+                f"{decoded} bytes; no bpb of these data and tokenizer can be trusted"
             )
         proven += counted
-    if not proven:
-        raise DataError(f"the validation tokens hold no text that follows BOS={BOS_ID}")
     return proven
 
 
@@ -668,7 +617,7 @@ class Data(NamedTuple):
 
 
 def load_data(h: Hyperparameters, log: Log, training: bool = True) -> Data:
-    """Open validation and, for training, its split too; prove the byte table."""
+    """Open the splits and prove the byte table."""
     folder = data_folder(h)
     val_stream = TokenStream(folder, "val", h.vocab_size)
     val = val_stream.read(0, len(val_stream)).int()
@@ -676,18 +625,19 @@ def load_data(h: Hyperparameters, log: Log, training: bool = True) -> Data:
         raise DataError(f"{folder}: {len(val)} validation tokens are no window; lower EVAL_SEQ_LEN")
     if h.vocab_size == BYTE_VOCAB:
         table = ByteTable.of_bytes()
+        proven = int(table.count(val[:-1], val[1:]).sum())
         log.line(f"val_bpb:enabled tokenizer_kind=byte260 vocab_size={BYTE_VOCAB}")
     else:
         tokenizer = load_tokenizer(h)
         table = ByteTable.of_tokenizer(tokenizer)
         proven = prove_byte_table(table, tokenizer, val)
-        path = tokenizer_file(h)
-        log.line(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={path}")
+        kind = f"sentencepiece tokenizer_path={tokenizer_file(h)}"
+        log.line(f"val_bpb:enabled tokenizer_kind={kind}")
         log.line(f"byte_table:proven against {proven} bytes of decoded text")
         if unknown := int((val == tokenizer.unk_id()).sum()):
             log.line(f"warning: {unknown} validation tokens are unknown text, counted as 0 bytes")
-    if not table.count(val[:-1], val[1:]).any():
-        raise DataError(f"{folder}: the validation tokens stand for no text")
+    if not proven:
+        raise DataError(f"{folder}: the validation tokens hold no text that follows BOS={BOS_ID}")
     log.line(f"val_loader:shards pattern={val_stream.pattern} tokens:{len(val) - 1}")
     if not training:
         return Data(val, table, None)
@@ -1089,7 +1039,7 @@ class DivergenceError(RuntimeError):
 
 
 class Score(NamedTuple):
-    """What scoring a text gives; bits per byte (bpb) is the challenge's measure."""
+    """What scoring a text gives; bpb, bits per byte, is the challenge's measure."""
 
     val_loss: float  # nats a token
     val_bpb: float
@@ -1100,28 +1050,19 @@ class Score(NamedTuple):
     window_seconds: float  # a window, once all is compiled
 
 
-def plan_windows(total: int, seq_len: int, stride: int) -> np.ndarray:
-    """Windows int64 [n, 2], (start, first scored position), that score every position once.
+def plan_windows(total: int, seq_len: int, stride: int, size: int) -> list[Tensor]:
+    """Batches int64 [n, 2], n at most size, of windows (start, how many last positions it scores).
 
-    Each has seq_len positions, ends stride after the one before it and scores what that one did
-    not; the last is moved back to end at the end. stride = seq_len is plain evaluation.
+    Each has seq_len positions, ends stride after the one before it, or at the end, and scores what
+    that one did not. Only the first sliding window scores all its positions, so it comes alone;
+    windows that score nothing fill up the batches, so that compiled code meets few shapes.
     """
-    ends = np.append(np.arange(seq_len, total, stride), total)
-    return np.stack((np.maximum(ends - seq_len, 0), np.append(0, ends[:-1])), axis=1)
-
-
-def window_batches(
-    windows: np.ndarray, seq_len: int, stride: int, size: int
-) -> Iterator[tuple[np.ndarray, int]]:
-    """Batches of `size` windows and at how many last positions they score.
-
-    Only the first sliding window scores all its positions, so it comes alone; batches are filled up
-    with windows that score nothing, so that compiled code meets few shapes.
-    """
-    starts = (0, *range(size if stride == seq_len else 1, len(windows), size), len(windows))
-    for at, end in itertools.pairwise(starts):
-        filler = np.array([[0, np.iinfo(np.int64).max]]).repeat(size - (end - at), axis=0)
-        yield np.concatenate((windows[at:end], filler)), stride if at else seq_len
+    ends = torch.cat((torch.arange(seq_len, total, stride), torch.tensor([total])))
+    windows = torch.stack((ends - seq_len, ends.diff(prepend=torch.tensor([0]))), dim=1)
+    size = min(size, len(windows))
+    first = size if stride == seq_len else 1
+    batches = (windows[:first], *windows[first:].split(size))
+    return [F.pad(batch, (0, 0, 0, size - len(batch))) for batch in batches if len(batch)]
 
 
 @torch.inference_mode()
@@ -1136,31 +1077,31 @@ def evaluate(
 ) -> Score:
     """Score the validation split: the only loop from logits to a score, in float64 sums.
 
-    forward_logits(ids [B, T], last) gives logits [B, last, V]; T is seq_len, else EVAL_SEQ_LEN,
-    else TRAIN_SEQ_LEN. Without a stride windows lie side by side.
+    forward_logits(ids [B, T], last) gives logits [B, last, V]; T is seq_len, else the settings'.
+    Without a stride windows lie side by side.
     """
     began, total = rt.now(), len(data.val) - 1
     seq_len = min(seq_len or h.eval_seq_len or h.train_seq_len, total)
     stride = stride or seq_len
-    windows = plan_windows(total, seq_len, stride)
     batch_tokens = h.val_batch_size // 8
     if rt.device.type == "cpu":
         batch_tokens = min(batch_tokens, 4096)  # more spills the caches: half the speed
-    size = min(max(batch_tokens // seq_len, 1), len(windows))
+    batches = plan_windows(total, seq_len, stride, max(batch_tokens // seq_len, 1))
     tokens, table = data.val.to(rt.device), ByteTable(*(t.to(rt.device) for t in data.table))
     offsets = torch.arange(seq_len + 1, device=rt.device)
     sums = torch.zeros(3, dtype=torch.float64, device=rt.device)
-    for n, (batch, last) in enumerate(window_batches(windows, seq_len, stride, size)):
-        starts, firsts = torch.from_numpy(batch).to(rt.device).unsqueeze(-1).unbind(1)
+    for n, batch in enumerate(batches):
+        last = stride if n else seq_len
+        starts, counts = batch.to(rt.device).unsqueeze(-1).unbind(1)
         ids = tokens[starts + offsets].long()
         inputs, targets = ids[:, :-1], ids[:, -last:]
         logits = forward_logits(inputs, last)
         nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         nbytes = table.count(inputs[:, -last:], targets)
-        scored = starts + offsets[-last - 1 : -1] >= firsts
+        scored = offsets[:last] >= last - counts
         for i, of_token in enumerate((nats.view_as(nbytes), scored, nbytes)):
             sums[i] += of_token.double().where(scored, 0).sum()
-        log.progress(f"scoring window {min(n * size, len(windows))} of {len(windows)}")
+        log.progress(f"scoring batch {n + 1} of {len(batches)}")
         if n == 0:
             compiled_at = rt.now()
     log.progress("")
@@ -1170,7 +1111,7 @@ def evaluate(
     if not math.isfinite(nats):
         raise DivergenceError("the score is no finite number: the weights have diverged")
     loss, bpb, ended = nats / total, nats / math.log(2) / nbytes, rt.now()
-    window_seconds = (ended - compiled_at) / max(len(windows) - size, 1)
+    window_seconds = (ended - compiled_at) / max(len(batches) - 1, 1) / len(batch)
     return Score(loss, bpb, nats, total, int(nbytes), ended - began, window_seconds)
 
 
@@ -1196,10 +1137,9 @@ ROLE_POLICY = {
 
 
 def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """About U V^T of each matrix U S V^T of a stack [n, rows, cols], by Muon's quintic iteration.
+    """About U V^T of each matrix U S V^T of a stack [n, rows, cols] (Jordan et al. 2024, Muon).
 
-    Singular values above 0.002 of the Frobenius norm end in [0.67, 1.21] after five steps; smaller
-    ones stay smaller. (Jordan et al. 2024, Muon; bfloat16 is precise enough.)
+    Five steps bring singular values above 0.002 of the Frobenius norm into [0.67, 1.21].
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.to(dtype)
@@ -1213,7 +1153,7 @@ def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype = torch.float
 
 
 class Muon:
-    """Nesterov momentum, orthogonalised; matrices of one shape are one stack [n, rows, cols]."""
+    """Nesterov momentum, orthogonalised in one stack for each shape."""
 
     def __init__(
         self,
@@ -1229,7 +1169,7 @@ class Muon:
 
     @torch.no_grad()
     def step(self, lr: float, momentum: float) -> None:
-        """Decay the weights, then move them; tall matrices move by sqrt(rows / cols) more."""
+        """Decay the weights, then move them, tall ones by sqrt(rows / cols) more."""
         for stack, buffer in zip(self.stacks, self.momenta, strict=True):
             gradient = torch.stack([p.grad for p in stack])
             buffer.mul_(momentum).add_(gradient)
@@ -1261,7 +1201,7 @@ class Optimizers:
         self.adamw = torch.optim.AdamW(groups, betas=betas, eps=h.adam_eps, fused=True)
 
     def step(self, step: int, scale: float) -> None:
-        """Clip the gradients, step at `scale` times the learning rates, drop the gradients."""
+        """Clip the gradients, step at `scale` times the rates, drop the gradients."""
         if self.h.grad_clip_norm:
             nn.utils.clip_grad_norm_(self.params, self.h.grad_clip_norm)
         self.muon.step(self.muon_lr * scale, muon_momentum(step, self.h))
@@ -1274,25 +1214,23 @@ class Optimizers:
 
 def muon_momentum(step: int, h: Hyperparameters) -> float:
     """Momentum at a step: linear from start to warm."""
-    warm = min(step / h.muon_momentum_warmup_steps, 1.0) if h.muon_momentum_warmup_steps else 1.0
+    steps = h.muon_momentum_warmup_steps
+    warm = step / steps if step < steps else 1.0
     return h.muon_momentum_warmup_start + warm * (h.muon_momentum - h.muon_momentum_warmup_start)
 
 
 def lr_scale(step: int, elapsed: float, h: Hyperparameters) -> float:
-    """Factor of the learning rates at a step, `elapsed` training seconds in: 1, then down to 0.
+    """Factor of the learning rates: 1, then down to 0 where seconds or ITERATIONS end the run.
 
-    It is 0 where the run ends, be that by seconds or by ITERATIONS. The records' rule knows the
-    seconds alone: it can stop high, and fall from the start where WARMDOWN_ITERS outlast the cap.
+    The records' rule knows the seconds alone: it can stop high, and fall from the first step where
+    WARMDOWN_ITERS outlast the cap.
     """
     published, cap = h.warmdown_published, h.max_wallclock_seconds
-    warmdown, left = float(h.warmdown_iters), float(h.iterations - step)
+    left = math.inf if published and cap else h.iterations - step
     if cap and elapsed:
-        capped = max(cap - elapsed, 0.0) * max(step, 1) / elapsed
-        left = capped if published else min(left, capped)
-    elif cap and published:
-        return 1.0
-    if not published:
-        warmdown = min(warmdown, h.warmdown_max_fraction * (step + left))
+        left = min(left, max(cap - elapsed, 0.0) * max(step, 1) / elapsed)
+    longest = math.inf if published else h.warmdown_max_fraction * (step + left)
+    warmdown = min(h.warmdown_iters, longest)
     return min(left / warmdown, 1.0) if warmdown else 1.0
 
 
@@ -1309,7 +1247,7 @@ def jepa_weight(step: int, elapsed: float, h: Hyperparameters) -> float:
 
 
 class WeightAverage:
-    """A float32 average of a model's weights: the EMA or, for SWA, the mean of late ones."""
+    """A float32 average of the weights: the EMA or, for SWA, the mean of late ones."""
 
     def __init__(self, model: nn.Module, h: Hyperparameters) -> None:
         self.h, self.count = h, 0  # count of weights averaged
@@ -1318,15 +1256,14 @@ class WeightAverage:
 
     def update(self, step: int, scale: float) -> None:
         """Take in the weights after `step` steps, the last at learning-rate factor `scale`."""
+        if not (self.h.swa_enabled or self.h.ema_enabled):
+            return
+        # A constant 0.997 would leave 41 % of the initial weights after 300 steps.
+        weight = 1 - min(self.h.ema_decay, (1 + self.count) / (10 + self.count))
         if self.h.swa_enabled:
-            if scale < 0.2 and step % self.h.swa_every == 0:  # as the records' SWA
-                self.move(1 / (self.count + 1))
-        elif self.h.ema_enabled:
-            # A constant 0.997 would leave 41 % of the initial weights after 300 steps.
-            self.move(1 - min(self.h.ema_decay, (1 + self.count) / (10 + self.count)))
-
-    def move(self, weight: float) -> None:
-        """Move the average by `weight` of its way to the weights."""
+            if scale >= 0.2 or step % self.h.swa_every:  # as the records' SWA
+                return
+            weight = 1 / (self.count + 1)
         torch._foreach_lerp_(self.mean, self.params, weight)
         self.count += 1
 
@@ -1522,10 +1459,10 @@ CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)  # of a row's largest w
 
 
 def round_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes int8 [rows, cols], within +-(2^(bits-1) - 1), and scales float16 [rows] of a matrix.
+    """Codes int8 [rows, cols] within +-(2^(bits-1) - 1) and scales float16 [rows] of a matrix.
 
-    Each row takes the clip of least squared error. The scale is rounded first and has no floor but
-    float16's own: a floor of 1/31, as in the records, spoils a row of weights far below 1.
+    Each row takes the clip of least squared error. Scales have no floor but float16's own: the
+    records' 1/31 spoils a row of weights far below 1.
     """
     limit = 2 ** (bits - 1) - 1
     weight = weight.float()
@@ -1543,122 +1480,89 @@ def round_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def quantize(model: GPT) -> dict[str, Tensor]:
-    """The arrays of the artifact by name, on the CPU, from the model's weights."""
-    roles, arrays = parameter_roles(model), {}
+    """The arrays of the artifact by name, in its order; of a meta model, their types and shapes.
+
+    All codes come first: like beside like compresses best.
+    """
+    roles, codes, scales, floats = parameter_roles(model), {}, {}, {}
     for name, p in model.state_dict().items():
-        if not p.isfinite().all():
+        if not (p.is_meta or p.isfinite().all()):
             raise DivergenceError(f"{name} is not finite: the weights have diverged")
         bits = ROLE_POLICY[roles[name]].bits
         if bits == 16:
-            arrays[name] = p.half().cpu()
+            floats[name] = p.half()
         else:
-            codes, scales = round_rows(p, bits)
-            arrays[f"{name}.codes"], arrays[f"{name}.scales"] = codes.cpu(), scales.cpu()
-    return arrays
+            codes[f"{name}.codes"], scales[f"{name}.scales"] = round_rows(p, bits)
+    return codes | scales | floats
 
 
-# An artifact is this header, the model's settings as JSON, which say all shapes, and its arrays
-# compressed. The header holds magic, version, codec, bytes of settings, SHA-256 of all but itself.
+# An artifact is this header (magic, version, codec, bytes of settings, SHA-256 of all but itself),
+# the model's settings as JSON, which say all shapes, and the arrays compressed.
 HEADER = struct.Struct("<8sHHI32s")
 MAGIC, VERSION = b"PGOLFGPT", 1
 CODECS = ("zstd", "lzma")  # by number in the header
 
 
 def compress(codec: str, data: bytes) -> bytes:
-    """Compress as far as the codec goes; the same bytes for the same data."""
-    if codec == "zstd":
+    """Compress as far as the codec goes."""
+    if codec == "lzma":
+        import lzma
+
+        return lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)
+    try:
         import zstandard
-
-        return zstandard.ZstdCompressor(level=22).compress(data)
-    import lzma
-
-    return lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)
+    except ImportError:
+        remedy = "pip install zstandard, or use COMPRESSOR=lzma"
+        raise SettingsError(f"COMPRESSOR={codec}: {remedy}") from None
+    return zstandard.ZstdCompressor(level=22).compress(data)
 
 
 def decompress(codec: str, data: bytes, size: int) -> bytes:
-    """`size` bytes of compressed data; memory is bounded by it whatever the data claim."""
-    if codec == "zstd":
-        import zstandard
+    """The data, at most one byte more than `size` of them whatever they claim."""
+    if codec == "lzma":
+        import lzma
 
-        if zstandard.get_frame_parameters(data).content_size != size:  # it would be allocated
-            raise ValueError("the frame is of another size")
-        return zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
-    import lzma
+        return lzma.open(io.BytesIO(data)).read(size + 1)
+    import zstandard
 
-    stream = lzma.LZMADecompressor()
-    raw = stream.decompress(data, max_length=size + 1)
-    if not stream.eof or stream.unused_data:
-        raise ValueError("the stream does not end with its data")
-    return raw
-
-
-def require_compressor(codec: str) -> None:
-    """Fail before training, not after it, where the compressor is missing."""
-    try:
-        compress(codec, b"")
-    except ImportError as error:
-        remedy = f"pip install {error.name}, or use COMPRESSOR=lzma"
-        raise SettingsError(f"COMPRESSOR={codec}: {error.name} is missing; {remedy}") from None
+    stream = zstandard.ZstdDecompressor().stream_reader(data, read_across_frames=True)
+    return stream.read(size + 1)
 
 
 def model_settings(h: Hyperparameters) -> dict[str, Any]:
     """The settings that travel in the artifact."""
-    return {f.name: getattr(h, f.name) for f in dataclasses.fields(h) if f.metadata["in_artifact"]}
-
-
-def artifact_layout(h: Hyperparameters) -> list[tuple[str, str, tuple[int, ...]]]:
-    """Name, numpy dtype and shape of the artifact's arrays, in order; allocates nothing.
-
-    All codes come first: like beside like compresses best.
-    """
-    with torch.device("meta"):
-        model = GPT(h)
-    roles = parameter_roles(model)
-    codes, scales, floats = [], [], []
-    for name, p in model.named_parameters():
-        if ROLE_POLICY[roles[name]].bits == 16:
-            floats.append((name, "<f2", tuple(p.shape)))
-        else:
-            codes.append((f"{name}.codes", "i1", tuple(p.shape)))
-            scales.append((f"{name}.scales", "<f2", (len(p),)))
-    return codes + scales + floats
+    return {f.name: getattr(h, f.name) for f in fields(h) if f.metadata["in_artifact"]}
 
 
 def pack(h: Hyperparameters, arrays: Mapping[str, Tensor]) -> bytes:
-    """The artifact's bytes, the same for the same arrays; without a JEPA head that only teaches."""
-    if not h.jepa_inject:
-        h = dataclasses.replace(h, jepa_chunk_size=0)
-    layout = artifact_layout(h)
-    raw = b"".join(arrays[name].numpy().astype(dtype).tobytes() for name, dtype, _ in layout)
-    payload = compress(h.compressor, raw)
+    """The artifact's bytes, the same for the same arrays."""
+    payload = compress(h.compressor, b"".join(a.cpu().numpy().tobytes() for a in arrays.values()))
     settings = json.dumps(model_settings(h), separators=(",", ":")).encode()
-    fields = (VERSION, CODECS.index(h.compressor), len(settings))
-    unsigned = HEADER.pack(MAGIC, *fields, b"")
-    digest = hashlib.sha256(unsigned + settings + payload).digest()
-    return HEADER.pack(MAGIC, *fields, digest) + settings + payload
+    head = (MAGIC, VERSION, CODECS.index(h.compressor), len(settings))
+    digest = hashlib.sha256(HEADER.pack(*head, b"") + settings + payload).digest()
+    return HEADER.pack(*head, digest) + settings + payload
 
 
-def unpack(blob: bytes, h: Hyperparameters) -> tuple[Hyperparameters, dict[str, np.ndarray]]:
-    """Settings and arrays of an artifact; `h` gives the settings that do not travel.
-
-    Checksum and settings are checked before arrays are allocated. Faults raise as they come.
-    """
-    fields, body = HEADER.unpack_from(blob), blob[HEADER.size :]
-    magic, version, codec, settings_size, digest = fields
+def unpack(blob: bytes, h: Hyperparameters) -> tuple[Hyperparameters, dict[str, Tensor]]:
+    """Settings, `h` where they do not travel, and arrays; all is checked before it is allocated."""
+    head, body = HEADER.unpack_from(blob), blob[HEADER.size :]
+    magic, version, codec, settings_size, digest = head
     expect((magic, version) == (MAGIC, VERSION), f"magic {magic}, version {version}: not ours")
-    signed = HEADER.pack(*fields[:-1], b"") + body
+    signed = HEADER.pack(*head[:-1], b"") + body
     expect(hashlib.sha256(signed).digest() == digest, "the checksum does not fit: it is damaged")
     settings = json.loads(body[:settings_size])
     expect(settings.keys() == model_settings(h).keys(), "its settings are not this program's")
     # The batch does not travel; one sequence is legal with any length.
-    h = dataclasses.replace(h, **settings, train_batch_tokens=settings["train_seq_len"])
-    layout, at, arrays = artifact_layout(h), 0, {}
-    needed = sum(np.dtype(dtype).itemsize * math.prod(shape) for _, dtype, shape in layout)
-    raw = decompress(CODECS[codec], body[settings_size:], needed)
-    expect(len(raw) == needed, f"{len(raw)} bytes of arrays, but its settings need {needed}")
-    for name, dtype, shape in layout:
-        arrays[name] = np.frombuffer(raw, dtype, math.prod(shape), at).reshape(shape)
-        at += arrays[name].nbytes
+    h = replace(h, **settings, train_batch_tokens=settings["train_seq_len"])
+    with torch.device("meta"):
+        layout = quantize(GPT(h))
+    sizes = [array.nbytes for array in layout.values()]
+    raw = decompress(CODECS[codec], body[settings_size:], sum(sizes))
+    expect(len(raw) == sum(sizes), f"{len(raw)} bytes of arrays, its settings need {sum(sizes)}")
+    parts = torch.frombuffer(bytearray(raw), dtype=torch.uint8).split(sizes)
+    arrays = {}
+    for (name, like), part in zip(layout.items(), parts, strict=True):
+        arrays[name] = part.clone().view(like.dtype).view(like.shape)
     return h, arrays
 
 
@@ -1669,14 +1573,12 @@ def expect(true: bool, else_fault: str) -> None:
 
 
 def load_artifact(path: Path, h: Hyperparameters) -> tuple[Hyperparameters, dict[str, Tensor]]:
-    """Settings and float32 weights by parameter name of an artifact on disk; or DataError."""
+    """Settings and float32 weights by parameter name; DataError for what is no artifact."""
     try:
         h, arrays = unpack(path.read_bytes(), h)
-    except ImportError as error:
-        raise DataError(f"{path}: pip install {error.name} to read it") from None
     except Exception as error:  # of the file, struct, json, the settings, each codec
         raise DataError(f"{path}: cannot be read as an artifact: {error!r}") from None
-    weights = {name: torch.tensor(array, dtype=torch.float32) for name, array in arrays.items()}
+    weights = {name: array.float() for name, array in arrays.items()}
     for name in [name.removesuffix(".codes") for name in weights if name.endswith(".codes")]:
         weights[name] = weights.pop(f"{name}.codes") * weights.pop(f"{name}.scales")[:, None]
     return h, weights
@@ -1685,58 +1587,61 @@ def load_artifact(path: Path, h: Hyperparameters) -> tuple[Hyperparameters, dict
 # ---- Run: how it all goes ----
 
 
-def run(h: Hyperparameters, rt: Runtime, data: Data, folder: Path, log: Log) -> dict[str, Any]:
+def run(h: Hyperparameters, rt: Runtime, data: Data, log: Log) -> dict[str, Any]:
     """Train, save, quantize, pack, read back and score: the README's stages. Returns the result."""
-    began, source = rt.now(), Path(__file__).read_bytes()
-    require_compressor(h.compressor)
+    began, source, folder = rt.now(), Path(__file__).read_bytes(), log.folder
+    compress(h.compressor, b"")  # if it is missing, fail before training, not after it
     write_atomically(folder / SOURCE_COPY, source)
     torch.manual_seed(h.seed)
     model = GPT(h, rt.attend, rt.dtype).to(rt.device)
     log_model(model, h, rt, log)
 
     clock, average = train(model, data, h, rt, log)
-    peak_memory = rt.peak_memory_mib()
-    names, saved = [name for name, _ in model.named_parameters()], io.BytesIO()
-    weights = {name: p.cpu() for name, p in zip(names, average.weights(), strict=True)}
+    allocated = torch.cuda.max_memory_allocated() >> 20  # 0 on a CPU
+    reserved = torch.cuda.max_memory_reserved() >> 20
+    weights = {name: p.cpu() for name, p in zip(model.state_dict(), average.weights(), strict=True)}
+    saved = io.BytesIO()
     torch.save({"settings": model_settings(h), "weights": weights}, saved)
     write_atomically(folder / "final_model.pt", saved.getvalue())
     forward_logits = rt.compile(model.forward_logits)
     validate(model, forward_logits, data, h, rt, log, clock)
-    log.line("peak memory allocated: {} MiB reserved: {} MiB".format(*peak_memory))
+    log.line(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
     kind = average.apply(log)
     model.eval()
+    if not h.jepa_inject:  # a head that only taught does not ship
+        model.jepa, h = None, replace(h, jepa_chunk_size=0)
 
     pack_began = rt.now()
     blob = pack(h, quantize(model))
-    write_atomically(folder / "final_model.int6.ptz", blob)
-    pack_seconds, total = rt.now() - pack_began, len(source) + len(blob)
+    write_atomically(artifact := folder / "final_model.int6.ptz", blob)
+    pack_seconds = rt.now() - pack_began
+    sizes = {"code": len(source), "model": len(blob), "total": len(source) + len(blob)}
     log.line(f"Serialized model: {saved.tell()} bytes")
-    log.line(f"Code size: {len(source)} bytes")
-    log.line(f"Serialized model int6+{h.compressor}: {len(blob)} bytes")
-    log.line(f"Total submission size int6+{h.compressor}: {total} bytes")
+    log.line(f"Code size: {sizes['code']} bytes")
+    log.line(f"Serialized model int6+{h.compressor}: {sizes['model']} bytes")
+    log.line(f"Total submission size int6+{h.compressor}: {sizes['total']} bytes")
 
     float_score = evaluate(forward_logits, data, h, rt, log)
     log_score(log, "DIAGNOSTIC post_ema", float_score)
     eval_began = rt.now()
-    scores = score_artifact(folder / "final_model.int6.ptz", h, rt, data, log)
-    eval_seconds = rt.now() - eval_began
+    scores = {"float": float_score, **score_artifact(artifact, h, rt, data, log)}
     verdicts = {}
     for name, value, most in (
         ("train_seconds", clock.elapsed, h.max_wallclock_seconds or math.inf),
-        ("eval_seconds", eval_seconds, EVAL_SECONDS_LIMIT),
-        ("total_bytes", total, BYTES_LIMIT),
+        ("eval_seconds", rt.now() - eval_began, EVAL_SECONDS_LIMIT),
+        ("total_bytes", sizes["total"], BYTES_LIMIT),
     ):
         verdicts[name] = "PASS" if value <= most else "FAIL"
         log.line(f"limit:{name} {round(value, 1):,} of {most:,} {verdicts[name]}")
     return {
         "status": "over a limit" if "FAIL" in verdicts.values() else "ok",
         "verdicts": verdicts,
-        "scores": {name: s._asdict() for name, s in {"float": float_score, **scores}.items()},
-        "bytes": {"code": len(source), "model": len(blob), "total": total},
+        "scores": {name: score._asdict() for name, score in scores.items()},
+        "bytes": sizes,
         "seconds": {"train": clock.elapsed, "pack": pack_seconds, "total": rt.now() - began},
         "steps": len(clock.losses),
         "tokens_per_second": len(clock.losses) * h.train_batch_tokens / (clock.elapsed or 1),
-        "peak_memory_mib": peak_memory[0],
+        "peak_memory_mib": allocated,
         "train_losses": clock.losses,
         "weights": kind,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -1748,7 +1653,7 @@ def run(h: Hyperparameters, rt: Runtime, data: Data, folder: Path, log: Log) -> 
 
 
 def log_model(model: GPT, h: Hyperparameters, rt: Runtime, log: Log) -> None:
-    """The challenge's conventional lines on model, machine and settings."""
+    """The challenge's lines on model, machine and settings."""
     roles = parameter_roles(model)
     shapes = [p.shape for name, p in model.named_parameters() if roles[name] == "matrix"]
     xsa = [layer for layer, block in enumerate(model.blocks) if block.attn.xsa]
@@ -1784,7 +1689,7 @@ def log_score(log: Log, name: str, score: Score, stride: int = 0) -> None:
 def score_artifact(
     path: Path, h: Hyperparameters, rt: Runtime, data: Data, log: Log
 ) -> dict[str, Score]:
-    """Plain and, if EVAL_STRIDE asks for it, sliding score of the model read from disk."""
+    """Plain score and, if EVAL_STRIDE asks for it, sliding one of the model on disk."""
     h, weights = load_artifact(path, h)
     with torch.device("meta"):
         model = GPT(h, rt.attend, rt.dtype).eval()
@@ -1809,7 +1714,7 @@ SOURCE_COPY = "train_gpt.py"  # in the run's folder; where it stands a run has b
 
 
 def open_folder(h: Hyperparameters) -> Path:
-    """The run's new folder; SettingsError where a run has begun or nothing can be written."""
+    """The run's new folder; SettingsError where a run has begun or none can."""
     run_id = h.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-s{h.seed}-{os.getpid()}"
     folder = Path(h.run_dir or f"logs/{run_id}")
     try:
@@ -1824,7 +1729,7 @@ def open_folder(h: Hyperparameters) -> Path:
     return folder
 
 
-FAILURES = (  # status and exit status by the kind of error; the first that fits
+FAILURES = (  # error, status, exit status; the first that fits
     (SettingsError, "settings", 2),
     (DataError, "data", 2),
     ((torch.OutOfMemoryError, MemoryError), "out of memory", 3),
@@ -1853,7 +1758,7 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
         else:
             log = Log(open_folder(h))
             log.line(f"{log.folder}/train.log")
-            result["settings"] = dataclasses.asdict(h)
+            result["settings"] = asdict(h)
         rt = Runtime.start(h, env)
         for note in (*notes, *rt.notes):
             log.line(note)
@@ -1861,7 +1766,7 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
         if artifact:
             score_artifact(artifact, h, rt, data, log)
         else:
-            result |= run(h, rt, data, log.folder, log)
+            result |= run(h, rt, data, log)
         status = int(result["status"] != "ok")
     except BaseException as error:
         result["status"], status = next(f[1:] for f in FAILURES if isinstance(error, f[0]))
@@ -1870,8 +1775,7 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
             result["reason"] += "; lower MICRO_BATCH_TOKENS to train, VAL_BATCH_SIZE to score"
     if log.folder:
         try:
-            text = json.dumps(result, indent=2).encode()
-            write_atomically(log.folder / "result.json", text)
+            write_atomically(log.folder / "result.json", json.dumps(result, indent=2).encode())
         except OSError as error:
             status, result["reason"] = 6, f"{result.get('reason', '')} result.json: {error}"
     if "reason" in result:

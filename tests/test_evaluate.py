@@ -20,25 +20,23 @@ import train_gpt as tg
 )
 def test_every_position_is_scored_once_with_its_context(total, seq_len, stride, size):
     seq_len, stride = min(seq_len, total), min(stride, seq_len, total)
-    windows = tg.plan_windows(total, seq_len, stride)
-    assert np.all(np.minimum(windows[:, 0] + seq_len, total) - windows[:, 0] == seq_len)
     scored = np.zeros(total, int)
-    for batch, last in tg.window_batches(windows, seq_len, stride, size):
-        for start, first in batch.tolist():
-            positions = np.arange(start + seq_len - last, start + seq_len)
-            chosen = positions[positions >= first]
-            scored[chosen] += 1
-            if start:
-                assert np.all(chosen - start >= seq_len - stride)
+    for n, batch in enumerate(tg.plan_windows(total, seq_len, stride, size)):
+        for start, count in batch.tolist():
+            assert 0 <= start <= total - seq_len
+            assert count <= (stride if n else seq_len)  # as many as there are logits of
+            assert not start or count <= stride  # the rest is context
+            scored[start + seq_len - count : start + seq_len] += 1
     assert np.all(scored == 1)
 
 
 def test_batches_have_two_shapes():
-    windows = tg.plan_windows(1000, 64, 16)
-    shapes = {(len(b), last) for b, last in tg.window_batches(windows, 64, 16, 8)}
-    assert shapes == {(8, 64), (8, 16)}
-    plain = tg.plan_windows(1000, 64, 64)
-    assert {(len(b), last) for b, last in tg.window_batches(plain, 64, 64, 8)} == {(8, 64)}
+    sliding = tg.plan_windows(1000, 64, 16, 8)
+    assert {len(batch) for batch in sliding} == {8}
+    assert [int(batch[:, 1].max()) for batch in sliding] == [64] + [16] * 8
+    plain = tg.plan_windows(1000, 64, 64, 8)
+    assert [batch.shape for batch in plain] == [(8, 2)] * 2
+    assert [batch.shape for batch in tg.plan_windows(100, 64, 64, 8)] == [(2, 2)]
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ def test_published_parameter_counts():
 def test_the_preset_is_the_command():
     preset = tg.Hyperparameters.from_env({"PRESET": "byte_jepa"})
     command = tg.Hyperparameters.from_env(JEPA_COMMAND)
-    assert preset == tg.dataclasses.replace(command, preset="byte_jepa")
+    assert preset == tg.replace(command, preset="byte_jepa")
 
 
 def test_the_head_leaves_the_initial_backbone_as_it_is():
@@ -192,11 +192,12 @@ def test_a_byte_changes_no_score_before_it_at_any_stride(stride, cpu):
     def nats(val: torch.Tensor) -> torch.Tensor:
         """Of each position, by the windows that score it."""
         found = torch.full((len(val) - 1,), math.nan)
-        for start, first in tg.plan_windows(len(val) - 1, 32, stride):
+        windows = torch.cat(tg.plan_windows(len(val) - 1, 32, stride, 1)).tolist()
+        for start, count in windows:
             ids = val[start : start + 33].long()
             logits = model.forward_logits(ids[None, :-1])[0]
             each = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
-            found[first : start + 32] = each[first - start :]
+            found[start + 32 - count : start + 32] = each[-count:]
         return found
 
     with torch.inference_mode():
@@ -280,7 +281,7 @@ def test_phases_by_progress_survive_the_cap():
     assert not any(weights[720:])
     assert weights[719] == pytest.approx(1, abs=0.01)
     assert weights[270:720] == sorted(weights[270:720])
-    by_steps = tg.dataclasses.replace(h, max_wallclock_seconds=0)
+    by_steps = tg.replace(h, max_wallclock_seconds=0)
     assert tg.jepa_weight(4950, 1e6, by_steps) == pytest.approx(0.5)
 
 

@@ -185,7 +185,9 @@ def test_damage_is_found(packed, tmp_path):
         "no JSON": with_settings(blob, b"\xff{"),
         "bomb": with_payload(blob, zstd.compress(bytes(200_000_000))),
         "small payload": with_payload(blob, zstd.compress(bytes(5))),
-        "unsized payload": with_payload(blob, unsized.compress(bytes(raw_size))),
+        "unsized bomb": with_payload(blob, unsized.compress(bytes(200_000_000))),
+        "one byte more": with_payload(blob, zstd.compress(bytes(raw_size + 1))),
+        "garbage after the frame": with_payload(blob, payload + b"garbage"),
         "two frames": with_payload(blob, payload + payload),
         "no frame": with_payload(blob, b"not a frame at all"),
         "cut frame": with_payload(blob, payload[:-9]),
@@ -202,6 +204,16 @@ def test_lzma_damage_is_found(packed, tmp_path):
     bomb = lzma.compress(bytes(50_000_000))
     for payload in (bomb, lzma.compress(b"x"), b"no stream", parts(blob)[2][:-9]):
         refused(tmp_path / "bad", with_payload(blob, payload), h)
+
+
+def test_no_more_is_decompressed_than_asked_for():
+    """Whether the data tell their size or not."""
+    for codec, bomb in (
+        ("zstd", zstandard.ZstdCompressor().compress(bytes(200_000_000))),
+        ("zstd", zstandard.ZstdCompressor(write_content_size=False).compress(bytes(200_000_000))),
+        ("lzma", lzma.compress(bytes(200_000_000), preset=0)),
+    ):
+        assert tg.decompress(codec, bomb, 1000) == bytes(1001)
 
 
 def test_any_training_length_can_be_read_without_variables(tmp_path):
@@ -223,5 +235,5 @@ def test_diverged_weights_are_not_quantized():
 def test_a_missing_compressor_stops_the_run_before_it_trains(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
     with pytest.raises(tg.SettingsError, match=r"COMPRESSOR=zstd.*pip install zstandard.*lzma"):
-        tg.require_compressor("zstd")
-    tg.require_compressor("lzma")
+        tg.compress("zstd", b"")
+    assert tg.compress("lzma", b"")

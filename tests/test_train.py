@@ -227,16 +227,14 @@ def test_each_attention_back_end_of_a_cpu_is_the_definition(attn):
     flags = ("flash", "math", "mem_efficient", "cudnn")
     before = [getattr(torch.backends.cuda, f"{f}_sdp_enabled")() for f in flags]
     try:
-        name, attend, _, _ = tg.choose_kernels(
-            settings(attn=attn), torch.device("cpu"), torch.float32
-        )
+        rt = tg.choose_kernels(settings(attn=attn), torch.device("cpu"), torch.float32, [])
         q, k, v = (torch.randn(2, 24, heads, 8) for heads in (4, 2, 2))
         keys, values = (x.repeat_interleave(2, dim=2) for x in (k, v))
         scores = torch.einsum("bqhd,bkhd->bhqk", q, keys) / math.sqrt(8)
         scores = scores.masked_fill(torch.ones(24, 24).triu(1).bool(), -math.inf)
         want = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), values)
-        assert name == attn
-        torch.testing.assert_close(attend(q, k, v), want, atol=1e-5, rtol=1e-5)
+        assert rt.attention == attn
+        torch.testing.assert_close(rt.attend(q, k, v), want, atol=1e-5, rtol=1e-5)
     finally:
         for flag, on in zip(flags, before, strict=True):
             getattr(torch.backends.cuda, f"enable_{flag}_sdp")(on)
@@ -244,15 +242,15 @@ def test_each_attention_back_end_of_a_cpu_is_the_definition(attn):
 
 def test_a_named_attention_that_cannot_run_is_an_error_and_auto_says_why(monkeypatch):
     with pytest.raises(tg.SettingsError, match=r"ATTN=fa3 COMPILE=auto: cannot run here"):
-        tg.choose_kernels(settings(attn="fa3"), torch.device("cpu"), torch.float32)
+        tg.choose_kernels(settings(attn="fa3"), torch.device("cpu"), torch.float32, [])
 
     def broken(name):
         return (lambda q, k, v: q * math.nan) if name == "flash" else tg.attend_sdpa
 
     monkeypatch.setattr(tg, "load_attention", broken)
-    name, _, compiled, why = tg.choose_kernels(settings(), torch.device("cpu"), torch.float32)
-    assert (name, compiled) == ("cudnn", False)  # next in the order; here it is the fake's
-    assert why == ["attention:flash compiled:False not used: ArithmeticError('it gave NaN')"]
+    rt = tg.choose_kernels(settings(), torch.device("cpu"), torch.float32, [])
+    assert (rt.attention, rt.compiled) == ("cudnn", False)  # next in the order; here the fake's
+    assert rt.notes == ["attention:flash compiled:False not used: ArithmeticError('it gave NaN')"]
 
 
 def test_a_compiler_that_fails_is_an_error_where_asked_for(monkeypatch):
@@ -261,7 +259,7 @@ def test_a_compiler_that_fails_is_an_error_where_asked_for(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", fails)
     with pytest.raises(tg.SettingsError, match=r"COMPILE=1.*\n.*no C\+\+ compiler"):
-        tg.choose_kernels(settings(compile=1), torch.device("cpu"), torch.float32)
+        tg.choose_kernels(settings(compile=1), torch.device("cpu"), torch.float32, [])
 
 
 @pytest.mark.slow
