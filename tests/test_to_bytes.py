@@ -491,7 +491,7 @@ BAD = [
     ("x_sp9", ["--tokenizer", "tokenizers/x_9_bpe.model", "existing"]),
     ("x_sp9 --tokenizer m.model", ["--tokenizer", "m.model", "tokens of 9", "tokens' own"]),
     ("large --tokenizer m.model --out o", ["large/fineweb_val_000001.bin", "65535", "--tokenizer"]),
-    ("cut --tokenizer m.model --out o", ["cut/fineweb_train_000000.bin", "no whole token shard"]),
+    ("cut --tokenizer m.model --out o", ["cut/fineweb_train_000000.bin", "no whole shard"]),
     ("plain --tokenizer m.model --out broken/datasets/o", ["manifest.json", "move it away"]),
     ("plain --nonsense", ["--nonsense"]),
 ]
