@@ -281,6 +281,8 @@ def settings_notes(h: Hyperparameters, env: Mapping[str, str]) -> list[str]:
     for name in sorted({*env} - {*names, *NOT_BUILT}):
         for near in difflib.get_close_matches(name, names, n=1, cutoff=0.88):
             notes.append(f"warning: {name} is no setting; is {near} meant?")
+    if h.jepa_chunk_size and not (h.jepa_inject or h.jepa_backbone_grad):
+        notes.append("warning: without JEPA_INJECT and JEPA_BACKBONE_GRAD the head teaches nobody")
     return notes
 
 
@@ -858,8 +860,8 @@ class Block(nn.Module):
         return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.norm_scale)
 
 
-def sigreg(z: Tensor, directions: Tensor, knots: int, form: str) -> Tensor:
-    """How far the rows of z [N, n] are from samples of N(0, I): a float32 scalar.
+def sigreg(z: Tensor, directions: Tensor, knots: int, form: str, parts: int = 1) -> Tensor:
+    """How far the rows of z [N / parts, n] are from samples of N(0, I): a float32 scalar.
 
     Along each direction, a unit column of [n, P], the characteristic function of the rows is held
     against the normal one, exp(-t^2/2), at `knots` points t (Epps-Pulley). "lejepa": N times the
@@ -874,7 +876,8 @@ def sigreg(z: Tensor, directions: Tensor, knots: int, form: str) -> Tensor:
     error = (angles.cos().mean(0) - normal).square() + angles.sin().mean(0).square()
     if published:
         return error.mean()
-    return 2 * len(z) * torch.trapezoid(error * normal, t).mean()  # 2: t < 0 gives as much
+    # Twice: t < 0 gives as much. N is of the whole step, so that its parts change no weight.
+    return 2 * parts * len(z) * torch.trapezoid(error * normal, t).mean()
 
 
 class JEPA(nn.Module):
@@ -913,10 +916,9 @@ class JEPA(nn.Module):
         self.learns = weight > 0
         self.weights[0], self.weights[1] = weight, weight * self.h.jepa_sigreg_weight
         if self.learns:
-            generator = torch.Generator(self.directions.device)
-            generator.manual_seed(self.h.seed + step * (self.h.jepa_sigreg == "lejepa"))
-            self.directions.normal_(generator=generator)
-            self.directions.div_(self.directions.norm(dim=0))
+            seed = self.h.seed + step * (self.h.jepa_sigreg == "lejepa")
+            generator = torch.Generator(self.directions.device).manual_seed(seed)
+            F.normalize(self.directions.normal_(generator=generator), dim=0, out=self.directions)
 
     def predict(self, latents: Tensor) -> Tensor:
         """Latents [B, C, n] predicted from those before them, the first from a learned one."""
@@ -931,8 +933,7 @@ class JEPA(nn.Module):
         learns = self.training and self.learns
         if not learns and self.inject is None:
             return x, None
-        chunks = x.size(1) // self.chunk
-        source = x if self.h.jepa_backbone_grad else x.detach()
+        chunks, source = x.size(1) // self.chunk, x if self.h.jepa_backbone_grad else x.detach()
         source = source[:, : chunks * self.chunk].unflatten(1, (chunks, self.chunk))
         latents = self.projector(source.mean(2))
         predicted = self.predict(latents)
@@ -943,7 +944,8 @@ class JEPA(nn.Module):
             return x, None
         error = F.mse_loss(predicted.float(), latents.detach().float())
         h, rows = self.h, latents.flatten(0, 1)
-        spread = sigreg(rows, self.directions, h.jepa_sigreg_knots, h.jepa_sigreg)
+        form = h.jepa_sigreg_knots, h.jepa_sigreg, micro_batches(h)
+        spread = sigreg(rows, self.directions, *form)
         return x, torch.stack((error, spread))
 
 
@@ -1422,6 +1424,8 @@ def train(
         clock.step_launched(terms)
         step += 1
         average.update(step, scale)
+    if model.jepa is not None:
+        log.line(f"jepa:learned in {sum(map(bool, clock.auxiliary))} of {step} steps")
     if step < h.iterations:
         at = f"train_time:{1000 * clock.elapsed:.0f}ms step:{step}/{h.iterations}"
         log.line(f"stopping_early: wallclock_cap {at}")
@@ -1503,6 +1507,12 @@ MAGIC, VERSION = b"PGOLFGPT", 1
 CODECS = ("zstd", "lzma")  # by number in the header
 
 
+def expect(true: bool, else_fault: str) -> None:
+    """ValueError unless true."""
+    if not true:
+        raise ValueError(else_fault)
+
+
 def compress(codec: str, data: bytes) -> bytes:
     """Compress as far as the codec goes."""
     if codec == "lzma":
@@ -1512,8 +1522,7 @@ def compress(codec: str, data: bytes) -> bytes:
     try:
         import zstandard
     except ImportError:
-        remedy = "pip install zstandard, or use COMPRESSOR=lzma"
-        raise SettingsError(f"COMPRESSOR={codec}: {remedy}") from None
+        raise SettingsError("COMPRESSOR=zstd: pip install zstandard, or use lzma") from None
     return zstandard.ZstdCompressor(level=22).compress(data)
 
 
@@ -1522,7 +1531,11 @@ def decompress(codec: str, data: bytes, size: int) -> bytes:
     if codec == "lzma":
         import lzma
 
-        return lzma.open(io.BytesIO(data)).read(size + 1)
+        stream = lzma.LZMADecompressor()
+        raw = stream.decompress(data, max_length=size + 1)
+        ends = stream.eof and not stream.unused_data
+        expect(ends or len(raw) > size, "the stream does not end with its data")
+        return raw
     import zstandard
 
     stream = zstandard.ZstdDecompressor().stream_reader(data, read_across_frames=True)
@@ -1566,17 +1579,13 @@ def unpack(blob: bytes, h: Hyperparameters) -> tuple[Hyperparameters, dict[str, 
     return h, arrays
 
 
-def expect(true: bool, else_fault: str) -> None:
-    """ValueError unless true."""
-    if not true:
-        raise ValueError(else_fault)
-
-
 def load_artifact(path: Path, h: Hyperparameters) -> tuple[Hyperparameters, dict[str, Tensor]]:
     """Settings and float32 weights by parameter name; DataError for what is no artifact."""
     try:
         h, arrays = unpack(path.read_bytes(), h)
-    except Exception as error:  # of the file, struct, json, the settings, each codec
+    except ImportError as error:
+        raise DataError(f"{path}: pip install {error.name} to read it") from None
+    except Exception as error:  # of the file, struct, json, each codec
         raise DataError(f"{path}: cannot be read as an artifact: {error!r}") from None
     weights = {name: array.float() for name, array in arrays.items()}
     for name in [name.removesuffix(".codes") for name in weights if name.endswith(".codes")]:

@@ -43,9 +43,11 @@ from train_gpt import DataError, read_shard
 
 DATA = Path(__file__).resolve().parent
 REPO_ID, ROOT_PREFIX = "willdepueoai/parameter-golf", "datasets"
+OTHER = "set MATCHED_FINEWEB_REPO_ID to another repository"
 NAME_PREFIX = "fineweb10B_"  # of all datasets; the variant follows
 MAX_FILES = 10**6  # six digits number a shard
 ATTEMPTS, BACKOFF = 7, 2.0  # of each request; seconds before the second one, then doubled
+MAX_PAUSE = 600  # seconds; who is asked to wait longer should decide for themselves
 # The root of all errors of the HTTP client that huggingface_hub brings, transport's too.
 CLIENT_ERROR = HfHubHTTPError.__mro__[1]
 
@@ -79,18 +81,25 @@ def pause(error: Exception, attempt: int) -> float:
     headers = error.response.headers if isinstance(error, HfHubHTTPError) else {}
     asked = re.fullmatch(r"(\d+)", headers.get("retry-after", ""))
     asked = asked or re.search(r"\br=0;\s*t=(\d+)", headers.get("ratelimit", ""))
+    if asked and int(asked[1]) > MAX_PAUSE:
+        raise InputError(f"the hub asks to wait {asked[1]} s; run again after that")
     backoff = BACKOFF * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
     return max(backoff, float(asked[1])) if asked else backoff
 
 
-def patiently(what: str, action: Callable[[], Any]) -> Any:
-    """Return `action()`, tried again after a fault that may pass; InputError when it fails."""
+def patiently(what: str, action: Callable[[], Any], done: Callable[[], int] = int) -> Any:
+    """Return `action()`, tried again after a fault that may pass; InputError when it fails.
+
+    An attempt that left more `done()` than was before it counts as the first.
+    """
     attempt = 1
     while True:
+        before = done()
         try:
             return action()
         except (TransferError, CLIENT_ERROR) as error:
             may_pass, reason, remedy = diagnose(error)
+            attempt = 1 if done() > before else attempt
             if not may_pass or attempt == ATTEMPTS:
                 raise InputError(f"{what}: {reason}; {remedy}") from None
             wait = pause(error, attempt)
@@ -136,8 +145,7 @@ class Remote:
         except DataError:
             if not self.sha256:
                 raise TransferError("no whole token shard") from None
-            remedy = "set MATCHED_FINEWEB_REPO_ID to another repository"
-            raise InputError(f"{self.path}: published, but no token shard; {remedy}") from None
+            raise InputError(f"{self.path}: published, but no token shard; {OTHER}") from None
 
 
 @dataclass(frozen=True)
@@ -181,6 +189,8 @@ def transfer(remote: Remote, path: Path, bar: tqdm) -> None:
             for chunk in response.iter_bytes():
                 file.write(chunk)
                 bar.update(len(chunk))
+        file.flush()
+        os.fsync(file.fileno())  # before it can get its name
         if file.tell() < remote.size:
             raise TransferError(f"broken off after {file.tell():,} of {remote.size:,} bytes")
 
@@ -199,7 +209,7 @@ def fetch(remote: Remote, root: Path, bar: tqdm) -> None:
             raise
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    patiently(remote.path, attempt)
+    patiently(remote.path, attempt, partial(remote.gathered, root) if remote.sha256 else int)
     path.replace(root / remote.path)
 
 
@@ -323,7 +333,9 @@ def summarise(
         tokens, files = sum(len(read_shard(path)) for path in shards), stats[f"files_{split}"]
         told = stats.get(f"tokens_{split}", tokens)
         if len(shards) == files and tokens != told:
-            raise InputError(f"{folder}: {tokens} {split} tokens, but {told} in the manifest")
+            raise InputError(
+                f"{folder}: {tokens} {split} tokens, but {told} in the manifest; " + OTHER
+            )
         print(f"  {split:5} {tokens:,} tokens, {len(shards)} of {files} files")
     settings = {"DATA_PATH": folder, "VOCAB_SIZE": dataset.get("vocab_size")}
     if tokenizer.get("model_path"):
@@ -337,6 +349,8 @@ def run(args: argparse.Namespace) -> None:
     local, folder = args.out / "manifest.json", args.out / "datasets" / (NAME_PREFIX + args.variant)
     if not callable(getattr(get_session(), "stream", None)):  # that of requests is a setting
         raise InputError("huggingface_hub is older than 1.0; pip install -r requirements.txt")
+    if not re.match(r"https?://[^/\s]+", constants.ENDPOINT):
+        raise InputError(f"HF_ENDPOINT={constants.ENDPOINT}: must be http://... or https://...")
     read_manifest(local)  # tell now if nothing can be merged into it
     prefix = os.environ.get("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", ROOT_PREFIX).strip("/")
     source = Source(os.environ.get("MATCHED_FINEWEB_REPO_ID") or REPO_ID, prefix)
@@ -345,7 +359,7 @@ def run(args: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tqdm(paths, "asking", unit=" files", disable=None) as asking:
         remotes = [source.look_up(path)[0] for path in asking]
-    with alone(folder):
+    with alone(args.out):
         files = lacking(remotes, args.out)
         total = sum(remote.size for remote in files)
         done = sum(remote.gathered(args.out) for remote in files)

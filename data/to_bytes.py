@@ -297,7 +297,8 @@ def run(args: argparse.Namespace) -> None:
     print(f"  {tokens:,} tokens -> {size:,} bytes, {size / tokens:.4f} bytes per token,", end=" ")
     print(f"{seconds:.1f} s, {tokens / seconds * 60 / 1e6:,.1f} million tokens a minute")
     if total["unknown"]:
-        print(f"warning: {total['unknown']:,} tokens are unknown text, lost: id 3, 0 bytes each")
+        lost = f"{total['unknown']:,} tokens are unknown text, lost with the space after it"
+        print(f"warning: {lost}: id 3, 0 bytes each")
     print(f"  next: DATA_PATH={out} VOCAB_SIZE={tg.BYTE_VOCAB} python train_gpt.py")
 
 

@@ -435,6 +435,26 @@ def test_a_broken_transfer_goes_on_where_it_broke(hub, tmp_path, capsys, fault):
     assert told.startswith(f"{TRAIN_0}: ") and told.endswith(" s for attempt 2 of 7\n")
 
 
+def test_a_link_that_breaks_often_but_moves_on_is_enough(hub, tmp_path):
+    """More breaks than attempts, each after some more bytes."""
+    for _ in range(download.ATTEMPTS + 2):
+        hub.fail(TRAIN_0, cut)
+    assert run(tmp_path) == 0
+    assert_whole(hub, tmp_path)
+
+
+def test_a_very_long_wait_is_left_to_the_user(hub, tmp_path, capsys):
+    hub.fail(TRAIN_0, status(429, **{"Retry-After": "86400"}), method="GET")
+    assert "the hub asks to wait 86400 s; run again after that" in refused(capsys, tmp_path)
+    assert not hub.waits
+
+
+@pytest.mark.parametrize("endpoint", ["hub.local", "ftp://hub.local", "http://"])
+def test_an_endpoint_that_is_none(hub, tmp_path, capsys, monkeypatch, endpoint):
+    monkeypatch.setattr(download.constants, "ENDPOINT", endpoint)
+    assert f"HF_ENDPOINT={endpoint}: must be http" in refused(capsys, tmp_path)
+
+
 def test_the_bar_ends_at_its_total(hub, tmp_path, monkeypatch):
     bars = []
 
@@ -618,7 +638,8 @@ def test_tokens_that_do_not_add_up(hub, tmp_path, capsys):
     capsys.readouterr()
     assert run(tmp_path) == 2
     told = capsys.readouterr().err
-    assert told == f"error: {tmp_path / FOLDER}: 1800 train tokens, but 1799 in the manifest\n"
+    found = f"{tmp_path / FOLDER}: 1800 train tokens, but 1799 in the manifest"
+    assert told == f"error: {found}; {download.OTHER}\n"
 
 
 # ---- Manifest ----
@@ -773,8 +794,7 @@ def test_a_place_that_is_no_folder(hub, tmp_path, capsys):
 
 
 def test_one_download_at_a_time(hub, tmp_path, capsys):
-    (tmp_path / FOLDER).mkdir(parents=True)
-    handle = os.open(tmp_path / FOLDER, os.O_RDONLY)
+    handle = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_SH)
     assert "another download is at work here; wait for it" in refused(capsys, tmp_path)
     os.close(handle)

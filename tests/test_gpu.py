@@ -55,11 +55,13 @@ def test_newton_schulz_in_bf16_stays_in_its_band():
     assert ends.max() < 1.23
 
 
+@pytest.mark.parametrize("jepa", [{}, {"JEPA_CHUNK_SIZE": "4", "JEPA_SIGREG": "lejepa"}])
 @pytest.mark.parametrize("compiled", ["0", "1"])
-def test_a_whole_run(tmp_path, byte_corpus, monkeypatch, compiled):
+def test_a_whole_run(tmp_path, byte_corpus, monkeypatch, compiled, jepa):
     monkeypatch.chdir(tmp_path)
     env = {
         **TINY,
+        **jepa,
         "COMPILE": compiled,
         "MODEL_DIM": "64",
         "NUM_HEADS": "2",

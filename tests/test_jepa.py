@@ -1,10 +1,13 @@
 """The JEPA head: sizes, causality at chunk borders, who learns from what, SIGReg by definition."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import TINY, randomize, settings
+from conftest import ROOT, TINY, randomize, settings
 from test_model import BYTE_COMMAND, meta_model
 
 import train_gpt as tg
@@ -247,6 +250,30 @@ def test_the_backbone_learns_from_the_head_where_it_is_allowed_to():
     assert torch.equal(off["jepa.inject.weight"], on["jepa.inject.weight"])
 
 
+@pytest.mark.parametrize("form", ["published", "lejepa"])
+def test_the_cut_of_a_step_changes_no_weight_of_sigreg(form, cpu):
+    """The same sequences in every part, so that only the count of rows tells the parts apart."""
+    ids, targets = (x.repeat(8, 1) for x in some_ids(2, 2, 64))
+    found = []
+    for micro in (1024, 128):
+        model = jepa_model(jepa_sigreg=form, micro_batch_tokens=micro).train()
+        model.jepa.prepare(1.0, 0)
+        optimizers = tg.Optimizers(model, model.h)
+        optimizers.step = lambda *_: None
+        terms = tg.train_step(model.losses, optimizers, (ids, targets), 0, 1.0, cpu)
+        found.append((terms, model.jepa.projector[0].weight.grad))
+    (terms, grad), (terms_of_parts, grad_of_parts) = found
+    torch.testing.assert_close(terms, terms_of_parts, atol=0, rtol=0.02)
+    torch.testing.assert_close(grad, grad_of_parts, atol=0.02 * grad.abs().max().item(), rtol=0.1)
+
+
+def test_the_log_warns_of_a_head_that_teaches_nobody():
+    for inject, backbone, warned in ((1, 0, 0), (0, 1, 0), (0, 0, 1)):
+        h = settings(**JEPA, jepa_inject=inject, jepa_backbone_grad=backbone)
+        notes = [note for note in tg.settings_notes(h, {}) if "teaches nobody" in note]
+        assert len(notes) == warned
+
+
 def test_a_weight_of_zero_keeps_the_latents_random():
     """The control: an injection that learns to use random features."""
     h = settings(**JEPA, jepa_lambda_max=0)
@@ -391,6 +418,18 @@ def test_nothing_compiles_anew_when_the_weight_changes():
     assert len(compiled) == 2  # with losses and without
 
 
+def test_the_published_command_runs_smaller(byte_corpus, tmp_path):
+    """Under torchrun, with sizes and steps reduced by further variables."""
+    smaller = "NUM_LAYERS=2 MODEL_DIM=128 TRAIN_SEQ_LEN=64 TRAIN_BATCH_TOKENS=512 ITERATIONS=6"
+    env = os.environ | JEPA_COMMAND | tg.assignments(smaller)
+    env |= {"DATA_PATH": str(byte_corpus), "RUN_DIR": str(tmp_path / "run"), "EVAL_STRIDE": "32"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    subprocess.run([*launch, str(ROOT / "train_gpt.py")], env=env, cwd=tmp_path, check=True)
+    result = tg.json.loads((tmp_path / "run/result.json").read_text())
+    assert result["status"] == "ok"
+    assert result["scores"].keys() == {"float", "plain", "sliding"}
+
+
 @pytest.mark.parametrize("inject", [0, 1])
 def test_a_run_from_bytes_to_a_scored_artifact(inject, byte_corpus, tmp_path):
     env = TINY | {k.upper(): str(v) for k, v in JEPA.items()}
@@ -400,6 +439,7 @@ def test_a_run_from_bytes_to_a_scored_artifact(inject, byte_corpus, tmp_path):
     assert "jepa:enabled chunk_size=4 latent_dim=8 params=" in log
     assert "jepa:schedule phase1=0.3 phase2=0.5 lambda_max=0.001" in log
     with_losses = [n for n in range(1, 31) if f"\nstep:{n}/30 " in log.split("jepa_error")[0]]
+    assert "jepa:learned in 14 of 30 steps" in log
     assert with_losses == list(range(1, 12))  # the line of step 11 holds the first of them
     result = tg.json.loads((tmp_path / "result.json").read_text())
     _, weights = tg.load_artifact(tmp_path / "final_model.int6.ptz", tg.Hyperparameters())
