@@ -19,72 +19,72 @@ import train_gpt as tg
 
 # A model small enough that a whole run takes seconds: bytes, so that no tokenizer is needed.
 TINY = {
-    "VOCAB_SIZE": "260",
-    "NUM_LAYERS": "3",
-    "MODEL_DIM": "32",
-    "NUM_HEADS": "4",
-    "NUM_KV_HEADS": "2",
-    "ROPE_DIMS": "4",
-    "BIGRAM_VOCAB_SIZE": "64",
-    "BIGRAM_DIM": "8",
-    "VE_ENABLED": "1",
-    "VE_DIM": "8",
-    "TRAIN_SEQ_LEN": "64",
-    "TRAIN_BATCH_TOKENS": "1024",
-    "MICRO_BATCH_TOKENS": "512",
-    "ITERATIONS": "30",
-    "WARMDOWN_ITERS": "15",
-    "MAX_WALLCLOCK_SECONDS": "0",
-    "VAL_LOSS_EVERY": "0",
-    "VAL_BATCH_SIZE": "8192",
-    "EVAL_STRIDE": "32",
+	"VOCAB_SIZE": "260",
+	"NUM_LAYERS": "3",
+	"MODEL_DIM": "32",
+	"NUM_HEADS": "4",
+	"NUM_KV_HEADS": "2",
+	"ROPE_DIMS": "4",
+	"BIGRAM_VOCAB_SIZE": "64",
+	"BIGRAM_DIM": "8",
+	"VE_ENABLED": "1",
+	"VE_DIM": "8",
+	"TRAIN_SEQ_LEN": "64",
+	"TRAIN_BATCH_TOKENS": "1024",
+	"MICRO_BATCH_TOKENS": "512",
+	"ITERATIONS": "30",
+	"WARMDOWN_ITERS": "15",
+	"MAX_WALLCLOCK_SECONDS": "0",
+	"VAL_LOSS_EVERY": "0",
+	"VAL_BATCH_SIZE": "8192",
+	"EVAL_STRIDE": "32",
 }
 
 
 def settings(**changes: object) -> tg.Hyperparameters:
-    """The tiny model's settings with some changed, given as they are typed."""
-    env = {**TINY, **{name.upper(): str(value) for name, value in changes.items()}}
-    return tg.Hyperparameters.from_env(env)
+	"""The tiny model's settings with some changed, given as they are typed."""
+	env = {**TINY, **{name.upper(): str(value) for name, value in changes.items()}}
+	return tg.Hyperparameters.from_env(env)
 
 
 def shard_bytes(tokens: list[int] | np.ndarray) -> bytes:
-    """A shard written from the format's description alone."""
-    header = [20240520, 1, len(tokens)] + [0] * 253
-    head = b"".join(n.to_bytes(4, "little") for n in header)
-    return head + b"".join(int(t).to_bytes(2, "little") for t in tokens)
+	"""A shard written from the format's description alone."""
+	header = [20240520, 1, len(tokens)] + [0] * 253
+	head = b"".join(n.to_bytes(4, "little") for n in header)
+	return head + b"".join(int(t).to_bytes(2, "little") for t in tokens)
 
 
 def byte_tokens(text: str) -> list[int]:
-    """One document as the byte variant stores it."""
-    return [1, *(4 + b for b in text.encode())]
+	"""One document as the byte variant stores it."""
+	return [1, *(4 + b for b in text.encode())]
 
 
 @pytest.fixture(scope="session")
 def byte_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of byte shards: a few thousand short arithmetic documents."""
-    folder = tmp_path_factory.mktemp("corpus") / "tiny_byte260"
-    folder.mkdir()
-    documents = [f"{a} plus {b} is {a + b}.\n" for a in range(60) for b in range(40)]
-    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(1)).tolist()
-    tokens = [t for i in order for t in byte_tokens(documents[i])]
-    (folder / "fineweb_val_000000.bin").write_bytes(shard_bytes(tokens[:4000]))
-    middle = (4000 + len(tokens)) // 2
-    (folder / "fineweb_train_000000.bin").write_bytes(shard_bytes(tokens[4000:middle]))
-    (folder / "fineweb_train_000001.bin").write_bytes(shard_bytes(tokens[middle:]))
-    return folder
+	"""A folder of byte shards: a few thousand short arithmetic documents."""
+	folder = tmp_path_factory.mktemp("corpus") / "tiny_byte260"
+	folder.mkdir()
+	documents = [f"{a} plus {b} is {a + b}.\n" for a in range(60) for b in range(40)]
+	order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(1)).tolist()
+	tokens = [t for i in order for t in byte_tokens(documents[i])]
+	(folder / "fineweb_val_000000.bin").write_bytes(shard_bytes(tokens[:4000]))
+	middle = (4000 + len(tokens)) // 2
+	(folder / "fineweb_train_000000.bin").write_bytes(shard_bytes(tokens[4000:middle]))
+	(folder / "fineweb_train_000001.bin").write_bytes(shard_bytes(tokens[middle:]))
+	return folder
 
 
 @pytest.fixture
 def cpu() -> tg.Runtime:
-    """The runtime of a CPU run."""
-    device = torch.device("cpu")
-    return tg.Runtime(device, torch.float32, "flash", tg.attend_sdpa, False, [])
+	"""The runtime of a CPU run."""
+	device = torch.device("cpu")
+	return tg.Runtime(device, torch.float32, "flash", tg.attend_sdpa, False, [])
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Give every parameter a value of its own, so that no branch is silent at its start."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=generator) * 0.2)
-    return model
+	"""Give every parameter a value of its own, so that no branch is silent at its start."""
+	generator = torch.Generator().manual_seed(seed)
+	with torch.no_grad():
+		for p in model.parameters():
+			p.add_(torch.randn(p.shape, generator=generator) * 0.2)
+	return model

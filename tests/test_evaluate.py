@@ -13,117 +13,117 @@ import train_gpt as tg
 
 
 @given(
-    total=st.integers(1, 300),
-    seq_len=st.integers(1, 64),
-    stride=st.integers(1, 64),
-    size=st.integers(1, 7),
+	total=st.integers(1, 300),
+	seq_len=st.integers(1, 64),
+	stride=st.integers(1, 64),
+	size=st.integers(1, 7),
 )
 def test_every_position_is_scored_once_with_its_context(total, seq_len, stride, size):
-    seq_len, stride = min(seq_len, total), min(stride, seq_len, total)
-    scored = np.zeros(total, int)
-    for n, batch in enumerate(tg.plan_windows(total, seq_len, stride, size)):
-        for start, count in batch.tolist():
-            assert 0 <= start <= total - seq_len
-            assert count <= (stride if n else seq_len)  # as many as there are logits of
-            assert not start or count <= stride  # the rest is context
-            scored[start + seq_len - count : start + seq_len] += 1
-    assert np.all(scored == 1)
+	seq_len, stride = min(seq_len, total), min(stride, seq_len, total)
+	scored = np.zeros(total, int)
+	for n, batch in enumerate(tg.plan_windows(total, seq_len, stride, size)):
+		for start, count in batch.tolist():
+			assert 0 <= start <= total - seq_len
+			assert count <= (stride if n else seq_len)  # as many as there are logits of
+			assert not start or count <= stride  # the rest is context
+			scored[start + seq_len - count : start + seq_len] += 1
+	assert np.all(scored == 1)
 
 
 def test_batches_have_two_shapes():
-    sliding = tg.plan_windows(1000, 64, 16, 8)
-    assert {len(batch) for batch in sliding} == {8}
-    assert [int(batch[:, 1].max()) for batch in sliding] == [64] + [16] * 8
-    plain = tg.plan_windows(1000, 64, 64, 8)
-    assert [batch.shape for batch in plain] == [(8, 2)] * 2
-    assert [batch.shape for batch in tg.plan_windows(100, 64, 64, 8)] == [(2, 2)]
+	sliding = tg.plan_windows(1000, 64, 16, 8)
+	assert {len(batch) for batch in sliding} == {8}
+	assert [int(batch[:, 1].max()) for batch in sliding] == [64] + [16] * 8
+	plain = tg.plan_windows(1000, 64, 64, 8)
+	assert [batch.shape for batch in plain] == [(8, 2)] * 2
+	assert [batch.shape for batch in tg.plan_windows(100, 64, 64, 8)] == [(2, 2)]
 
 
 @pytest.fixture(scope="module")
 def model() -> tg.GPT:
-    return randomize(tg.GPT(settings())).eval()
+	return randomize(tg.GPT(settings())).eval()
 
 
 TEXT = "Bits per byte, naïvely: one window at a time — é, ü, 日本. " * 6
 
 
 def data_of(text: str) -> tg.Data:
-    half = len(text) // 2
-    tokens = byte_tokens(text[:half]) + byte_tokens(text[half:])
-    return tg.Data(torch.tensor(tokens).int(), tg.ByteTable.of_bytes(), None)
+	half = len(text) // 2
+	tokens = byte_tokens(text[:half]) + byte_tokens(text[half:])
+	return tg.Data(torch.tensor(tokens).int(), tg.ByteTable.of_bytes(), None)
 
 
 @pytest.mark.parametrize(("seq_len", "stride"), [(64, 64), (64, 16), (48, 7), (64, 1)])
 def test_the_score_is_one_window_at_a_time_in_float64(model, cpu, seq_len, stride):
-    h = settings(val_batch_size=64 * 5 * 8)
-    data = data_of(TEXT)
-    total = len(data.val) - 1
-    nats, position = 0.0, 0
-    while position < total:
-        end = seq_len if position == 0 else min(position + stride, total)
-        window = data.val[max(end - seq_len, 0) : end + 1].long()
-        with torch.inference_mode():
-            logits = model.forward_logits(window[None, :-1])[0].double()
-        losses = -logits.log_softmax(-1)[torch.arange(seq_len), window[1:]]
-        nats += losses[-(end - position) :].sum().item()
-        position = end
-    score = tg.evaluate(
-        model.forward_logits, data, h, cpu, tg.Log(), seq_len=seq_len, stride=stride
-    )
-    text_bytes = len(TEXT.encode())
-    assert score.tokens == total == text_bytes + 1  # a BOS within is scored and has no bytes
-    assert score.bytes == text_bytes
-    assert score.nats == pytest.approx(nats, rel=1e-6)
-    assert score.val_bpb == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-6)
-    assert score.val_loss == pytest.approx(nats / total, rel=1e-6)
+	h = settings(val_batch_size=64 * 5 * 8)
+	data = data_of(TEXT)
+	total = len(data.val) - 1
+	nats, position = 0.0, 0
+	while position < total:
+		end = seq_len if position == 0 else min(position + stride, total)
+		window = data.val[max(end - seq_len, 0) : end + 1].long()
+		with torch.inference_mode():
+			logits = model.forward_logits(window[None, :-1])[0].double()
+		losses = -logits.log_softmax(-1)[torch.arange(seq_len), window[1:]]
+		nats += losses[-(end - position) :].sum().item()
+		position = end
+	score = tg.evaluate(
+		model.forward_logits, data, h, cpu, tg.Log(), seq_len=seq_len, stride=stride
+	)
+	text_bytes = len(TEXT.encode())
+	assert score.tokens == total == text_bytes + 1  # a BOS within is scored and has no bytes
+	assert score.bytes == text_bytes
+	assert score.nats == pytest.approx(nats, rel=1e-6)
+	assert score.val_bpb == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-6)
+	assert score.val_loss == pytest.approx(nats / total, rel=1e-6)
 
 
 def test_sliding_with_the_whole_stride_is_plain(model, cpu):
-    data, h = data_of(TEXT), settings()
-    plain = tg.evaluate(model.forward_logits, data, h, cpu, tg.Log())
-    whole = tg.evaluate(model.forward_logits, data, h, cpu, tg.Log(), stride=h.train_seq_len)
-    assert (plain.nats, plain.tokens, plain.bytes) == (whole.nats, whole.tokens, whole.bytes)
+	data, h = data_of(TEXT), settings()
+	plain = tg.evaluate(model.forward_logits, data, h, cpu, tg.Log())
+	whole = tg.evaluate(model.forward_logits, data, h, cpu, tg.Log(), stride=h.train_seq_len)
+	assert (plain.nats, plain.tokens, plain.bytes) == (whole.nats, whole.tokens, whole.bytes)
 
 
 def test_the_batch_changes_no_score(model, cpu):
-    data = data_of(TEXT)
-    scores = [
-        tg.evaluate(
-            model.forward_logits, data, settings(val_batch_size=n), cpu, tg.Log(), stride=16
-        )
-        for n in (1, 64 * 8 * 3, 10**6)
-    ]
-    assert {s.tokens for s in scores} == {len(data.val) - 1}
-    assert max(s.nats for s in scores) == pytest.approx(min(s.nats for s in scores), rel=1e-6)
+	data = data_of(TEXT)
+	scores = [
+		tg.evaluate(
+			model.forward_logits, data, settings(val_batch_size=n), cpu, tg.Log(), stride=16
+		)
+		for n in (1, 64 * 8 * 3, 10**6)
+	]
+	assert {s.tokens for s in scores} == {len(data.val) - 1}
+	assert max(s.nats for s in scores) == pytest.approx(min(s.nats for s in scores), rel=1e-6)
 
 
 def test_a_longer_context_is_seen(model, cpu):
-    """EVAL_SEQ_LEN, not TRAIN_SEQ_LEN, is the window where it is set."""
-    data = data_of(TEXT)
-    shapes = set()
+	"""EVAL_SEQ_LEN, not TRAIN_SEQ_LEN, is the window where it is set."""
+	data = data_of(TEXT)
+	shapes = set()
 
-    def logits(ids, last):
-        shapes.add(tuple(ids.shape))
-        return model.forward_logits(ids, last)
+	def logits(ids, last):
+		shapes.add(tuple(ids.shape))
+		return model.forward_logits(ids, last)
 
-    tg.evaluate(logits, data, settings(eval_seq_len=128, val_batch_size=1), cpu, tg.Log())
-    assert shapes == {(1, 128)}
+	tg.evaluate(logits, data, settings(eval_seq_len=128, val_batch_size=1), cpu, tg.Log())
+	assert shapes == {(1, 128)}
 
 
 def test_a_diverged_model_has_no_score(cpu):
-    with pytest.raises(tg.DivergenceError, match="no finite number"):
-        tg.evaluate(
-            lambda ids, last: torch.full((len(ids), last, 260), math.nan),
-            data_of(TEXT),
-            settings(),
-            cpu,
-            tg.Log(),
-        )
+	with pytest.raises(tg.DivergenceError, match="no finite number"):
+		tg.evaluate(
+			lambda ids, last: torch.full((len(ids), last, 260), math.nan),
+			data_of(TEXT),
+			settings(),
+			cpu,
+			tg.Log(),
+		)
 
 
 def test_uniform_logits_score_log_of_the_vocabulary(cpu):
-    data = data_of(TEXT)
-    score = tg.evaluate(
-        lambda ids, last: torch.zeros(len(ids), last, 260), data, settings(), cpu, tg.Log()
-    )
-    assert score.val_loss == pytest.approx(math.log(260), rel=1e-6)
+	data = data_of(TEXT)
+	score = tg.evaluate(
+		lambda ids, last: torch.zeros(len(ids), last, 260), data, settings(), cpu, tg.Log()
+	)
+	assert score.val_loss == pytest.approx(math.log(260), rel=1e-6)
