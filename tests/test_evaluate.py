@@ -17,26 +17,35 @@ import train_gpt as tg
 	seq_len=st.integers(1, 64),
 	stride=st.integers(1, 64),
 	size=st.integers(1, 7),
+	longer=st.integers(0, 400),
 )
-def test_every_position_is_scored_once_with_its_context(total, seq_len, stride, size):
+def test_every_position_is_scored_once_with_its_context(total, seq_len, stride, size, longer):
 	seq_len, stride = min(seq_len, total), min(stride, seq_len, total)
-	scored = np.zeros(total, int)
-	for n, batch in enumerate(tg.plan_windows(total, seq_len, stride, size)):
+	chunk = seq_len + longer
+	scored, chunks = np.zeros(total, int), []
+	for n, batch in enumerate(tg.plan_windows(total, seq_len, stride, size, chunk)):
+		assert batch[0, 1] > 0  # filler comes last
+		real = batch[batch[:, 1] > 0]
+		of_batch = {int(start + seq_len - count) // chunk for start, count in real}
+		assert len(of_batch) == 1  # all windows of a batch begin to score in one chunk
+		chunks += of_batch
 		for start, count in batch.tolist():
 			assert 0 <= start <= total - seq_len
 			assert count <= (stride if n else seq_len)  # as many as there are logits of
 			assert not start or count <= stride  # the rest is context
 			scored[start + seq_len - count : start + seq_len] += 1
 	assert np.all(scored == 1)
+	assert chunks == sorted(chunks)
+	assert set(chunks) >= set(range(chunks[-1]))  # no chunk is left out: each is learned in turn
 
 
 def test_batches_have_two_shapes():
-	sliding = tg.plan_windows(1000, 64, 16, 8)
+	sliding = tg.plan_windows(1000, 64, 16, 8, 1000)
 	assert {len(batch) for batch in sliding} == {8}
 	assert [int(batch[:, 1].max()) for batch in sliding] == [64] + [16] * 8
-	plain = tg.plan_windows(1000, 64, 64, 8)
+	plain = tg.plan_windows(1000, 64, 64, 8, 1000)
 	assert [batch.shape for batch in plain] == [(8, 2)] * 2
-	assert [batch.shape for batch in tg.plan_windows(100, 64, 64, 8)] == [(2, 2)]
+	assert [batch.shape for batch in tg.plan_windows(100, 64, 64, 8, 100)] == [(2, 2)]
 
 
 @pytest.fixture(scope="module")

@@ -91,7 +91,7 @@ def test_the_log_has_the_conventional_lines(finished):
 		"muon:18 matrices in 4 stacks",
 		"XSA:last_11 active_layers:[0, 1, 2]",
 		"world_size:1 grad_accum_steps:2",
-		"attention_mode:gqa num_heads:4 num_kv_heads:2",
+		"preset: run_id:first ",
 		"step:1/30 train_loss:5.",
 		"step:30/30 val_loss:",
 		"ema:applying EMA weights",
@@ -229,6 +229,7 @@ def test_a_run_that_never_began_leaves_its_name_free(tmp_path, byte_corpus, monk
 	assert tg.main([], {**env, "DATA_PATH": "nowhere"}) == 2
 	assert tg.main([], {**env, "DATA_PATH": str(byte_corpus)}) == 0
 	assert "nowhere" not in Path("logs/name/train.log").read_text()
+	assert tg.main([], {**env, "DATA_PATH": str(byte_corpus)}) == 2
 
 
 def test_weights_that_diverge_in_the_last_step_are_no_success(tmp_path, byte_corpus, monkeypatch):

@@ -107,7 +107,8 @@ def test_the_module_binds_constants_and_definitions_only():
 	for node in TREE.body:
 		if isinstance(node, ast.Assign):
 			names = [n.id for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name)]
-			assert all(n.isupper() or n in ("of_model", "Attend") for n in names), names
+			aliases = ("of_model", "Attend")
+			assert all(n.isupper() or n in aliases for n in names), names
 	assert not any(isinstance(n, ast.Global) for n in ast.walk(TREE))
 
 

@@ -22,9 +22,10 @@ def test_the_loss_falls(byte_corpus: Path, cpu):
 	model = tg.GPT(h)
 	clock, average = tg.train(model, load(h), h, cpu, tg.Log())
 	assert average.apply(tg.Log()) == "ema"
-	assert len(clock.losses) == 60
-	assert clock.losses[0] == pytest.approx(math.log(260), abs=0.2)
-	assert clock.losses[-1] < clock.losses[0] - 2
+	losses = [terms["train_loss"] for terms in clock.terms]
+	assert len(losses) == 60
+	assert losses[0] == pytest.approx(math.log(260), abs=0.2)
+	assert losses[-1] < losses[0] - 2
 
 
 def test_ema_of_30_steps_is_far_from_the_start(byte_corpus: Path, cpu):
@@ -71,6 +72,9 @@ def test_warm_up_leaves_no_trace(byte_corpus: Path, cpu):
 		assert p.grad is None
 
 
+LOSS = {"train_loss": torch.tensor(1.0)}
+
+
 class FakeTime:
 	"""A monotonic clock that a test moves."""
 
@@ -92,14 +96,14 @@ def test_the_clock_stands_still_when_paused_and_knows_its_slowest_step(fake_time
 	clock = tg.TrainingClock(cpu, cap=10.0)
 	for seconds in (1.0, 3.0, 1.0):
 		fake_time.now += seconds
-		clock.step_launched(torch.tensor([1.0]))
+		clock.step_launched(LOSS)
 	clock.pause()
 	fake_time.now += 100
 	clock.resume()
 	assert clock.elapsed == 5.0
 	assert not clock.spent()  # 5 + 3 < 10
 	fake_time.now += 2.0
-	clock.step_launched(torch.tensor([1.0]))
+	clock.step_launched(LOSS)
 	assert clock.elapsed == 7.0
 	assert clock.spent()  # 7 + 3 reaches 10
 
@@ -107,7 +111,7 @@ def test_the_clock_stands_still_when_paused_and_knows_its_slowest_step(fake_time
 def test_time_between_steps_belongs_to_training(fake_time, cpu):
 	clock = tg.TrainingClock(cpu, cap=0.0)
 	fake_time.now += 1
-	clock.step_launched(torch.tensor([1.0]))
+	clock.step_launched(LOSS)
 	fake_time.now += 5  # a slow batch, say
 	clock.pause()
 	assert clock.elapsed == 6.0
@@ -132,22 +136,22 @@ def test_training_stops_before_the_cap(
 	)
 	clock, _ = tg.train(tg.GPT(h), load(h), h, cpu, tg.Log())
 	assert "stopping_early: wallclock_cap" in capsys.readouterr().out
-	assert len(clock.losses) == steps  # of 0.001 s nothing is known before the first step
+	assert len(clock.terms) == steps  # of 0.001 s nothing is known before the first step
 	assert clock.elapsed < cap or steps == 1
 
 
 def test_no_steps_are_a_defined_result(byte_corpus: Path, cpu):
 	h = settings(data_path=byte_corpus, iterations=0)
 	clock, average = tg.train(tg.GPT(h), load(h), h, cpu, tg.Log())
-	assert (clock.losses, average.apply(tg.Log())) == ([], "raw")
+	assert (clock.terms, average.apply(tg.Log())) == ([], "raw")
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_stops_the_run_by_step(cpu, loss):
 	clock = tg.TrainingClock(cpu, cap=0.0)
-	clock.step_launched(torch.tensor([2.0]))
+	clock.step_launched({"train_loss": torch.tensor(2.0)})
 	with pytest.raises(tg.DivergenceError, match=f"step 2: the loss is {loss}; lower MATRIX_LR"):
-		clock.step_launched(torch.tensor([loss]))
+		clock.step_launched({"train_loss": torch.tensor(loss)})
 
 
 def test_validation_is_at_its_steps_and_outside_the_clock(byte_corpus: Path, cpu, capsys):
@@ -161,8 +165,8 @@ def test_validation_is_at_its_steps_and_outside_the_clock(byte_corpus: Path, cpu
 def test_every_step_is_logged_though_it_is_known_late(byte_corpus: Path, cpu, capsys, monkeypatch):
 	"""As on CUDA, where a step's loss is read after the next one's launch."""
 
-	def launched(clock, loss):
-		clock.running.append((None, loss))
+	def launched(clock, terms):
+		clock.running.append((None, list(terms), torch.stack(list(terms.values()))))
 		while len(clock.running) > 1:
 			clock.finish_step()
 
@@ -285,13 +289,13 @@ def test_the_clock_leaves_room_for_the_step_that_still_runs(fake_time, cpu):
 	clock = tg.TrainingClock(cpu, cap=10.0)
 	for _ in range(6):
 		fake_time.now += 1.0
-		clock.step_launched(torch.tensor([1.0]))
+		clock.step_launched(LOSS)
 	fake_time.now += 2.0
-	clock.step_launched(torch.tensor([1.0]))  # 8 s elapsed, the slowest step took 2
+	clock.step_launched(LOSS)  # 8 s elapsed, the slowest step took 2
 	clock.recent.append(1.0)
 	clock.elapsed = 7.5
 	assert not clock.spent()
-	clock.running.append((None, torch.tensor(1.0)))
+	clock.running.append((None, [*LOSS], torch.ones(1)))
 	assert clock.spent()
 
 
