@@ -338,29 +338,28 @@ class Counting:
 		return 4 + torch.arange(position, position + count) % 200
 
 
-def calibrate(model: tg.GPT, data: object, step: int = 0, **changes: object) -> list[torch.Tensor]:
+def calibrate(train: object, step: int = 0, **changes: object) -> list[torch.Tensor]:
 	h = settings(gptq_calib_tokens=330, micro_batch_tokens=128, **changes)
-	batches = list(tg.calibration(model, data, h, step))
+	batches = list(tg.calibration(train, h, step))
 	assert [batch.shape for batch in batches] == [(2, 64), (2, 64), (1, 64)]
 	assert {batch.dtype for batch in batches} == {torch.int64}
 	return torch.cat(batches)
 
 
-def test_random_text_has_no_special_ids_and_repeats_by_seed(model):
-	first = calibrate(model, None)
+def test_random_text_has_no_special_ids_and_repeats_by_seed():
+	first = calibrate(None)
 	assert (first.min(), first.max()) >= (4, 255)
 	assert first.max() < 260
-	assert torch.equal(first, calibrate(model, None, step=7))
-	assert not torch.equal(first, calibrate(model, None, seed=5))
+	assert torch.equal(first, calibrate(None, step=7))
+	assert not torch.equal(first, calibrate(None, seed=5))
 	assert len(first.unique()) > 150
 
 
-def test_training_text_is_what_the_next_step_would_read(model, byte_corpus):
-	data = tg.Data(None, None, Counting())
-	rows = calibrate(model, data, step=3, gptq_calib="train")
+def test_training_text_is_what_the_next_step_would_read(byte_corpus):
+	rows = calibrate(Counting(), step=3, gptq_calib="train")
 	assert torch.equal(rows.flatten(), Counting().read(3 * 1024, 5 * 64))
 	stream = tg.TokenStream(byte_corpus, "train", 260)
-	rows = calibrate(model, tg.Data(None, None, stream), step=9, gptq_calib="train")
+	rows = calibrate(stream, step=9, gptq_calib="train")
 	assert torch.equal(rows, stream.batch(9, settings())[0][:5])
 
 
@@ -452,7 +451,7 @@ def test_the_embedding_too_where_it_is_asked_for(
 	)
 	finish(h, model, cpu, tmp_path, monkeypatch)
 	_, arrays = tg.unpack((tmp_path / "final_model.int6.ptz").read_bytes(), h)
-	hessians = tg.collect_hessians(model, tg.calibration(model, None, h, 0), tg.Log())
+	hessians = tg.collect_hessians(model, tg.calibration(None, h, 0), tg.Log())
 	weight, head = model.tok_emb.weight.detach()[None], hessians["tok_emb.weight"][None]
 	rounded, solved = (f(weight, head, 8, 1.0)[0][0] for f in (tg.round_rows, tg.gptq))
 	assert torch.equal(arrays["tok_emb.weight.codes"], solved if embed else rounded)
@@ -463,15 +462,16 @@ def test_the_embedding_too_where_it_is_asked_for(
 
 
 @pytest.mark.parametrize(
-	("calib", "collecting", "steps", "seconds", "status"),
+	("calib", "reserve", "collecting", "steps", "seconds", "status"),
 	[
-		("train", 5.0, 13, 18.0, "ok"),  # 20 less 6 in reserve; a step takes 1
-		("train", 9.0, 13, 22.0, "over a limit"),
-		("random", 9.0, 19, 19.0, "ok"),  # no training data, no training time
+		("train", 6, 5.0, 13, 18.0, "ok"),  # 20 less the reserve; a step takes 1
+		("train", 12, 5.0, 7, 12.0, "ok"),  # less is left than is reserved
+		("train", 6, 9.0, 13, 22.0, "over a limit"),
+		("random", 6, 9.0, 19, 19.0, "ok"),  # no training data, no training time
 	],
 )
 def test_reading_training_data_is_training_time(
-	calib, collecting, steps, seconds, status, byte_corpus, cpu, tmp_path, monkeypatch
+	calib, reserve, collecting, steps, seconds, status, byte_corpus, cpu, tmp_path, monkeypatch
 ):
 	now = [0.0]
 	monkeypatch.setattr(tg.time, "perf_counter", lambda: now[0])
@@ -494,7 +494,7 @@ def test_reading_training_data_is_training_time(
 		max_wallclock_seconds=20,
 		gptq_enabled=1,
 		gptq_calib=calib,
-		gptq_reserve_seconds=6,
+		gptq_reserve_seconds=reserve,
 		gptq_calib_tokens=128,
 		eval_stride=0,
 	)

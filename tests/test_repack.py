@@ -16,7 +16,7 @@ SETTINGS = {
 	"WARMDOWN_ITERS": "3",
 	"EVAL_STRIDE": "0",
 	"GPTQ_ENABLED": "1",
-	"GPTQ_CALIB_SAMPLES": "4",
+	"GPTQ_CALIB_TOKENS": "256",
 }
 
 
@@ -43,6 +43,9 @@ def test_the_same_settings_give_the_same_bytes(done, tmp_path):
 	for name in ("float", "plain"):
 		assert result["scores"][name]["nats"] == before["scores"][name]["nats"]
 	assert result["status"] == "ok"
+	# What was not trained here has no verdict on its time.
+	assert before["verdicts"].keys() - result["verdicts"].keys() == {"train_seconds"}
+	assert before["seconds"]["total"] > before["seconds"]["train"] > 0
 	files = {path.name for path in (tmp_path / "again").iterdir()}
 	assert files == {
 		"train.log",
@@ -57,10 +60,18 @@ def test_the_model_needs_no_variables_nor_training_data(done, byte_corpus, tmp_p
 	run, env = done
 	shard = "fineweb_val_000000.bin"
 	(tmp_path / shard).write_bytes((byte_corpus / shard).read_bytes())
-	keep = ("GPTQ_CALIB_SAMPLES", "MICRO_BATCH_TOKENS", "EVAL_STRIDE")
+	keep = ("GPTQ_CALIB_TOKENS", "MICRO_BATCH_TOKENS", "EVAL_STRIDE")
 	env = {name: env[name] for name in keep} | {"DATA_PATH": str(tmp_path)}
 	blob, _ = repack(run / "final_model.pt", env, tmp_path / "again")
 	assert blob == (run / "final_model.int6.ptz").read_bytes()
+
+
+def test_an_artifact_is_scored_under_any_chunk_without_model_variables(done, byte_corpus, capsys):
+	run, env = done
+	names = {"TTT_ENABLED": "1", "TTT_CHUNK_TOKENS": "1024", "DATA_PATH": str(byte_corpus)}
+	capsys.readouterr()
+	assert tg.main(["--eval", str(run / "final_model.int6.ptz")], names) == 0
+	assert "legal_ttt_exact" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

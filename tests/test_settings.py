@@ -146,8 +146,6 @@ def test_bytes_are_rounded_unless_gptq_is_asked_for():
 @pytest.mark.parametrize(
 	("env", "says"),
 	[
-		({"TTT_ENABLED": "1", "TTT_CHUNK_TOKENS": "2047"}, "TTT_CHUNK_TOKENS=2047 must be at"),
-		({"TTT_ENABLED": "1", "EVAL_SEQ_LEN": "40000"}, "EVAL_SEQ_LEN=40000"),
 		({"STP_ENABLED": "1", "TRAIN_SEQ_LEN": "2"}, "TRAIN_SEQ_LEN=2: must be from 3"),
 		(
 			{"GPTQ_CALIB": "train", "GPTQ_RESERVE_SECONDS": "600"},

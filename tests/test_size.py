@@ -89,7 +89,7 @@ def test_one_factor_widens_the_scales_until_it_fits(part, compressor, capsys):
 
 def test_a_run_that_overshoots_is_made_to_fit(tmp_path, byte_corpus, monkeypatch, capsys):
 	monkeypatch.chdir(tmp_path)
-	env = {**SHORT, "DATA_PATH": str(byte_corpus), "GPTQ_ENABLED": "1", "GPTQ_CALIB_SAMPLES": "4"}
+	env = {**SHORT, "DATA_PATH": str(byte_corpus), "GPTQ_ENABLED": "1", "GPTQ_CALIB_TOKENS": "256"}
 	assert tg.main([], {**env, "RUN_ID": "free"}) == 0
 	free = json.loads(Path("logs/free/result.json").read_text())
 	assert "widen" not in capsys.readouterr().out
