@@ -1789,8 +1789,8 @@ def finish(
 		log.line(f"gptq:calibrated on {h.gptq_calib} text in {rt.now() - began:.1f} s")
 		if h.gptq_calib == "train":
 			clock.pause()  # what reads training data is training
-		if not h.gptq_embed:
-			hessians = {n: x for n, x in hessians.items() if n.startswith("blocks.")}
+		roles = parameter_roles(model)
+		hessians = {n: x for n, x in hessians.items() if h.gptq_embed or roles[n] == "matrix"}
 	blob, widen = shrink(model, hessians, h, BYTES_LIMIT - len(source), log)
 	write_atomically(artifact := log.folder / "final_model.int6.ptz", blob)
 	pack_seconds = rt.now() - began
@@ -1845,8 +1845,7 @@ def log_model(model: GPT, h: Hyperparameters, rt: Runtime, log: Log) -> None:
 	log.line(f"muon:{len(shapes)} matrices in {len(set(shapes))} stacks")
 	log.line(f"XSA:last_{h.xsa_last_n} active_layers:{xsa}")
 	if model.jepa:
-		size = sum(p.numel() for p in model.jepa.parameters())
-		log.line(f"jepa:enabled params={size}")
+		log.line(f"jepa:enabled params={sum(p.numel() for p in model.jepa.parameters())}")
 	log.line(f"world_size:1 grad_accum_steps:{micro_batches(h)}")
 	for values in (rt.describe(), asdict(h)):
 		log.line(" ".join(f"{name}:{value}" for name, value in values.items()))
