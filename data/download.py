@@ -13,7 +13,6 @@ its manifest.
 
 import argparse
 import contextlib
-import errno
 import hashlib
 import os
 import random
@@ -37,7 +36,15 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from prepare import SPLITS, InputError, Parser, between, merge_entries, read_manifest
+from prepare import (
+	SPLITS,
+	InputError,
+	Parser,
+	between,
+	exit_status,
+	merge_entries,
+	read_manifest,
+)
 
 from train_gpt import DataError, read_shard
 
@@ -377,17 +384,11 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
 	"""Run the command line `argv` (default: the program's) and return its exit status."""
 	logging.set_verbosity_error()  # what the library has to say, its errors say
-	try:
-		run(parse_arguments(sys.argv[1:] if argv is None else argv))
-	except (InputError, OSError) as error:
-		full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-		remedy = "; make room, then run again to resume" if full else ""
-		print(f"error: {' '.join(str(error).split())}{remedy}", file=sys.stderr)
-		return 2
-	except KeyboardInterrupt:
-		print("error: interrupted; run again to resume", file=sys.stderr)
-		return 130
-	return 0
+	return exit_status(
+		lambda: run(parse_arguments(sys.argv[1:] if argv is None else argv)),
+		"run again to resume",
+		"; make room, then run again to resume",
+	)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ INPUT is .jsonl, .jsonl.zst, parts .jsonl.zst.NN (one JSON object with a string 
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -40,7 +41,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from train_gpt import BOS_ID, BYTE_VOCAB, SHARD_HEADER_INTS, SHARD_MAGIC, SHARD_VERSION
+from train_gpt import (
+	BOS_ID,
+	BYTE_VOCAB,
+	SHARD_HEADER_INTS,
+	SHARD_MAGIC,
+	SHARD_VERSION,
+	DataError,
+)
 
 PAD_ID, EOS_ID, UNK_ID = 0, 2, 3
 BYTE_OFFSET = 4  # the id of byte b is 4 + b
@@ -642,17 +650,26 @@ def run(args: argparse.Namespace) -> None:
 		print(f"\nxz -9e on the validation text: {xz_bits_per_byte(corpus):.4f} bits per byte")
 
 
-def main(argv: list[str] | None = None) -> int:
-	"""Run the command line `argv` (default: the program's) and return its exit status."""
+def exit_status(action: Callable[[], None], if_interrupted: str, if_full: str = "") -> int:
+	"""Do it; return 0, 2 for what input, disk or network refuse, 130 when interrupted."""
 	try:
-		run(parse_arguments(sys.argv[1:] if argv is None else argv))
-	except (InputError, OSError) as error:
-		print("error:", " ".join(str(error).split()), file=sys.stderr)
+		action()
+	except (InputError, DataError, OSError) as error:
+		full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+		print(f"error: {' '.join(str(error).split())}{if_full * full}", file=sys.stderr)
 		return 2
 	except KeyboardInterrupt:
-		print("error: interrupted; unfinished shards are removed", file=sys.stderr)
+		print(f"error: interrupted; {if_interrupted}", file=sys.stderr)
 		return 130
 	return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+	"""Run the command line `argv` (default: the program's) and return its exit status."""
+	return exit_status(
+		lambda: run(parse_arguments(sys.argv[1:] if argv is None else argv)),
+		"unfinished shards are removed",
+	)
 
 
 if __name__ == "__main__":

@@ -304,15 +304,10 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
 	"""Run the command line `argv` (default: the program's) and return its exit status."""
-	try:
-		run(parse_arguments(sys.argv[1:] if argv is None else argv))
-	except (InputError, tg.DataError, OSError) as error:
-		print("error:", " ".join(str(error).split()), file=sys.stderr)
-		return 2
-	except KeyboardInterrupt:
-		print("error: interrupted; run again to go on after the finished shards", file=sys.stderr)
-		return 130
-	return 0
+	return prepare.exit_status(
+		lambda: run(parse_arguments(sys.argv[1:] if argv is None else argv)),
+		"run again to go on after the finished shards",
+	)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,6 +46,7 @@ TINY = {
 def settings(**changes: object) -> tg.Hyperparameters:
 	"""The tiny model's settings with some changed, given as they are typed."""
 	env = {**TINY, **{name.upper(): str(value) for name, value in changes.items()}}
+	assert {name.lower() for name in env} <= set(tg.Hyperparameters.__dataclass_fields__)
 	return tg.Hyperparameters.from_env(env)
 
 
@@ -88,3 +91,15 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 		for p in model.parameters():
 			p.add_(torch.randn(p.shape, generator=generator) * 0.2)
 	return model
+
+
+def compile_counted(function: Callable[..., Any]) -> tuple[Callable[..., Any], list[object]]:
+	"""The function under torch.compile as the trainer does it, and the list of its programs."""
+	programs: list[object] = []
+
+	def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
+		programs.append(graph)
+		return graph
+
+	torch.compiler.reset()
+	return torch.compile(function, backend=backend, dynamic=False, fullgraph=True), programs

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, randomize, settings
+from conftest import ROOT, TINY, compile_counted, randomize, settings
 from test_model import BYTE_COMMAND, meta_model
 
 import train_gpt as tg
@@ -398,14 +398,7 @@ def test_directions_are_units_fixed_as_published_and_new_each_step_in_lejepa():
 
 def test_nothing_compiles_anew_when_the_weight_changes():
 	model = jepa_model().train()
-	compiled = []
-
-	def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
-		compiled.append(graph)
-		return graph
-
-	torch.compiler.reset()
-	losses_of = torch.compile(model.losses, backend=backend, dynamic=False, fullgraph=True)
+	losses_of, compiled = compile_counted(model.losses)
 	ids, targets = some_ids(2, 2, 32)
 	for step, weight in enumerate((0.0, 0.1, 0.2, 0.3, 0.0, 0.0, 0.4)):
 		model.jepa.prepare(weight, step)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomize, settings
+from conftest import compile_counted, randomize, settings
 
 import train_gpt as tg
 
@@ -184,14 +184,7 @@ def test_late_qat_of_rows_of_zeros_is_finite():
 
 def test_late_qat_is_two_programs_and_none_is_folded_away():
 	model, (ids, targets) = made().train(), some_ids(2, 2, 32)
-	compiled = []
-
-	def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
-		compiled.append(graph)
-		return graph
-
-	torch.compiler.reset()
-	losses_of = torch.compile(model.losses, backend=backend, dynamic=False, fullgraph=True)
+	losses_of, compiled = compile_counted(model.losses)
 	losses = []
 	for step, rounds in enumerate((False, False, True, True, False, True)):
 		model.prepare(0.0, rounds, step)
