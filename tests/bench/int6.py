@@ -1,0 +1,64 @@
+"""What quantizing a saved model costs: paired bits per byte over all validation windows.
+
+    DATA_PATH=... TOKENIZER_PATH=... python tests/bench/int6.py logs/<RUN_ID>/final_model.pt
+
+Rows: rounding, and GPTQ on random tokens and on training text (from its start), all arrays
+quantized and the matrices alone. Errors are standard errors of differences between windows.
+"""
+
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import train_gpt as tg
+
+
+@torch.inference_mode()
+def window_nats(model: tg.GPT, val: torch.Tensor, length: int) -> torch.Tensor:
+	"""Nats float64 [N] of each whole window of `length` tokens."""
+	count = (len(val) - 1) // length
+	inputs, targets = (val[i:][: count * length].long().view(count, -1) for i in (0, 1))
+	nats = []
+	for x, y in zip(inputs.split(16), targets.split(16), strict=True):
+		logits = model.forward_logits(x).flatten(0, 1)
+		nats.append(F.cross_entropy(logits, y.flatten(), reduction="none").double().view(x.shape))
+	return torch.cat(nats).sum(1)
+
+
+def main(path: str) -> None:
+	"""Print the table of a checkpoint."""
+	h, weights = tg.load_checkpoint(Path(path), tg.Hyperparameters.from_env(os.environ))
+	data, length = tg.load_data(h, tg.Log()), h.train_seq_len
+	model = tg.GPT(h).eval()
+	model.load_state_dict(weights)
+	roles, base = tg.parameter_roles(model), window_nats(model, data.val, length)
+	scored = data.val[: len(base) * length + 1].long()
+	per_bpb = math.log(2) * int(data.table.count(scored[:-1], scored[1:]).sum())
+	print(f"float32: {base.sum() / per_bpb:.6f} bpb, {len(base)} windows of {length}")
+	for calib in ("", "random", "train"):
+		began, hessians = time.perf_counter(), {}
+		if calib:
+			batches = tg.calibration(data.train, tg.replace(h, gptq_calib=calib), 0)
+			hessians = tg.collect_hessians(model, batches, tg.Log())
+			hessians = {n: x for n, x in hessians.items() if roles[n] == "matrix"}
+		arrays, _ = tg.quantize(model, hessians)
+		seconds, stored = time.perf_counter() - began, tg.dequantize(arrays)
+		alone = {n: stored[n] if roles[n] == "matrix" else w for n, w in weights.items()}
+		for what, changed in (("all", stored), ("matrices alone", alone)):
+			other = tg.GPT(h).eval()
+			other.load_state_dict(changed)
+			lost = (window_nats(other, data.val, length) - base) / per_bpb
+			error = lost.std() * len(lost) ** 0.5
+			name = f"GPTQ, {calib}" if calib else "rounding"
+			print(f"{name:14} {what:15} {lost.sum():.6f} +- {error:.6f} bpb, {seconds:.1f} s")
+
+
+if __name__ == "__main__":
+	main(sys.argv[1])
