@@ -84,7 +84,7 @@ class Converter:
 
 	def __init__(self, tokenizer: SentencePieceProcessor) -> None:
 		self.tokenizer, self.table = tokenizer, tg.ByteTable.of_tokenizer(tokenizer)
-		self.special, self.space = self.table.special.numpy(), self.table.space.numpy()
+		self.special, self.space = (self.table.size == 0).numpy(), self.table.space.numpy()
 		pieces = [piece_ids(tokenizer, token, s) for token, s in enumerate(self.special.tolist())]
 		self.ids = np.array([i for piece in pieces for i in piece], dtype="<u2")
 		self.sizes = np.array([len(piece) for piece in pieces])

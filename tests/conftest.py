@@ -41,6 +41,10 @@ TINY = {
 	"VAL_BATCH_SIZE": "8192",
 	"EVAL_STRIDE": "32",
 }
+# Of bytes: four special tokens, then one byte each, with no leading spaces.
+BYTE_TABLE = tg.ByteTable(
+	torch.tensor([0] * 4 + [1] * 256, dtype=torch.int16), torch.zeros(260, dtype=torch.int16)
+)
 
 
 def settings(**changes: object) -> tg.Hyperparameters:

@@ -5,13 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import byte_tokens, randomize, settings
+from conftest import BYTE_TABLE, byte_tokens, randomize, settings
 from hypothesis import given
 from hypothesis import strategies as st
 
 import train_gpt as tg
 
 
+@pytest.mark.fault(56)
 @given(
 	total=st.integers(1, 300),
 	seq_len=st.integers(1, 64),
@@ -59,12 +60,13 @@ TEXT = "Bits per byte, naïvely: one window at a time — é, ü, 日本. " * 6
 def data_of(text: str) -> tg.Data:
 	half = len(text) // 2
 	tokens = byte_tokens(text[:half]) + byte_tokens(text[half:])
-	return tg.Data(torch.tensor(tokens).int(), tg.ByteTable.of_bytes(), None)
+	return tg.Data(torch.tensor(tokens).int(), BYTE_TABLE, None)
 
 
+@pytest.mark.fault(56)
 @pytest.mark.parametrize(("seq_len", "stride"), [(64, 64), (64, 16), (48, 7), (64, 1)])
 def test_the_score_is_one_window_at_a_time_in_float64(model, cpu, seq_len, stride):
-	h = settings(val_batch_size=64 * 5 * 8)
+	h = settings(val_batch_size=64 * 5 * 8, eval_seq_len=seq_len)
 	data = data_of(TEXT)
 	total = len(data.val) - 1
 	nats, position = 0.0, 0
@@ -76,9 +78,8 @@ def test_the_score_is_one_window_at_a_time_in_float64(model, cpu, seq_len, strid
 		losses = -logits.log_softmax(-1)[torch.arange(seq_len), window[1:]]
 		nats += losses[-(end - position) :].sum().item()
 		position = end
-	score = tg.evaluate(
-		model.forward_logits, data, h, cpu, tg.Log(), seq_len=seq_len, stride=stride
-	)
+	score = tg.evaluate(model.forward_logits, data, h, cpu, tg.Log(), stride=stride)
+	assert score.stride == stride
 	text_bytes = len(TEXT.encode())
 	assert score.tokens == total == text_bytes + 1  # a BOS within is scored and has no bytes
 	assert score.bytes == text_bytes
@@ -119,6 +120,7 @@ def test_a_longer_context_is_seen(model, cpu):
 	assert shapes == {(1, 128)}
 
 
+@pytest.mark.fault(34)
 def test_a_diverged_model_has_no_score(cpu):
 	with pytest.raises(tg.DivergenceError, match="no finite number"):
 		tg.evaluate(
@@ -136,3 +138,28 @@ def test_uniform_logits_score_log_of_the_vocabulary(cpu):
 		lambda ids, last: torch.zeros(len(ids), last, 260), data, settings(), cpu, tg.Log()
 	)
 	assert score.val_loss == pytest.approx(math.log(260), rel=1e-6)
+
+
+STREAMS = {
+	"no BOS": [50] * 90,
+	"BOS at the end": [1, *[50] * 88, 1],
+	"BOS alone": [1] * 40 + [50],
+	"BOS within a window": ([1] + [50] * 6) * 20,
+	"shorter than a window": [1, 50, 60],
+	"two tokens": [1, 50],
+}
+
+
+@pytest.mark.fault(55, 56)
+@pytest.mark.parametrize("stride", [64, 48, 17, 1])
+@pytest.mark.parametrize("name", STREAMS)
+def test_any_stream_is_scored_token_by_token(model, cpu, name, stride):
+	"""Whatever BOS is where, and of windows that nothing fills or no stride divides."""
+	tokens = STREAMS[name]
+	data = tg.Data(torch.tensor(tokens).int(), BYTE_TABLE, None)
+	score = tg.evaluate(
+		model.forward_logits, data, settings(), cpu, tg.Log(), stride=min(stride, len(tokens) - 1)
+	)
+	assert score.tokens == len(tokens) - 1
+	assert score.bytes == sum(t >= 4 for t in tokens[1:])
+	assert math.isfinite(score.val_bpb)

@@ -1,6 +1,8 @@
 """What only a CUDA GPU can show; every test is marked gpu."""
 
+import dataclasses
 import json
+import sys
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ GPU = torch.device("cuda")
 def test_each_back_end_equals_float32_with_gradients(attn):
 	h = tg.Hyperparameters(attn=attn)
 	try:
-		attend = tg.choose_kernels(h, GPU, torch.bfloat16, []).attend
+		attend = tg.Runtime.start(h).attend
 	except tg.SettingsError as error:
 		pytest.skip(str(error)[:200])
 	q, k, v = (torch.randn(2, 256, heads, 64, device=GPU) for heads in (8, 4, 4))
@@ -36,7 +38,7 @@ def test_each_back_end_equals_float32_with_gradients(attn):
 
 def test_bf16_compiled_agrees_with_float32_on_the_cpu():
 	h = settings(compile=1, model_dim=128, num_heads=2, num_kv_heads=1, rope_dims=16)
-	rt = tg.Runtime.start(h, {})
+	rt = tg.Runtime.start(h)
 	assert (rt.device.type, rt.dtype, rt.compiled) == ("cuda", torch.bfloat16, True)
 	torch.manual_seed(0)
 	slow = randomize(tg.GPT(h)).eval()
@@ -47,9 +49,42 @@ def test_bf16_compiled_agrees_with_float32_on_the_cpu():
 	assert loss.item() == pytest.approx(slow(ids, targets).item(), rel=0.01)
 
 
+@pytest.mark.fault(27)
+def test_auto_goes_on_without_fa3_and_says_why(monkeypatch):
+	monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+	monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+	rt = tg.Runtime.start(settings(compile=0))
+	assert rt.attention in ("cudnn", "flash", "math")
+	assert "attention:fa3 compiled:False not used: " in rt.notes[0]
+	assert "flash_attn_interface" in rt.notes[0]
+
+
+@pytest.mark.fault(21)
+def test_heads_too_wide_for_flash_get_another_attention():
+	h = settings(model_dim=1024, num_heads=2, num_kv_heads=1, attn="flash", compile=0)
+	with pytest.raises(tg.SettingsError, match="ATTN=flash COMPILE=0: cannot run here"):
+		tg.Runtime.start(h)
+	rt = tg.Runtime.start(dataclasses.replace(h, attn="auto"))
+	assert rt.attention != "flash"
+	assert any("attention:flash" in note for note in rt.notes) or rt.attention == "cudnn"
+
+
+@pytest.mark.fault(29)
+def test_a_compiler_that_fails_leaves_all_eager(monkeypatch):
+	def fails(*_, **__):
+		raise RuntimeError("no Triton here")
+
+	monkeypatch.setattr(torch, "compile", fails)
+	rt = tg.Runtime.start(settings())
+	assert (rt.device.type, rt.compiled) == ("cuda", False)
+	assert any("compiled:True not used" in note and "no Triton" in note for note in rt.notes)
+	with pytest.raises(tg.SettingsError, match=r"COMPILE=1.*\n(.*\n)*.*no Triton"):
+		tg.Runtime.start(settings(compile=1))
+
+
 def test_newton_schulz_in_bf16_stays_in_its_band():
 	stack = torch.randn(22, 512, 512, device=GPU)
-	ends = torch.linalg.svdvals(tg.newton_schulz(stack, 5, torch.bfloat16).float())
+	ends = torch.linalg.svdvals(tg.newton_schulz(stack.bfloat16(), 5).float())
 	relative = torch.linalg.svdvals(stack) / stack.norm(dim=(1, 2))[:, None]
 	assert ends[relative > 0.002].min() > 0.65
 	assert ends.max() < 1.23
@@ -68,7 +103,6 @@ def test_a_whole_run(tmp_path, byte_corpus, monkeypatch, compiled, jepa):
 		"NUM_KV_HEADS": "1",
 		"ROPE_DIMS": "16",
 		"DATA_PATH": str(byte_corpus),
-		"COMPRESSOR": "lzma",
 		"RUN_ID": "gpu",
 		"WARMUP_STEPS": "2",
 	}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import compile_counted, randomize, settings
+from conftest import BYTE_TABLE, compile_counted, randomize, settings
 
 import train_gpt as tg
 
@@ -118,7 +118,7 @@ def test_a_training_loss_changes_training_and_no_score(name, cpu):
 	on = tg.GPT(settings(**{**head, "jepa_lambda_max": 0, **LOSSES[name]}))
 	on.load_state_dict(off.state_dict())
 	ids, targets = some_ids(2, 2, 64)
-	data = tg.Data(some_ids(500).int(), tg.ByteTable.of_bytes(), None)
+	data = tg.Data(some_ids(500).int(), BYTE_TABLE, None)
 	found = []
 	for model in (off, on):
 		h = model.h
@@ -174,6 +174,7 @@ def test_late_qat_runs_on_rounded_weights_and_moves_the_true_ones():
 	assert model(ids, targets).item() == as_it_is
 
 
+@pytest.mark.fault(41)
 def test_late_qat_of_rows_of_zeros_is_finite():
 	model = made().train()
 	with torch.no_grad():

@@ -46,7 +46,7 @@ def test_muon_step_is_the_published_rule():
 	params = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in shapes]
 	expected = [p.detach().clone() for p in params]
 	momenta = [torch.zeros_like(p) for p in params]
-	muon = tg.Muon(params, weight_decay=0.1, ns_steps=5)
+	muon = tg.Muon(params, weight_decay=0.1, ns_steps=5, dtype=torch.float32)
 	assert [len(stack) for stack in muon.stacks] == [2, 1, 1]
 	for momentum in (0.9, 0.95):
 		for p, want, buffer in zip(params, expected, momenta, strict=True):
@@ -61,27 +61,25 @@ def test_muon_step_is_the_published_rule():
 
 
 def test_every_parameter_is_in_exactly_one_group_with_its_roles_settings():
-	for tied in (0, 1):
-		h = settings(tie_embeddings=tied, num_layers=2)
-		model = tg.GPT(h)
-		optimizers = tg.Optimizers(model, h)
-		held = [p for stack in optimizers.muon.stacks for p in stack]
-		rates = {}
-		for group in optimizers.adamw.param_groups:
-			held += group["params"]
-			rates |= {id(p): (group["lr"], group["weight_decay"]) for p in group["params"]}
-		assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
-		assert rates[id(model.tok_emb.weight)] == (h.tied_embed_lr if tied else h.embed_lr, 0.04)
-		assert rates[id(model.smear.gate)] == (h.scalar_lr, 0.04)
-		assert rates[id(model.bigram.proj.weight)] == (h.scalar_lr, 0.04)
-		if not tied:
-			assert rates[id(model.lm_head.weight)] == (h.head_lr, 0.0)
+	h = settings(num_layers=2, jepa_chunk_size=4)
+	model = tg.GPT(h)
+	optimizers = tg.Optimizers(model, h)
+	held = [p for stack in optimizers.muon.stacks for p in stack]
+	rates = {}
+	for group in optimizers.adamw.param_groups:
+		held += group["params"]
+		rates |= {id(p): (group["base_lr"], group["weight_decay"]) for p in group["params"]}
+	assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
+	assert rates[id(model.tok_emb.weight)] == (h.tied_embed_lr, 0.04)
+	assert rates[id(model.smear.gate)] == (h.scalar_lr, 0.04)
+	assert rates[id(model.bigram.proj.weight)] == (h.scalar_lr, 0.04)
+	assert rates[id(model.jepa.inject.weight)] == (h.jepa_lr, 0.0)
 
 
 def test_the_one_table_decides_for_muon_too(monkeypatch):
-	policy = tg.ROLE_POLICY["matrix"]._replace(lr="head_lr", decay="adam_wd")
+	policy = "jepa_lr", "adam_wd", 6
 	monkeypatch.setitem(tg.ROLE_POLICY, "matrix", policy)
-	h = settings(head_lr=0.5, adam_wd=0.7)
+	h = settings(jepa_lr=0.5, adam_wd=0.7)
 	optimizers = tg.Optimizers(tg.GPT(h), h)
 	assert (optimizers.muon_lr, optimizers.muon.weight_decay) == (0.5, 0.7)
 
@@ -98,7 +96,7 @@ def test_a_step_is_the_published_one_at_the_scheduled_rates():
 	optimizers = tg.Optimizers(model, h)
 	for step in range(2):
 		for p in model.parameters():
-			p.grad = torch.randn(p.shape)
+			p.grad.normal_()
 		grads = {n: p.grad.double().clone() for n, p in model.named_parameters()}
 		for n, w in weights.items():
 			g, m = grads[n], first[n]
@@ -125,21 +123,27 @@ def test_gradients_are_clipped_and_dropped():
 	model = tg.GPT(h)
 	optimizers = tg.Optimizers(model, h)
 	for p in model.parameters():
-		p.grad = torch.ones_like(p)
+		p.grad.fill_(1)
 	seen = []
 	optimizers.muon.step = lambda *_: seen.append(
 		torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
 	)
 	optimizers.step(0, 1.0)
 	assert seen[0] == pytest.approx(0.3, rel=1e-3)
-	assert all(p.grad is None for p in model.parameters())
+	assert not any(p.grad.any() for p in model.parameters())
 
 
 def test_momentum_rises_linearly_then_stays():
-	h = settings(muon_momentum_warmup_steps=100)
+	def momentum(step: int, steps: int) -> float:
+		h = settings(muon_momentum_warmup_steps=steps)
+		optimizers, seen = tg.Optimizers(tg.GPT(h), h), []
+		optimizers.muon.step = lambda _, momentum: seen.append(momentum)
+		optimizers.step(step, 1.0)
+		return seen[0]
+
 	table = {0: 0.92, 50: 0.955, 100: 0.99, 5000: 0.99}
-	assert {s: pytest.approx(tg.muon_momentum(s, h)) for s in table} == table
-	assert tg.muon_momentum(0, settings(muon_momentum_warmup_steps=0)) == 0.99
+	assert {step: pytest.approx(momentum(step, 100)) for step in table} == table
+	assert momentum(0, 0) == 0.99
 
 
 @pytest.mark.parametrize(
@@ -173,31 +177,7 @@ def test_momentum_rises_linearly_then_stays():
 			568.3,
 			0.0,
 		),
-		# The published rule stops it at 0.167, and starts to fall at once on a slow machine.
-		(
-			{
-				"max_wallclock_seconds": 600,
-				"iterations": 9000,
-				"warmdown_iters": 3000,
-				"warmdown_published": 1,
-			},
-			9000,
-			568.3,
-			0.167,
-		),
-		(
-			{"max_wallclock_seconds": 600, "warmdown_iters": 3500, "warmdown_published": 1},
-			1,
-			10.0,
-			59 / 3500,
-		),
 		({"iterations": 300, "warmdown_iters": 0}, 299, 9.0, 1.0),
-		(
-			{"max_wallclock_seconds": 600, "iterations": 200, "warmdown_published": 1},
-			0,
-			0.0,
-			1.0,
-		),
 	],
 )
 def test_learning_rate_schedule(env, step, elapsed, scale):
@@ -214,20 +194,10 @@ def test_ema_is_the_bounded_average():
 		model.weight.data.fill_(math.sin(t))
 		decay = min(0.9, (1 + t) / (10 + t))
 		want = decay * want + (1 - decay) * math.sin(t)
-		average.update(t + 1, 1.0)
+		average.update(t)
+	assert average.weights["weight"].item() == pytest.approx(want, abs=1e-5)
 	assert average.apply(tg.Log()) == "ema"
 	assert model.weight.item() == pytest.approx(want, abs=1e-5)
-
-
-def test_swa_is_the_mean_of_late_snapshots_and_is_applied():
-	h = settings(swa_enabled=1, swa_every=10)
-	model = torch.nn.Linear(1, 1, bias=False)
-	average = tg.WeightAverage(model, h)
-	for step in range(1, 101):
-		model.weight.data.fill_(step)
-		average.update(step, scale=(100 - step) / 100)
-	assert average.apply(tg.Log()) == "swa"
-	assert model.weight.item() == pytest.approx((90 + 100) / 2)
 
 
 def test_without_averaging_the_last_weights_stay():
@@ -235,6 +205,6 @@ def test_without_averaging_the_last_weights_stay():
 	model = torch.nn.Linear(1, 1, bias=False)
 	average = tg.WeightAverage(model, h)
 	model.weight.data.fill_(7)
-	average.update(1, 0.0)
+	average.update(0)
 	assert average.apply(tg.Log()) == "raw"
 	assert model.weight.item() == 7

@@ -1,4 +1,4 @@
-"""The size promise: bytes foretold from entropy, scales widened until all fits, or a failure."""
+"""The size promise: scales widened until all fits in few packings, or a failure."""
 
 import json
 import math
@@ -15,19 +15,11 @@ import train_gpt as tg
 SHORT = {**TINY, "ITERATIONS": "6", "WARMDOWN_ITERS": "3"}
 
 
-def test_entropy_is_that_of_a_count():
-	generator = torch.Generator().manual_seed(0)
-	codes = [
-		(torch.randn(50, 30, generator=generator) * 9).round().clamp(-31, 31).to(torch.int8),
-		torch.tensor([[-128, 127, -128, 0]], dtype=torch.int8),
-	]
+def entropy_bytes(codes: list[torch.Tensor]) -> float:
+	"""Order-0 entropy of all codes together, in bytes, by counting them one by one."""
 	counts = Counter(int(c) for array in codes for c in array.flatten())
 	total = sum(counts.values())
-	bits = -sum(n * math.log2(n / total) for n in counts.values())
-	assert tg.entropy_bytes(codes) == pytest.approx(bits / 8, rel=1e-6)
-	assert tg.entropy_bytes([torch.full((9, 9), 3, dtype=torch.int8)]) == 0
-	fair = torch.arange(-128, 128).to(torch.int8)
-	assert tg.entropy_bytes([fair]) == pytest.approx(256)
+	return -sum(n * math.log2(n / total) for n in counts.values()) / 8
 
 
 def large_model() -> tg.GPT:
@@ -42,36 +34,42 @@ def large_model() -> tg.GPT:
 	return model
 
 
-def told(log_text: str) -> tuple[int, int]:
-	"""Bytes foretold and packed."""
-	found = re.search(r"size: (\d+) bytes foretold, (\d+) packed", log_text)
-	return int(found[1]), int(found[2])
+def sizes(log_text: str) -> list[tuple[int, int, float]]:
+	"""Bytes packed, entropy of the matrices' codes and factor of each packing."""
+	line = r"size: (\d+) bytes packed, .* codes (\d+); widened by ([\d.]+)"
+	return [(int(m[1]), int(m[2]), float(m[3])) for m in re.finditer(line, log_text)]
 
 
-@pytest.mark.parametrize("compressor", ["zstd", "lzma"])
-def test_bytes_are_foretold_within_a_hundredth(compressor, capsys):
+def test_the_log_tells_bytes_and_entropy(capsys):
 	model = large_model()
-	h = tg.replace(model.h, compressor=compressor)
-	blob, widen = tg.shrink(model, {}, h, 10**7, tg.Log())
-	foretold, packed = told(capsys.readouterr().out)
-	assert (packed, widen) == (len(blob), 1.0)
-	assert packed > 300_000
-	assert foretold == pytest.approx(packed, rel=0.01)
+	blob, widen = tg.shrink(model, {}, model.h, 10**7, tg.Log())
+	((packed, entropy, factor),) = sizes(capsys.readouterr().out)
+	assert (packed, factor, widen) == (len(blob), 1.0, 1.0)
+	_, arrays = tg.unpack(blob, model.h)
+	roles = tg.parameter_roles(model)
+	matrices = [arrays[f"{name}.codes"] for name, role in roles.items() if role == "matrix"]
+	assert entropy == pytest.approx(entropy_bytes(matrices), abs=1)
+	assert 0.5 * packed < entropy < packed
 
 
-@pytest.mark.parametrize(("part", "compressor"), [(0.995, "zstd"), (0.6, "zstd"), (0.5, "lzma")])
-def test_one_factor_widens_the_scales_until_it_fits(part, compressor, capsys):
-	"""Even where coarse codes compress less well than foretold, as lzma does at a half."""
+@pytest.mark.parametrize("part", [0.995, 0.9, 0.6, 0.5])
+def test_one_factor_widens_the_scales_until_it_fits(part, capsys):
+	"""In a few rounds, even where twice the factor saves less than a bit a code."""
 	model = large_model()
-	h = tg.replace(model.h, compressor=compressor)
+	h = model.h
 	free, _ = tg.shrink(model, {}, h, 10**7, tg.Log())
 	room = int(part * len(free))
 	capsys.readouterr()
 	blob, widen = tg.shrink(model, {}, h, room, tg.Log())
 	assert len(blob) <= room
-	assert len(blob) > 0.96 * room  # and no more than that
+	assert len(blob) > 0.98 * room  # and no more than that
 	assert widen > 1
-	assert f"over {room} bytes" in capsys.readouterr().out
+	told = sizes(capsys.readouterr().out)
+	assert told[0][::2] == (len(free), 1.0)
+	assert told[-1][0] == len(blob)
+	assert told[-1][2] == pytest.approx(widen, abs=5e-4)
+	assert 2 <= len(told) <= 6
+	assert all(size > room for size, *_ in told[:-1])  # it stops at the first that fits
 	# One factor for all 6-bit scales, none for the others.
 	_, before = tg.unpack(free, h)
 	_, after = tg.unpack(blob, h)
@@ -87,12 +85,19 @@ def test_one_factor_widens_the_scales_until_it_fits(part, compressor, capsys):
 			assert torch.equal(after[name], before[name])
 
 
+def test_it_gives_up_where_nothing_would_fit(capsys):
+	model = tg.GPT(settings())
+	_, widen = tg.shrink(model, {}, model.h, -(10**9), tg.Log())
+	assert tg.WIDEST < widen < 2 * tg.WIDEST
+	assert len(sizes(capsys.readouterr().out)) <= 4
+
+
 def test_a_run_that_overshoots_is_made_to_fit(tmp_path, byte_corpus, monkeypatch, capsys):
 	monkeypatch.chdir(tmp_path)
 	env = {**SHORT, "DATA_PATH": str(byte_corpus), "GPTQ_ENABLED": "1", "GPTQ_CALIB_TOKENS": "256"}
 	assert tg.main([], {**env, "RUN_ID": "free"}) == 0
 	free = json.loads(Path("logs/free/result.json").read_text())
-	assert "widen" not in capsys.readouterr().out
+	assert [widen for *_, widen in sizes(capsys.readouterr().out)] == [1.0]
 	limit = free["bytes"]["total"] - free["bytes"]["model"] // 10
 	monkeypatch.setattr(tg, "BYTES_LIMIT", limit)
 	assert tg.main([], {**env, "RUN_ID": "tight"}) == 0
@@ -112,6 +117,7 @@ def test_a_run_that_overshoots_is_made_to_fit(tmp_path, byte_corpus, monkeypatch
 	assert f"val_bpb:{bpb:.8f}" in capsys.readouterr().out
 
 
+@pytest.mark.fault(39)
 def test_what_cannot_fit_fails_and_says_by_how_much(tmp_path, byte_corpus, monkeypatch, capsys):
 	monkeypatch.chdir(tmp_path)
 	limit = len(Path(tg.__file__).read_bytes()) + 9000

@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ def test_the_loss_falls(byte_corpus: Path, cpu):
 	model = tg.GPT(h)
 	clock, average = tg.train(model, load(h), h, cpu, tg.Log())
 	assert average.apply(tg.Log()) == "ema"
-	losses = [terms["train_loss"] for terms in clock.terms]
+	losses = clock.losses
 	assert len(losses) == 60
 	assert losses[0] == pytest.approx(math.log(260), abs=0.2)
 	assert losses[-1] < losses[0] - 2
@@ -50,7 +52,8 @@ def test_the_cut_of_a_step_changes_nothing_but_rounding(byte_corpus: Path, cpu):
 		optimizers.step = lambda *_: None
 		batch = load(h).train.batch(0, h)
 		tg.train_step(model.losses, optimizers, batch, 0, 1.0, cpu)
-		grads.append([p.grad for p in model.parameters() if p.grad is not None])
+		assert all(p.grad.any() for p in model.blocks[0].mlp.down.parameters())
+		grads.append([p.grad for p in model.parameters()])
 	for one, eight in zip(*grads, strict=True):
 		torch.testing.assert_close(one, eight, atol=1e-6, rtol=1e-4)
 
@@ -69,10 +72,15 @@ def test_warm_up_leaves_no_trace(byte_corpus: Path, cpu):
 	assert torch.equal(random_state, torch.get_rng_state())
 	for p, was in zip(model.parameters(), before, strict=True):
 		assert torch.equal(p, was)
-		assert p.grad is None
+		assert not p.grad.any()
 
 
 LOSS = {"train_loss": torch.tensor(1.0)}
+
+
+def capped(rt: tg.Runtime, cap: float) -> tg.TrainingClock:
+	"""The clock of a run of so many seconds."""
+	return tg.TrainingClock(rt, settings(max_wallclock_seconds=cap), tg.Log(silent=True))
 
 
 class FakeTime:
@@ -93,7 +101,7 @@ def fake_time(monkeypatch):
 
 
 def test_the_clock_stands_still_when_paused_and_knows_its_slowest_step(fake_time, cpu):
-	clock = tg.TrainingClock(cpu, cap=10.0)
+	clock = capped(cpu, 10)
 	for seconds in (1.0, 3.0, 1.0):
 		fake_time.now += seconds
 		clock.step_launched(LOSS)
@@ -108,8 +116,9 @@ def test_the_clock_stands_still_when_paused_and_knows_its_slowest_step(fake_time
 	assert clock.spent()  # 7 + 3 reaches 10
 
 
+@pytest.mark.fault(25)
 def test_time_between_steps_belongs_to_training(fake_time, cpu):
-	clock = tg.TrainingClock(cpu, cap=0.0)
+	clock = capped(cpu, 0)
 	fake_time.now += 1
 	clock.step_launched(LOSS)
 	fake_time.now += 5  # a slow batch, say
@@ -118,6 +127,7 @@ def test_time_between_steps_belongs_to_training(fake_time, cpu):
 	assert not clock.spent()  # no cap
 
 
+@pytest.mark.fault(25)
 @pytest.mark.parametrize(("cap", "steps"), [(0.001, 1), (10.0, 7), (30.0, 28)])
 def test_training_stops_before_the_cap(
 	byte_corpus: Path, cpu, cap: float, steps: int, capsys, fake_time, monkeypatch
@@ -136,19 +146,24 @@ def test_training_stops_before_the_cap(
 	)
 	clock, _ = tg.train(tg.GPT(h), load(h), h, cpu, tg.Log())
 	assert "stopping_early: wallclock_cap" in capsys.readouterr().out
-	assert len(clock.terms) == steps  # of 0.001 s nothing is known before the first step
+	assert len(clock.losses) == steps  # of 0.001 s nothing is known before the first step
 	assert clock.elapsed < cap or steps == 1
 
 
+@pytest.mark.fault(20)
 def test_no_steps_are_a_defined_result(byte_corpus: Path, cpu):
 	h = settings(data_path=byte_corpus, iterations=0)
 	clock, average = tg.train(tg.GPT(h), load(h), h, cpu, tg.Log())
-	assert (clock.terms, average.apply(tg.Log())) == ([], "raw")
+	assert (clock.losses, clock.times) == ([], [])
+	before = [p.clone() for p in average.params]
+	assert average.apply(tg.Log()) == "ema"  # of nothing: the initial weights
+	assert all(torch.equal(p, was) for p, was in zip(average.params, before, strict=True))
 
 
+@pytest.mark.fault(34)
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_stops_the_run_by_step(cpu, loss):
-	clock = tg.TrainingClock(cpu, cap=0.0)
+	clock = capped(cpu, 0)
 	clock.step_launched({"train_loss": torch.tensor(2.0)})
 	with pytest.raises(tg.DivergenceError, match=f"step 2: the loss is {loss}; lower MATRIX_LR"):
 		clock.step_launched({"train_loss": torch.tensor(loss)})
@@ -191,7 +206,7 @@ def test_every_step_is_logged_though_it_is_known_late(byte_corpus: Path, cpu, ca
 
 def test_log_files_hold_what_was_said(tmp_path: Path, capsys):
 	log = tg.Log(tmp_path)
-	log.line("step:1/2 train_loss:3.0000")
+	log("step:1/2 train_loss:3.0000")
 	log.event("step", step=1, train_loss=3.0)
 	log.progress("not watched, not shown")
 	assert (tmp_path / "train.log").read_text() == "step:1/2 train_loss:3.0000\n"
@@ -199,8 +214,9 @@ def test_log_files_hold_what_was_said(tmp_path: Path, capsys):
 	assert capsys.readouterr().out == "step:1/2 train_loss:3.0000\n"
 
 
+@pytest.mark.fault(44, 45)
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch):
-	path = tmp_path / "final_model.pt"
+	path = tmp_path / "final_model.safetensors"
 	path.write_bytes(b"old")
 
 	def full(_):
@@ -217,21 +233,28 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch):
 
 def test_a_full_disk_or_a_closed_pipe_ends_no_run(tmp_path: Path, monkeypatch):
 	log = tg.Log(tmp_path / "gone")
-	log.line("to a folder that is not there")
+	log("to a folder that is not there")
 
 	def closed(*_, **__):
 		raise BrokenPipeError
 
 	monkeypatch.setattr("builtins.print", closed)
-	log.line("to nobody")
+	log("to nobody")
 
 
+@pytest.fixture
+def no_gpu(monkeypatch):
+	"""A machine without one, whatever is here."""
+	monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.usefixtures("no_gpu")
 @pytest.mark.parametrize("attn", ["flash", "math"])
 def test_each_attention_back_end_of_a_cpu_is_the_definition(attn):
 	flags = ("flash", "math", "mem_efficient", "cudnn")
 	before = [getattr(torch.backends.cuda, f"{f}_sdp_enabled")() for f in flags]
 	try:
-		rt = tg.choose_kernels(settings(attn=attn), torch.device("cpu"), torch.float32, [])
+		rt = tg.Runtime.start(settings(attn=attn))
 		q, k, v = (torch.randn(2, 24, heads, 8) for heads in (4, 2, 2))
 		keys, values = (x.repeat_interleave(2, dim=2) for x in (k, v))
 		scores = torch.einsum("bqhd,bkhd->bhqk", q, keys) / math.sqrt(8)
@@ -244,32 +267,89 @@ def test_each_attention_back_end_of_a_cpu_is_the_definition(attn):
 			getattr(torch.backends.cuda, f"enable_{flag}_sdp")(on)
 
 
-def test_a_named_attention_that_cannot_run_is_an_error_and_auto_says_why(monkeypatch):
-	with pytest.raises(tg.SettingsError, match=r"ATTN=fa3 COMPILE=auto: cannot run here"):
-		tg.choose_kernels(settings(attn="fa3"), torch.device("cpu"), torch.float32, [])
+@pytest.mark.fault(27)
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize("kind", ["missing", "only FA4", "of another GPU"])
+def test_a_named_attention_that_cannot_run_is_an_error(monkeypatch, kind):
+	def refuses(*_, **__):
+		raise RuntimeError("FlashAttention only supports Hopper GPUs")
 
-	def broken(name):
-		return (lambda q, k, v: q * math.nan) if name == "flash" else tg.attend_sdpa
+	fa4, fa3 = types.ModuleType("flash_attn"), types.ModuleType("flash_attn_interface")
+	fa4.cute, fa3.flash_attn_func = types.ModuleType("flash_attn.cute"), refuses
+	monkeypatch.setitem(sys.modules, "flash_attn", fa4 if kind == "only FA4" else None)
+	there = fa3 if kind == "of another GPU" else None
+	monkeypatch.setitem(sys.modules, "flash_attn_interface", there)
+	with pytest.raises(tg.SettingsError, match="ATTN=fa3 COMPILE=auto: cannot run here") as error:
+		tg.Runtime.start(settings(attn="fa3"))
+	assert ("only supports Hopper" if there else "flash_attn_interface") in str(error.value)
 
-	monkeypatch.setattr(tg, "load_attention", broken)
-	rt = tg.choose_kernels(settings(), torch.device("cpu"), torch.float32, [])
+
+def raises(q, k, v):
+	raise RuntimeError("no kernel image")
+
+
+BROKEN = {
+	"no kernel image": raises,
+	"it gave NaN": lambda q, k, v: q * math.nan,
+	"gave NaN": lambda q, k, v: (q * 0).sqrt(),  # in its gradient alone
+}
+
+
+@pytest.mark.fault(28)
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize("why", BROKEN)
+def test_an_attention_that_fails_its_probe_is_left_for_the_next(monkeypatch, why):
+	def load(name):
+		return BROKEN[why] if name == "flash" else tg.attend_sdpa
+
+	monkeypatch.setattr(tg, "load_attention", load)
+	rt = tg.Runtime.start(settings())
 	assert (rt.attention, rt.compiled) == ("cudnn", False)  # next in the order; here the fake's
-	assert rt.notes == ["attention:flash compiled:False not used: ArithmeticError('it gave NaN')"]
+	(note,) = [note for note in rt.notes if note.startswith("attention:")]
+	assert note.startswith("attention:flash compiled:False not used: ")
+	assert why in note
 
 
+@pytest.mark.fault(30)
+@pytest.mark.parametrize(
+	("capability", "chosen"),
+	[((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)],
+)
+def test_a_gpu_without_bf16_computes_in_fp32_and_says_so(monkeypatch, capability, chosen):
+	monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+	monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+	monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+	monkeypatch.setattr(tg, "load_attention", lambda name: tg.attend_sdpa)
+
+	class Asked(BaseException):
+		"""What would be tried first."""
+
+	class Machine(tg.Runtime):
+		def __init__(self, device, dtype, attention, attend, compiled, notes):
+			raise Asked(device.type, dtype, notes)
+
+	with pytest.raises(Asked) as error:
+		Machine.start(settings())
+	device, dtype, notes = error.value.args
+	assert (device, dtype) == ("cuda", chosen)
+	assert ("dtype:fp32, this GPU has no bf16" in notes) == (capability < (8, 0))
+
+
+@pytest.mark.fault(29)
+@pytest.mark.usefixtures("no_gpu")
 def test_a_compiler_that_fails_is_an_error_where_asked_for(monkeypatch):
 	def fails(*_, **__):
 		raise RuntimeError("no C++ compiler")
 
 	monkeypatch.setattr(torch, "compile", fails)
-	with pytest.raises(tg.SettingsError, match=r"COMPILE=1.*\n.*no C\+\+ compiler"):
-		tg.choose_kernels(settings(compile=1), torch.device("cpu"), torch.float32, [])
+	with pytest.raises(tg.SettingsError, match=r"COMPILE=1.*\n(.*\n)*.*no C\+\+ compiler"):
+		tg.Runtime.start(settings(compile=1))
 
 
 @pytest.mark.slow
 def test_compiled_is_the_same_function(byte_corpus: Path):
 	h = settings(data_path=byte_corpus, compile=1, num_layers=2)
-	rt = tg.Runtime.start(h, {})
+	rt = tg.Runtime.start(h)
 	assert rt.compiled
 	torch.manual_seed(0)
 	model = tg.GPT(h, rt.attend)
@@ -286,31 +366,18 @@ def test_compiled_is_the_same_function(byte_corpus: Path):
 
 def test_the_clock_leaves_room_for_the_step_that_still_runs(fake_time, cpu):
 	"""As on CUDA, where one step is still running when the next could be launched."""
-	clock = tg.TrainingClock(cpu, cap=10.0)
+	clock = capped(cpu, 10)
 	for _ in range(6):
 		fake_time.now += 1.0
 		clock.step_launched(LOSS)
 	fake_time.now += 2.0
 	clock.step_launched(LOSS)  # 8 s elapsed, the slowest step took 2
+	clock.agree()
 	clock.recent.append(1.0)
 	clock.elapsed = 7.5
 	assert not clock.spent()
 	clock.running.append((None, [*LOSS], torch.ones(1)))
 	assert clock.spent()
-
-
-def test_swa_run_ends_with_its_mean(byte_corpus: Path, cpu, capsys):
-	h = settings(
-		data_path=byte_corpus,
-		iterations=20,
-		warmdown_iters=20,
-		swa_enabled=1,
-		swa_every=2,
-		warmdown_max_fraction=1,
-	)
-	_, average = tg.train(tg.GPT(h), load(h), h, cpu, tg.Log())
-	assert average.apply(tg.Log()) == "swa"
-	assert "swa:applying averaged 2 checkpoints" in capsys.readouterr().out
 
 
 def test_steps_see_every_token_once(byte_corpus: Path):

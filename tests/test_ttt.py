@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import byte_tokens, randomize, settings
+from conftest import BYTE_TABLE, byte_tokens, randomize, settings
 
 import train_gpt as tg
 
@@ -50,7 +50,7 @@ def score(h, model, val, rt, stride, learner=HONEST, monkeypatch=None, calls=Non
 			calls.append((tokens.clone(), done, int((~found.isnan()).sum())))
 		learn(tokens, done)
 
-	data = tg.Data(val, tg.ByteTable.of_bytes(), None)
+	data = tg.Data(val, BYTE_TABLE, None)
 	with monkeypatch.context() as patch:
 		patch.setattr(tg.F, "cross_entropy", kept)
 		patch.setattr(tg, "plan_windows", planned)
@@ -70,6 +70,19 @@ def test_only_scored_tokens_are_learned_from(stride, cpu, monkeypatch):
 		assert torch.equal(tokens, val[64 * n : 64 * n + 65])
 		assert scored >= 64 * (n + 1)  # its last target too
 		assert done == pytest.approx(64 * n / 299)
+
+
+@pytest.mark.fault(55)
+@pytest.mark.parametrize("every", [0, 2, 7, 64])
+def test_documents_without_bos_and_a_bos_at_the_end_are_learned_from(every, cpu, monkeypatch):
+	"""Chunks are cut by count; where a document starts changes nothing."""
+	h, model = trained()
+	val, calls = some_text(), []
+	if every:
+		val[::every] = val[-1] = 1
+	score(h, model, val, cpu, 5, monkeypatch=monkeypatch, calls=calls)
+	assert [torch.equal(c[0], val[64 * n : 64 * n + 65]) for n, c in enumerate(calls)] == [True] * 4
+	assert all(p.isfinite().all() for p in model.parameters())
 
 
 def test_a_whole_last_chunk_is_not_learned_from(cpu, monkeypatch):
@@ -140,17 +153,12 @@ def test_scores_of_a_chunk_know_nothing_of_later_tokens(stride, cpu, monkeypatch
 		assert not torch.equal(before[end:], after[end:])
 
 
-@pytest.mark.parametrize("frozen", [0, 1, 2])
-def test_frozen_blocks_do_not_learn(frozen, cpu):
-	h, model = trained(ttt_freeze_blocks=frozen)
-	before = {name: p.clone() for name, p in model.state_dict().items()}
+def test_every_parameter_learns(cpu):
+	h, model = trained()
+	before = {name: p.clone() for name, p in model.named_parameters()}
 	tg.test_time_learner(model, h, cpu)(some_text(65), 0.0)
-	for name, p in model.state_dict().items():
-		if name.startswith("blocks."):
-			learns = int(name.split(".")[1]) >= frozen
-			assert torch.equal(p, before[name]) != learns, name
-	assert not torch.equal(model.tok_emb.weight, before["tok_emb.weight"])
-	assert all(p.grad is None for p in model.parameters())
+	same = [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
+	assert not same
 
 
 def test_it_learns_by_sgd_with_momentum_on_half_a_cosine(cpu):
@@ -185,7 +193,7 @@ def test_it_helps_on_text_that_repeats_and_leaves_the_artifact_as_it_was(
 	path = tmp_path / "a.ptz"
 	path.write_bytes(tg.pack(h, tg.quantize(model)[0]))
 	text = byte_tokens("all work and no play makes Jack a dull boy. " * 30)
-	data = tg.Data(torch.tensor(text).int(), tg.ByteTable.of_bytes(), None)
+	data = tg.Data(torch.tensor(text).int(), BYTE_TABLE, None)
 	models = []
 	monkeypatch.setattr(
 		tg, "test_time_learner", lambda m, *rest: models.append(m) or HONEST(m, *rest)
@@ -202,7 +210,5 @@ def test_it_helps_on_text_that_repeats_and_leaves_the_artifact_as_it_was(
 	assert f"final_int8_zlib_roundtrip_exact val_loss:{scores['ttt'].val_loss:.8f}" in log
 	off = tg.score_artifact(path, tg.replace(h, ttt_enabled=False), cpu, data, tg.Log())
 	assert off == {
-		name: s._replace(seconds=off[name].seconds, window_seconds=off[name].window_seconds)
-		for name, s in scores.items()
-		if name != "ttt"
+		name: s._replace(seconds=off[name].seconds) for name, s in scores.items() if name != "ttt"
 	}

@@ -1,6 +1,6 @@
 """What quantizing a saved model costs: paired bits per byte over all validation windows.
 
-    DATA_PATH=... TOKENIZER_PATH=... python tests/bench/int6.py logs/<RUN_ID>/final_model.pt
+    DATA_PATH=... TOKENIZER_PATH=... python tests/bench/int6.py RUN_DIR/final_model.safetensors
 
 Rows: rounding, and GPTQ on random tokens and on training text (from its start), all arrays
 quantized and the matrices alone. Errors are standard errors of differences between windows.
@@ -34,10 +34,12 @@ def window_nats(model: tg.GPT, val: torch.Tensor, length: int) -> torch.Tensor:
 
 def main(path: str) -> None:
 	"""Print the table of a checkpoint."""
-	h, weights = tg.load_checkpoint(Path(path), tg.Hyperparameters.from_env(os.environ))
+	h, weights, _ = tg.load_checkpoint(Path(path), tg.Hyperparameters.from_env(os.environ))
 	data, length = tg.load_data(h, tg.Log()), h.train_seq_len
 	model = tg.GPT(h).eval()
 	model.load_state_dict(weights)
+	rt = tg.Runtime(torch.device("cpu"), torch.float32, "flash", tg.attend_sdpa, False, [])
+	clock = tg.TrainingClock(rt, tg.replace(h, max_wallclock_seconds=0.0), tg.Log())
 	roles, base = tg.parameter_roles(model), window_nats(model, data.val, length)
 	scored = data.val[: len(base) * length + 1].long()
 	per_bpb = math.log(2) * int(data.table.count(scored[:-1], scored[1:]).sum())
@@ -46,7 +48,7 @@ def main(path: str) -> None:
 		began, hessians = time.perf_counter(), {}
 		if calib:
 			batches = tg.calibration(data.train, tg.replace(h, gptq_calib=calib), 0)
-			hessians = tg.collect_hessians(model, batches, tg.Log())
+			hessians = tg.collect_hessians(model, batches, clock, tg.Log())
 			hessians = {n: x for n, x in hessians.items() if roles[n] == "matrix"}
 		arrays, _ = tg.quantize(model, hessians)
 		seconds, stored = time.perf_counter() - began, tg.dequantize(arrays)
