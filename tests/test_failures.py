@@ -689,3 +689,20 @@ def test_check_says_whether_all_is_ready_and_leaves_nothing(bad, env, monkeypatc
 	assert lines[-2].startswith("device:")
 	for start_of in ("val_bpb:enabled", "val_loader:shards", "train_loader:dataset"):
 		assert [line for line in lines if line.startswith(start_of)], start_of
+
+
+@pytest.mark.fault(43)
+def test_a_signal_in_a_validation_of_training_is_not_kept_waiting(env, monkeypatch):
+	went_on = []
+
+	def signalled(*_, **__):
+		os.kill(os.getpid(), signal.SIGTERM)
+		time.sleep(0.1)
+		went_on.append("validation")
+		raise MemoryError
+
+	monkeypatch.setattr(tg, "evaluate", signalled)
+	assert tg.main([], {**env, "VAL_LOSS_EVERY": "5"}) == 5
+	assert not went_on
+	assert result()["status"] == "interrupted"
+	assert Path("run/final_model.safetensors").exists()
