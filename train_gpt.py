@@ -1958,7 +1958,7 @@ def main(argv, env):
 	"""The program; its exit status, by EXIT or 6."""
 	about = f"{__doc__}\nSettings are environment variables:\n\n{settings_table()}"
 	parser = argparse.ArgumentParser(
-		None, None, about, formatter_class=argparse.RawTextHelpFormatter
+		description=about, formatter_class=argparse.RawTextHelpFormatter
 	)
 	parser.add_argument("--check", action="store_true", help="is all ready? trains nothing")
 	parser.add_argument("--eval", metavar="ARTIFACT", type=Path, help="score it again")
@@ -1974,10 +1974,8 @@ def main(argv, env):
 			status, peak = "oom", torch.cuda.max_memory_allocated() >> 20
 			reason += f"; peak {peak} MiB; lower MICRO_BATCH_TOKENS, or VAL_BATCH_SIZE in scoring"
 		elif isinstance(error, KeyboardInterrupt):
-			status, reason = (
-				"interrupted",
-				"a signal (or a rank died): RESUME=auto goes on, or --quantize",
-			)
+			status = "interrupted"
+			reason = "a signal (or a rank died): RESUME=auto goes on, or --quantize"
 		elif status == "failed":
 			reason = traceback.format_exc()
 		if dist.is_initialized():
@@ -1986,7 +1984,8 @@ def main(argv, env):
 				signal.signal(number, signal.SIG_IGN)
 		result |= {"status": status, "reason": reason}
 		log.silent &= "MASTER_ADDR" in env
-		ErrorHandler().record_exception(error)  # for torchrun's last lines
+		with suppress(OSError):  # a full disk must not hide the reason
+			ErrorHandler().record_exception(error)  # for torchrun's last lines
 	return conclude(log, result)
 
 
