@@ -1,0 +1,247 @@
+"""Read a run, from its folder or from its train log alone: the one reader of all tools here.
+
+`read_run("logs/<RUN_ID>")` takes result.json; `read_run("train_seed42.log")` takes the conventional
+lines, so it reads the logs of the challenge's other scripts too, as far as they say.
+"""
+
+import json
+import math
+import re
+import shlex
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+
+import train_gpt
+
+KINDS = {f.name: f.type for f in fields(train_gpt.Hyperparameters)}
+
+# Settings that say where or how a run went, not what it is.
+INCIDENTAL = {"run_id", "run_dir", "resume", "seed", "data_path", "tokenizer_path", "preset"}
+
+# The score lines of a log, by our names of the scores.
+SCORE_LINES = {
+	"float": "DIAGNOSTIC post_ema",
+	"plain": "final_int6_roundtrip",
+	"sliding": "final_int6_sliding_window",
+	"ttt": "legal_ttt",
+}
+
+
+class RunError(ValueError):
+	"""A run that cannot be read."""
+
+
+@dataclass(frozen=True)
+class Score:
+	"""One score over the validation text: nats a token, bits per byte, and the sums behind them."""
+
+	val_loss: float
+	val_bpb: float
+	tokens: int = 0  # 0: not said
+	bytes: int = 0
+	stride: int = 0
+	seconds: float = math.nan
+
+
+@dataclass(frozen=True)
+class Run:
+	"""What a run says of itself; NaN, 0 or empty where it does not say."""
+
+	path: Path
+	name: str  # of the trial: what it changes
+	status: str  # of result.json; a log has ok, over a limit, failed or cut off
+	reason: str = ""
+	settings: dict = field(default_factory=dict)  # by lower-case name
+	scores: dict = field(default_factory=dict)  # Score by float, plain, sliding, ttt
+	sizes: dict = field(default_factory=dict)  # bytes of code, model, total
+	seconds: dict = field(default_factory=dict)  # of train, calibrate, pack, diagnose, eval
+	verdicts: dict = field(default_factory=dict)  # PASS or FAIL
+	curve: tuple = ()  # (step, training seconds, training loss) as logged
+	steps: int = 0
+	step_ms: float = math.nan  # median; of a log the mean
+	parameters: int = 0
+	machine: dict = field(default_factory=dict)
+	ranks: int = 1
+	code_sha256: str = ""
+	val_sha256: str = ""
+
+	@property
+	def seed(self):
+		"""The seed of the initial weights, or None."""
+		return self.settings.get("seed")
+
+	@property
+	def finished(self):
+		"""Whether it came to its scores."""
+		return self.status in ("ok", "over a limit")
+
+	@property
+	def final(self):
+		"""The name of the score that counts, the last one made, or None."""
+		return next((name for name in reversed(SCORE_LINES) if name in self.scores), None)
+
+	@property
+	def command(self):
+		"""The shell command that makes this run: what its settings change, SEED included."""
+		return command_of(self.settings, self.ranks)
+
+
+def command_of(settings, ranks=1, left_out=("run_id", "run_dir", "resume")):
+	"""The shortest command that gives these settings, less those left out."""
+	preset = settings.get("preset", "")
+	env = {"PRESET": preset} if preset else {}
+	if settings.get("vocab_size") == train_gpt.BYTE_VOCAB:
+		env["VOCAB_SIZE"] = str(train_gpt.BYTE_VOCAB)
+	given = train_gpt.Hyperparameters.from_env(env)
+	for name, value in settings.items():
+		if name in KINDS and name not in left_out and value != getattr(given, name):
+			env[name.upper()] = str(int(value)) if isinstance(value, bool) else str(value)
+	pairs = [f"{name}={shlex.quote(value)}" for name, value in env.items()]
+	launcher = f"torchrun --standalone --nproc_per_node={ranks}" if ranks > 1 else "python"
+	return " ".join([*pairs, launcher, "train_gpt.py"])
+
+
+def read_run(path):
+	"""The Run of a folder with result.json, or of a train log; RunError if it is neither."""
+	path = Path(path)
+	try:
+		return read_folder(path) if path.is_dir() else read_log(path)
+	except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+		raise RunError(f"{path}: not a run: {error or type(error).__name__}") from None
+
+
+def read_folder(path):
+	"""The Run of a folder with result.json."""
+	result = json.loads((path / "result.json").read_text(encoding="utf-8"))
+	known = [f.name for f in fields(Score)]
+	scores = {
+		name: Score(**{key: score[key] for key in known})
+		for name, score in result.get("scores", {}).items()
+	}
+	curve = {step: (seconds, loss) for step, seconds, loss in read_events(path)}
+	losses = enumerate(result.get("train_losses", []), 1)
+	return Run(
+		path=path,
+		name=path.parent.name if path.name.startswith("seed") else path.name,
+		status=result["status"],
+		reason=result.get("reason", "").strip(),
+		settings=result.get("settings", {}),
+		scores=scores,
+		sizes=result.get("bytes", {}),
+		seconds=result.get("seconds", {}),
+		verdicts=result.get("verdicts", {}),
+		curve=tuple((step, curve.get(step, (math.nan,))[0], loss) for step, loss in losses)
+		or tuple((step, *values) for step, values in curve.items()),
+		steps=result.get("steps", 0),
+		step_ms=result.get("step_ms", {}).get("p50", math.nan),
+		parameters=result.get("parameters", 0),
+		machine=result.get("machine", {}),
+		ranks=world_size(path),
+		code_sha256=result.get("code_sha256", ""),
+		val_sha256=result.get("val_sha256", ""),
+	)
+
+
+def read_events(folder):
+	"""The (step, training seconds, training loss) lines of a run, which may still be going on."""
+	try:
+		lines = (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()
+	except OSError:
+		return []
+	events = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be cut
+	steps = [event for event in events if event["event"] == "step" and "train_loss" in event]
+	return [(event["step"], event["seconds"], event["train_loss"]) for event in steps]
+
+
+def world_size(folder):
+	"""The processes of a run, which only its log says."""
+	try:
+		log = (folder / "train.log").read_text(encoding="utf-8", errors="replace")
+	except OSError:
+		return 1
+	return int((re.findall(r"^world_size:(\d+)", log, re.MULTILINE) or [1])[-1])
+
+
+def read_log(path):
+	"""The Run of a train log; what stands before the last start in it is left out."""
+	text = path.read_text(encoding="utf-8", errors="replace")
+
+	def number(pattern, kind=float):
+		"""The last such number of the log, or None."""
+		found = re.findall(pattern, text, re.MULTILINE)
+		return kind(found[-1]) if found else None
+
+	def pairs(first, within=""):
+		"""The name:value pairs of the line that begins so; values may hold spaces."""
+		line = re.search(rf"^{first}:.*{within}.*$", text, re.MULTILINE)
+		parts = re.split(r"(?:^| )([a-z_0-9]+):", line[0]) if line else [""]
+		return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+	settings = {
+		name: train_gpt.parse_value({"True": "1", "False": "0"}.get(value, value), KINDS[name])
+		for name, value in pairs("corpus").items()
+		if name in KINDS
+	}
+	if "seed" not in settings and (seed := number(r"\bseed:(\d+)", int)) is not None:
+		settings["seed"] = seed
+	tokens = number(r"^val_loader:.* tokens:(\d+)", int) or 0
+	scores = {}
+	for name, line in SCORE_LINES.items():
+		exact = re.findall(rf"^{line}_exact val_loss:(\S+) val_bpb:(\S+)", text, re.MULTILINE)
+		if exact:
+			loss, bpb = map(float, exact[-1])
+			scores[name] = Score(
+				loss,
+				bpb,
+				tokens,
+				round(tokens * loss / (math.log(2) * bpb)) if bpb else 0,
+				number(rf"^{line} .*stride:(\d+)", int) or 0,
+				(number(rf"^{line} .*eval_time:(\d+)ms") or math.nan) / 1000,
+			)
+	steps = re.findall(r"^step:(\d+)/\d+ train_loss:(\S+).* train_time:(\d+)ms", text, re.MULTILINE)
+	ends = re.findall(r"^step:(\d+)/\d+ .*train_time:(\d+)ms step_avg:(\S+)ms", text, re.MULTILINE)
+	verdicts = dict(re.findall(r"^limit:(\w+) .* (PASS|FAIL)$", text, re.MULTILINE))
+	error = re.search(r"^error: (.*)", text, re.MULTILINE | re.DOTALL)
+	status = "over a limit" if "FAIL" in verdicts.values() else "ok" if scores else "cut off"
+	sizes = {
+		"code": number(r"^Code size: (\d+) bytes", int),
+		"model": number(r"^Serialized model int6\+\w+: (\d+) bytes", int),
+		"total": number(r"^Total submission size int6\+\w+: (\d+) bytes", int),
+	}
+	return Run(
+		path=path,
+		name=path.stem,
+		status="failed" if error else status,
+		reason=error[1].strip() if error else "",
+		settings=settings,
+		scores=scores,
+		sizes={name: size for name, size in sizes.items() if size is not None},
+		seconds={name: float(value) for name, value in pairs("seconds").items()},
+		verdicts=verdicts,
+		curve=tuple((int(step), int(ms) / 1000, float(loss)) for step, loss, ms in steps),
+		steps=int(ends[-1][0]) if ends else 0,
+		step_ms=float(ends[-1][2]) if ends else math.nan,
+		parameters=number(r"^model_params:(\d+)", int) or 0,
+		machine=pairs("device", " dtype:"),
+		ranks=number(r"^world_size:(\d+)", int) or 1,
+	)
+
+
+def read_runs(paths):
+	"""The Runs of run folders, logs, and folders that hold either, at any depth, in order."""
+	runs = []
+	for path in map(Path, paths):
+		if path.is_file() or (path / "result.json").exists():
+			runs.append(read_run(path))
+			continue
+		inner = sorted(path.rglob("result.json")) or sorted(path.glob("*.log"))
+		if not inner:
+			raise RunError(f"{path}: no result.json and no .log is in it; give finished runs")
+		for file in inner:
+			if not re.search(r"\.cut\d+$", file.parent.name):  # put aside by sweep.py
+				runs.append(read_run(file if file.suffix == ".log" else file.parent))
+	return runs
