@@ -2,15 +2,17 @@
 
     PRESET=cpu python records/sweep.py XSA_LAST_N=0,11 MUON_WD=0.02,0.04 --seeds 1337,42,7 --cpu
 
-Settings given in the environment hold for all trials; SETTING=a,b varies. The same command again
-goes on where it stopped: finished trials stay, those that were cut off start anew (or go on from
-their checkpoint, with CHECKPOINT_EVERY). A trial that fails is a row with its reason.
+Settings in the environment hold for all trials; SETTING=a,b varies. The same command again goes on
+where it stopped: finished trials stay, those cut off start anew (or, with CHECKPOINT_EVERY, go on
+from their checkpoint). A trial that fails is a row with its reason. The folder (--out) holds
+<trial>/seed<N>/, each a run's folder with its command.sh, and the one train_gpt.py that all run.
 """
 
 import argparse
+import difflib
 import fcntl
+import itertools
 import json
-import math
 import os
 import re
 import shlex
@@ -19,21 +21,28 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
-from itertools import product
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
+
+import rich.box
+import rich.console
+import rich.live
+import rich.markup
+import rich.table
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-import rich.live
-import rich.table
-
 import train_gpt
-from runs import RunError, read_run
+from runs import RunError, read_events, read_run
 
 SETTINGS = [f.name.upper() for f in fields(train_gpt.Hyperparameters)]
-OWN = ("SEED", "RUN_ID", "RUN_DIR", "RESUME")  # that each trial sets itself
+OWN = {"SEED": "--seeds", "RUN_ID": "--out", "RUN_DIR": "--out", "RESUME": "CHECKPOINT_EVERY"}
+DUE = ("waiting", "cut off", "interrupted")
+DONE = ("ok", "over a limit")
+PATIENCE_SECONDS = 40  # of a trial told to end, which saves first
 
 
 class SweepError(ValueError):
@@ -42,379 +51,443 @@ class SweepError(ValueError):
 
 @dataclass(frozen=True)
 class Trial:
-	"""One run to be made: settings beyond those of all trials, and a seed."""
+	"""One run to be made: a name, the settings it changes and a seed."""
 
 	name: str
-	settings: tuple  # of pairs (SETTING, text)
+	changes: tuple[tuple[str, str], ...]  # SETTING, text
 	seed: int
 
-	def folder(self, sweep):
-		"""Where its run is."""
-		return sweep / self.name / f"seed{self.seed}"
 
-
-def trial_name(settings):
+def trial_name(changes: tuple[tuple[str, str], ...]) -> str:
 	"""A folder's name that says what a trial changes."""
-	name = "+".join(f"{key}={value}" for key, value in settings) or "base"
-	return re.sub(r"[^\w=+.,-]", "_", name)[:120]
+	name = "+".join(f"{setting}={text}" for setting, text in changes) or "base"
+	return re.sub(r"[^\w=+.,-]", "_", name)[:150]
 
 
-def plan(axes, seeds, one_at_a_time):
-	"""Trials of the axes {SETTING: values}: the grid, or the base and every single change."""
+def trials_of_axes(axes: list[str], seeds: list[int], one_at_a_time: bool) -> list[Trial]:
+	"""Trials of axes SETTING=a,b: their grid, or the base and every single change, by seed."""
+	pairs = []
+	for axis in axes:
+		setting, equals, values = axis.partition("=")
+		if not (setting and equals):
+			raise SweepError(f"{axis}: give SETTING=VALUE or SETTING=A,B")
+		pairs.append([(setting, value) for value in values.split(",")])
 	if one_at_a_time:
-		changes = [()] + [((key, value),) for key, values in axes.items() for value in values]
+		changes = [(), *((pair,) for axis in pairs for pair in axis)]
 	else:
-		pairs = [[(key, value) for value in values] for key, values in axes.items()]
-		changes = list(product(*pairs))
+		changes = list(itertools.product(*pairs))
 	return [Trial(trial_name(change), change, seed) for seed in seeds for change in changes]
 
 
-def plan_of_file(path, seeds):
-	"""The settings of all trials, and the trials, of a sweep.toml; its seeds unless given."""
-	import tomllib
-
+def trials_of_file(path: Path, seeds: list[int]) -> tuple[dict[str, str], list[Trial]]:
+	"""The [base] settings and the [trials.NAME] of a .toml; its `seeds` where none are given."""
 	try:
-		text = tomllib.loads(path.read_text(encoding="utf-8"))
-	except (OSError, tomllib.TOMLDecodeError) as error:
-		raise SweepError(f"--file {path}: {error}") from None
+		import tomllib
+	except ImportError:  # Python 3.10
+		import tomli as tomllib
 
-	def texts(table):
+	def texts(table: dict[str, Any]) -> dict[str, str]:
 		return {key: str(int(x) if isinstance(x, bool) else x) for key, x in table.items()}
 
-	base, seeds = texts(text.get("base", {})), seeds or text.get("seeds", [1337])
-	trials = {name: tuple(texts(table).items()) for name, table in text.get("trials", {}).items()}
-	return base, [Trial(name, changes, seed) for seed in seeds for name, changes in trials.items()]
+	try:
+		content = tomllib.loads(path.read_text(encoding="utf-8"))
+		seeds = seeds or content.get("seeds", [1337])
+		named = {name: tuple(texts(x).items()) for name, x in content["trials"].items()}
+		base = texts(content.get("base", {}))
+	except (OSError, KeyError, AttributeError, TypeError, tomllib.TOMLDecodeError) as error:
+		raise SweepError(f"--file {path}: {error!r}; see records/studies/*.toml") from None
+	return base, [Trial(name, changes, seed) for seed in seeds for name, changes in named.items()]
 
 
+@dataclass(frozen=True)
 class Sweep:
-	"""A folder of trials: what is to be run, what has been, and how to run one."""
+	"""A folder of trials: what is to be run and how to run one."""
 
-	def __init__(self, folder, base, trials, ranks=1, weights=None):
-		self.folder, self.base, self.trials = folder, base, trials
-		self.ranks, self.weights = ranks, weights
-		names = {key for trial in trials for key, _ in trial.settings} | set(base)
-		for name in sorted(names - set(SETTINGS)):
-			raise SweepError(f"{name} is no setting of train_gpt.py; its --help lists them")
-		for name in sorted(names & set(OWN)):
-			raise SweepError(f"{name} is set by the sweep for each trial; seeds are --seeds")
-		if not trials:
-			raise SweepError("no trials: give SETTING=a,b or --file, and at least one seed")
-		if len({(t.name, t.seed) for t in trials}) < len(trials):
-			raise SweepError("two trials have one name and seed; name a value or a seed once")
+	folder: Path
+	base: dict[str, str]  # settings of all trials
+	trials: list[Trial]
+	ranks: int = 1  # processes, and GPUs, of each trial
+	weights: Path | None = None  # a trial's folder: repack its weights, seed by seed
 
-	def prepare(self):
-		"""Create the folder or go on with the one there; every trial gets its command.sh."""
-		self.folder.mkdir(parents=True, exist_ok=True)
-		plan_path, script = self.folder / "sweep.json", self.folder / "train_gpt.py"
-		if plan_path.exists():
-			before = json.loads(plan_path.read_text(encoding="utf-8"))
-			if before["base"] != self.base:
-				changed = sorted(set(before["base"].items()) ^ set(self.base.items()))
-				raise SweepError(
-					f"{self.folder} was made under other settings for all trials: "
-					f"{', '.join(f'{key}={value}' for key, value in changed)}; "
-					"set them as they were, or choose another --out"
-				)
-			known = {(t["name"], t["seed"]): t for t in before["trials"]}
-		else:
-			known = {}
-			shutil.copyfile(ROOT / "train_gpt.py", script)
+	def check(self) -> None:
+		"""SweepError for trials that no train_gpt.py could run as named."""
+		settings = {*self.base, *(setting for trial in self.trials for setting, _ in trial.changes)}
+		for name in sorted(settings - set(SETTINGS)):
+			near = difflib.get_close_matches(name, SETTINGS, n=1)
+			raise SweepError(f"{name} is no setting{f'; is {near[0]} meant?' if near else ''}")
+		for name in sorted(settings & set(OWN)):
+			raise SweepError(f"{name} is set for each trial by the sweep; use {OWN[name]}")
+		if not self.trials:
+			raise SweepError("no trials: give SETTING=A,B, --file, or the --out of a sweep")
+		if len({(trial.name, trial.seed) for trial in self.trials}) < len(self.trials):
+			raise SweepError("two trials have one name and seed; give each value and seed once")
+
+	def folder_of(self, trial: Trial) -> Path:
+		"""The run folder of a trial."""
+		return self.folder.resolve() / trial.name / f"seed{trial.seed}"
+
+	def prepare(self) -> None:
+		"""Create the folder, or go on with the one there: plan, script, a command.sh each."""
+		before = read_plan(self.folder)
+		known = {(trial.name, trial.seed): trial for trial in before.trials} if before else {}
+		if before and before.base != self.base:
+			differ = sorted(set(before.base.items()) ^ set(self.base.items()))
+			raise SweepError(
+				f"--out {self.folder} was made with other settings for all trials: "
+				f"{' '.join(f'{key}={value}' for key, value in differ)} differ; "
+				"set them as they were, or choose another --out"
+			)
 		for trial in self.trials:
-			known[trial.name, trial.seed] = json.loads(json.dumps(asdict(trial)))
-			folder = trial.folder(self.folder)
-			folder.mkdir(parents=True, exist_ok=True)
-			(folder / "command.sh").write_text(self.command(trial), encoding="utf-8")
-		text = json.dumps({"base": self.base, "trials": list(known.values())}, indent="\t")
-		train_gpt.write_atomically(plan_path, text.encode())
+			there = known.setdefault((trial.name, trial.seed), trial)
+			if there.changes != trial.changes:
+				raise SweepError(f"{trial.name} was {dict(there.changes)}; choose another name")
+			self.folder_of(trial).mkdir(parents=True, exist_ok=True)
+			self.write_command(trial)
+		if not before:
+			shutil.copyfile(ROOT / "train_gpt.py", self.folder / "train_gpt.py")
+		plan = {"base": self.base, "ranks": self.ranks, "weights": str(self.weights or "")}
+		plan["trials"] = [[t.name, dict(t.changes), t.seed] for t in known.values()]
+		train_gpt.write_atomically(self.folder / "sweep.json", json.dumps(plan, indent=1).encode())
 
-	def command(self, trial):
-		"""The script that makes one trial, alike by hand, here or under a scheduler."""
-		folder = trial.folder(self.folder).resolve()
-		script = shlex.quote(str((self.folder / "train_gpt.py").resolve()))
-		settings = {**self.base, **dict(trial.settings), "SEED": str(trial.seed)}
-		settings["RUN_DIR"] = str(folder)
+	def write_command(self, trial: Trial) -> None:
+		"""Write the script that makes one trial, the same by hand, here and under a scheduler."""
+		folder = self.folder_of(trial)
+		settings = {**self.base, **dict(trial.changes), "SEED": trial.seed, "RUN_DIR": folder}
 		if settings.get("CHECKPOINT_EVERY", "0") != "0":
 			settings["RESUME"] = "auto"
-		line = f"python {script}"
-		if self.ranks > 1:
-			line = f"torchrun --standalone --nproc_per_node={self.ranks} {script}"
+		exports = " ".join(f"{key}={shlex.quote(str(value))}" for key, value in settings.items())
+		torchrun = ["torchrun", "--standalone", f"--nproc_per_node={self.ranks}"]
+		program = [
+			*(torchrun if self.ranks > 1 else ["python"]),
+			self.folder.resolve() / "train_gpt.py",
+		]
 		if self.weights:
-			weights = (self.weights / f"seed{trial.seed}" / train_gpt.FINAL_MODEL).resolve()
-			line += f" --quantize {shlex.quote(str(weights))}"
-		exports = " ".join(f"{key}={shlex.quote(value)}" for key, value in settings.items())
-		output = shlex.quote(str(folder / "output.txt"))
-		status = shlex.quote(str(folder / "exit_status"))
-		return f"""#!/usr/bin/env bash
+			weights = self.weights / folder.name / train_gpt.FINAL_MODEL
+			program += ["--quantize", weights.resolve()]
+		script = f"""#!/usr/bin/env bash
 # {trial.name}, seed {trial.seed}
 cd {shlex.quote(str(ROOT))}
-unset {" ".join(SETTINGS)}
 PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH
+unset {" ".join(SETTINGS)}
 export {exports}
-{line} > {output} 2>&1
-echo $? > {status}
+{shlex.join(str(x) for x in program)} > {shlex.quote(f"{folder}/output.txt")} 2>&1
+echo $? > {shlex.quote(f"{folder}/exit_status")}
 """
+		(folder / "command.sh").write_text(script, encoding="utf-8")
 
-	def slurm(self, options):
-		"""Write the trials as a Slurm job array; its path."""
-		commands = [trial.folder(self.folder).resolve() / "command.sh" for trial in self.trials]
-		(self.folder / "trials.txt").write_text("".join(f"{path}\n" for path in commands))
-		lines = "".join(f"#SBATCH {option}\n" for option in shlex.split(options))
-		path = self.folder / "array.sbatch"
-		folder = self.folder.resolve()
+	def write_slurm(self, options: str) -> Path:
+		"""Write the trials that are due as a Slurm job array; its path."""
+		due = [
+			self.folder_of(trial) for trial in self.trials if state(self.folder_of(trial))[0] in DUE
+		]
+		for folder in due:
+			make_room(folder)
+		(self.folder / "trials.txt").write_text("".join(f"{x}/command.sh\n" for x in due))
+		folder, path = self.folder.resolve(), self.folder / "array.sbatch"
+		asked = "".join(f"#SBATCH {option}\n" for option in shlex.split(options))
 		path.write_text(f"""#!/usr/bin/env bash
 #SBATCH --job-name={self.folder.name}
-#SBATCH --array=1-{len(commands)}
+#SBATCH --array=1-{len(due)}
 #SBATCH --output={folder}/slurm-%A_%a.out
-{lines}bash "$(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {shlex.quote(str(folder / "trials.txt"))})"
+{asked}bash "$(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {shlex.quote(f"{folder}/trials.txt")})"
 """)
 		return path
 
 
-def progress(folder):
-	"""The (step, seconds, loss) lines of a run so far."""
+def read_plan(folder: Path) -> Sweep | None:
+	"""The sweep that a folder holds, if any."""
 	try:
-		lines = (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()
-	except OSError:
-		return []
-	events = [json.loads(line) for line in lines if line.endswith("}")]
-	steps = [e for e in events if e["event"] == "step"]
-	return [(e["step"], e["seconds"], e["train_loss"]) for e in steps]
+		plan = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+		trials = [Trial(name, tuple(x.items()), seed) for name, x, seed in plan["trials"]]
+		weights = Path(plan["weights"]) if plan["weights"] else None
+		return Sweep(folder, plan["base"], trials, plan["ranks"], weights)
+	except FileNotFoundError:
+		return None
+	except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+		raise SweepError(f"{folder}/sweep.json: {error!r}; choose another --out") from None
 
 
-def state(folder):
-	"""What became of a trial: waiting, cut off, a status of result.json, stopped or killed."""
-	stopped = folder / "stopped"
-	if stopped.exists():
-		return "stopped", stopped.read_text(encoding="utf-8")
-	try:
+def state(folder: Path) -> tuple[str, str]:
+	"""What became of a trial, and why: DUE, DONE, stopped, or a failure."""
+	if (folder / "stopped").exists():
+		return "stopped", (folder / "stopped").read_text(encoding="utf-8")
+	if (folder / "result.json").exists():
 		run = read_run(folder)
-		return run.status, run.reason
-	except RunError:
-		pass
+		return run.status, run.reason.splitlines()[-1] if run.reason else ""
 	try:
 		code = int((folder / "exit_status").read_text())
 	except (OSError, ValueError):
 		return ("cut off" if (folder / "train.log").exists() else "waiting"), ""
-	last = (folder / "output.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+	output = (folder / "output.txt").read_text(encoding="utf-8", errors="replace")
 	how = f"killed by signal {code - 128}" if code > 128 else f"exit status {code}"
-	return "failed", "; ".join([how, *last[-1:]])
+	return "failed", "; ".join([how, *output.splitlines()[-1:]])
 
 
-def hopeless(folder, others, limit):
-	"""Why a running trial is not worth its end, if so: it diverges, or is far behind the best.
+def make_room(folder: Path) -> None:
+	"""Ready a trial's folder for a start: a run cut off is kept aside, unless it can go on."""
+	command = (folder / "command.sh").read_bytes()
+	if (folder / "train.log").exists() and b"RESUME=auto" not in command:
+		aside = (folder.with_name(f"{folder.name}.cut{n}") for n in itertools.count(1))
+		folder.rename(next(path for path in aside if not path.exists()))
+		folder.mkdir()
+		(folder / "command.sh").write_bytes(command)
+	for name in ("exit_status", "stopped"):
+		(folder / name).unlink(missing_ok=True)
 
-	Compared are means over 20 steps, of the same steps; nothing is judged before step 40.
+
+def hopeless(folder: Path, others: list[Path], limit: float) -> str:
+	"""Why a trial is not worth its end, if so: its loss grows, or is `limit` nats above another's.
+
+	Losses are compared at the last step that both logged (TRAIN_LOG_EVERY), on the same tokens.
 	"""
-	steps = [loss for _, _, loss in progress(folder)]
-	if len(steps) < 40:
+	losses = {step: loss for step, _, loss in read_events(folder)}
+	step = max(losses, default=0)
+	if step < 20:
 		return ""
-	now, end = sum(steps[-20:]) / 20, len(steps)
-	if now > max(steps[0], 1.0) + limit:
-		return f"diverged: loss {now:.3f} at step {end}, {steps[0]:.3f} at the first"
-	rivals = [[loss for _, _, loss in progress(other)][:end] for other in others]
-	best = min((sum(r[-20:]) / 20 for r in rivals if len(r) == end), default=now)
-	if now > best + limit:
-		return f"hopeless: loss {now:.3f} at step {end}, the best trial had {best:.3f}"
+	if losses[step] > losses[1] + limit:
+		return f"diverged: loss {losses[step]:.3f} at step {step}, {losses[1]:.3f} at the first"
+	rivals = [{step: loss for step, _, loss in read_events(other)} for other in others]
+	best = min((rival[step] for rival in rivals if step in rival), default=losses[step])
+	if losses[step] > best + limit:
+		return f"hopeless: loss {losses[step]:.3f} at step {step}, another trial's {best:.3f}"
 	return ""
+
+
+@dataclass
+class Running:
+	"""A trial that is being run: its processes, its device, and the lock on its folder."""
+
+	process: subprocess.Popen
+	device: str
+	lock: Any
+
+	def end(self) -> None:
+		"""End it and all it started: by SIGTERM, on which it saves, or in the end by SIGKILL."""
+		for number in (signal.SIGTERM, signal.SIGKILL):
+			try:
+				os.killpg(self.process.pid, number)
+				self.process.wait(PATIENCE_SECONDS)
+			except (ProcessLookupError, subprocess.TimeoutExpired):
+				continue
 
 
 class Runner:
 	"""Trials on the devices of this machine, several at once, with a live table."""
 
-	def __init__(self, sweep, devices, threads, stop_worse, retry):
-		self.sweep, self.devices, self.threads = sweep, devices, threads
-		self.stop_worse, self.retry = stop_worse, retry
-		self.running = {}  # trial: (process, device, lock)
+	def __init__(
+		self, sweep: Sweep, devices: list[str], stop_worse: float | None, retry: bool
+	) -> None:
+		self.sweep, self.devices, self.stop_worse = sweep, devices, stop_worse
+		self.threads = max((os.cpu_count() or 1) // len(devices), 1)
+		self.again = {t for t in sweep.trials if retry and self.state(t) not in DONE}
+		self.running: dict[Trial, Running] = {}
 
-	def is_due(self, trial):
-		"""Whether a trial is still to be run."""
-		status, _ = state(trial.folder(self.sweep.folder))
-		due = ("waiting", "cut off", "interrupted")
-		return status in due or (self.retry and status not in ("ok", "over a limit"))
+	def state(self, trial: Trial) -> str:
+		"""What became of a trial so far."""
+		return state(self.sweep.folder_of(trial))[0]
 
-	def start(self, trial, device):
-		"""Launch a trial, unless another sweep is at it."""
-		folder = trial.folder(self.sweep.folder)
-		lock = open(folder / "lock", "w")
+	def is_due(self, trial: Trial) -> bool:
+		"""Whether a trial is still to be started."""
+		return trial not in self.running and (trial in self.again or self.state(trial) in DUE)
+
+	def start(self, trial: Trial, device: str) -> bool:
+		"""Start a trial, unless it runs already: left by a killed sweep, or by another one."""
+		folder = self.sweep.folder_of(trial)
+		lock = open(folder.with_name(f"{folder.name}.lock"), "w")
 		try:
 			fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 		except OSError:
-			lock.close()
-			return
-		if not self.is_due(trial):
-			lock.close()
-			return
-		clear(folder, self.sweep.command(trial))
+			return False
+		if not self.is_due(trial):  # it has just ended
+			return False
+		self.again.discard(trial)
+		make_room(folder)
 		env = dict(os.environ, CUDA_VISIBLE_DEVICES=device)
 		if not device:
 			env.setdefault("OMP_NUM_THREADS", str(self.threads))
-		process = subprocess.Popen(
+		process = subprocess.Popen(  # it holds the lock even if this program is killed
 			["bash", folder / "command.sh"],
 			env=env,
 			stdin=subprocess.DEVNULL,
+			stderr=subprocess.DEVNULL,  # bash would name a killed program amid the table
 			start_new_session=True,
 			pass_fds=[lock.fileno()],
 		)
-		self.running[trial] = process, device, lock
+		self.running[trial] = Running(process, device, lock)
+		return True
 
-	def poll(self):
-		"""Take in what has ended, and stop what is hopeless; the devices that are free."""
-		for trial, (process, _, lock) in list(self.running.items()):
-			folder = trial.folder(self.sweep.folder)
-			if process.poll() is not None:
-				lock.close()
+	def poll(self) -> None:
+		"""Take in trials that have ended, and stop hopeless ones."""
+		for trial, running in list(self.running.items()):
+			folder = self.sweep.folder_of(trial)
+			if running.process.poll() is not None:
+				running.lock.close()
 				del self.running[trial]
-			elif self.stop_worse:
-				others = [t.folder(self.sweep.folder) for t in self.sweep.trials if t != trial]
+			elif self.stop_worse is not None:
+				others = [self.sweep.folder_of(t) for t in self.sweep.trials if t != trial]
 				if why := hopeless(folder, others, self.stop_worse):
+					running.end()
 					(folder / "stopped").write_text(why, encoding="utf-8")
-					end(process)
-		busy = [device for _, device, _ in self.running.values()]
-		free = list(self.devices)
-		for device in busy:
-			free.remove(device)
-		return free
 
-	def run(self):
-		"""Run all that is due; on Ctrl-C or SIGTERM the trials are ended and can go on later."""
-		with rich.live.Live(refresh_per_second=1, transient=False) as live:
+	def run(self) -> None:
+		"""Run all that is due. Ctrl-C or SIGTERM ends the trials, which can go on later."""
+		watched, shown = sys.stdout.isatty(), {}
+		with rich.live.Live(auto_refresh=watched, transient=True) as live:
 			try:
 				while True:
-					free = self.poll()
-					due = [t for t in self.sweep.trials if t not in self.running and self.is_due(t)]
+					self.poll()
+					free = list(self.devices)
+					for running in self.running.values():
+						free.remove(running.device)
+					due = [trial for trial in self.sweep.trials if self.is_due(trial)]
 					for trial in due:
-						if not free:
-							break
-						self.start(trial, free[0])
-						if trial in self.running:
+						if free and self.start(trial, free[0]):
 							free.pop(0)
-					live.update(table(self.sweep, self.running))
+					if watched:
+						live.update(table(self.sweep, self.running))
+					else:
+						shown = self.tell(shown)
 					if not due and not self.running:
 						return
 					time.sleep(1)
 			finally:
-				for process, _, _ in self.running.values():
-					end(process)
-				live.update(table(self.sweep, {}))
+				for running in self.running.values():
+					running.end()
+
+	def tell(self, shown: dict[Trial, str]) -> dict[Trial, str]:
+		"""Print a line for every trial whose state has changed, where no table can be shown."""
+		now = {t: "running" if t in self.running else self.state(t) for t in self.sweep.trials}
+		for trial, status in now.items():
+			if shown.get(trial, "waiting") != status:
+				print(
+					f"{time.strftime('%H:%M:%S')} {trial.name} seed {trial.seed}: {status}",
+					flush=True,
+				)
+		return now
 
 
-def end(process):
-	"""End a trial and all it started: SIGTERM, by which it saves, and after 40 s SIGKILL."""
-	for number, patience in ((signal.SIGTERM, 40), (signal.SIGKILL, 10)):
-		try:
-			os.killpg(process.pid, number)
-			process.wait(patience)
-		except (ProcessLookupError, subprocess.TimeoutExpired):
-			continue
-
-
-def clear(folder, command):
-	"""Make a trial's folder ready for a start; a run cut off is kept aside, or gone on with."""
-	if (folder / "train.log").exists() and not (folder / train_gpt.CHECKPOINT).exists():
-		number = 1
-		while (aside := folder.with_name(f"{folder.name}.cut{number}")).exists():
-			number += 1
-		folder.rename(aside)
-		folder.mkdir()
-		(folder / "command.sh").write_text(command, encoding="utf-8")
-	for name in ("exit_status", "stopped"):
-		(folder / name).unlink(missing_ok=True)
-
-
-def table(sweep, running):
+def table(sweep: Sweep, running: Mapping[Trial, Running] | None = None) -> rich.table.Table:
 	"""The state of every trial."""
-	grid = rich.table.Table(title=str(sweep.folder), show_edge=False)
-	for column in ("trial", "seed", "state", "step", "loss", "score (bpb)", "seconds", "reason"):
+	grid = rich.table.Table(title=str(sweep.folder), box=rich.box.SIMPLE_HEAD)
+	for column in ("trial", "seed", "state", "step", "loss", "bpb", "seconds", "reason"):
 		grid.add_column(column, overflow="fold")
 	for trial in sweep.trials:
-		folder = trial.folder(sweep.folder)
+		folder = sweep.folder_of(trial)
 		status, reason = state(folder)
-		step, seconds, loss = (progress(folder) or [("", math.nan, math.nan)])[-1]
-		score = ""
-		if status in ("ok", "over a limit"):
+		step = loss = bpb = seconds = ""
+		if steps := read_events(folder):
+			step, seconds, loss = str(steps[-1][0]), f"{steps[-1][1]:.0f}", f"{steps[-1][2]:.4f}"
+		if status in DONE:
 			run = read_run(folder)
-			score = f"{run.last_score} {run.scores[run.last_score].val_bpb:.4f}"
-		elif trial in running:
+			bpb = f"{run.scores[run.final].val_bpb:.4f} {run.final}"
+		elif trial in (running or {}):
 			status = "running"
-		cells = (f"{x:.4g}" if x == x else "" for x in (loss, seconds))
-		loss, seconds = cells
 		grid.add_row(
-			trial.name, str(trial.seed), status, str(step), loss, score, seconds, reason[-200:]
+			trial.name,
+			str(trial.seed),
+			status,
+			step,
+			loss,
+			bpb,
+			seconds,
+			rich.markup.escape(reason),
 		)
 	return grid
 
 
-def parse(argv, env):
-	"""The command line's Sweep and options."""
+def show(sweep: Sweep) -> None:
+	"""Print the table, wide where no terminal limits it."""
+	rich.console.Console(width=None if sys.stdout.isatty() else 150).print(table(sweep))
+
+
+def parse(argv: list[str], env: Mapping[str, str]) -> tuple[Sweep, argparse.Namespace]:
+	"""The sweep that a command line and environment ask for, and its options."""
 	parser = argparse.ArgumentParser(
 		description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 	)
 	parser.add_argument("axes", nargs="*", metavar="SETTING=A,B", help="a setting and its values")
-	parser.add_argument("--seeds", default="", help="1337,42,7 (default 1337)")
+	parser.add_argument("--seeds", default="", metavar="A,B", help="default: 1337, or the file's")
 	how = parser.add_mutually_exclusive_group()
 	how.add_argument("--grid", action="store_true", help="every combination (the default)")
 	how.add_argument("--one-at-a-time", action="store_true", help="the base, and each change alone")
-	how.add_argument("--file", type=Path, help="trials named in a .toml (records/README.md)")
+	how.add_argument("--file", type=Path, metavar="TOML", help="named trials, as records/studies/")
 	where = parser.add_mutually_exclusive_group()
-	where.add_argument("--cpu", nargs="?", type=int, const=1, metavar="N", help="N at once")
-	where.add_argument("--gpus", metavar="0,1,..", help="one trial on each (default: all)")
-	where.add_argument("--slurm", nargs="?", const="", metavar="OPTIONS", help="write a job array")
+	where.add_argument("--gpus", metavar="A,B", help="run on these GPUs (default: all there are)")
+	where.add_argument("--cpu", nargs="?", type=int, const=1, metavar="N", help="N at once, no GPU")
+	where.add_argument(
+		"--slurm", nargs="?", const="", metavar="OPTIONS", help="write a job array for sbatch"
+	)
 	where.add_argument("--list", action="store_true", help="print the commands, run nothing")
 	where.add_argument("--show", action="store_true", help="print the table, run nothing")
 	parser.add_argument("--ranks", type=int, default=1, metavar="N", help="GPUs for each trial")
-	parser.add_argument("--out", type=Path, default=ROOT / "logs" / "sweep", help="its folder")
-	parser.add_argument("--quantize", type=Path, metavar="FOLDER", help="weights, by seed")
-	parser.add_argument("--stop-worse", type=float, metavar="NATS", help="end trials so far behind")
-	parser.add_argument("--retry", action="store_true", help="run failed trials again")
+	parser.add_argument("--out", type=Path, default=Path("logs/sweep"), help="default: logs/sweep")
+	parser.add_argument(
+		"--quantize", type=Path, metavar="TRIAL", help="repack the weights of TRIAL/seed<N>/"
+	)
+	parser.add_argument(
+		"--stop-worse", type=float, metavar="NATS", help="end trials whose loss is so far above"
+	)
+	parser.add_argument("--retry", action="store_true", help="run failed and stopped trials again")
 	args = parser.parse_args(argv)
+	try:
+		seeds = [int(seed) for seed in args.seeds.split(",") if seed]
+	except ValueError:
+		raise SweepError(f"--seeds {args.seeds}: give whole numbers, as 1337,42,7") from None
+	if min(1 if args.cpu is None else args.cpu, args.ranks) < 1:
+		raise SweepError("--cpu and --ranks must be at least 1")
+	there = read_plan(args.out)
+	if there and not (args.axes or args.file):
+		return there, args
 	base = {key: env[key] for key in SETTINGS if key in env and key not in OWN}
-	seeds = [int(seed) for seed in args.seeds.split(",") if seed]
 	if args.file:
-		of_file, trials = plan_of_file(args.file, seeds)
+		of_file, trials = trials_of_file(args.file, seeds)
 		base = of_file | base
+	elif args.axes:
+		trials = trials_of_axes(args.axes, seeds or [1337], args.one_at_a_time)
 	else:
-		axes = dict(axis.partition("=")[::2] for axis in args.axes)
-		axes = {key: values.split(",") for key, values in axes.items()}
-		trials = plan(axes, seeds or [1337], args.one_at_a_time)
+		trials = [Trial("base", (), seed) for seed in seeds]
 	return Sweep(args.out, base, trials, args.ranks, args.quantize), args
 
 
-def main(argv, env):
-	"""The program; its exit status: 0, 1 with failed trials, 2 for a sweep that cannot be."""
+def devices(args: argparse.Namespace) -> list[str]:
+	"""What CUDA_VISIBLE_DEVICES is for each of the trials that run at once."""
+	import torch
+
+	if args.cpu:
+		return [""] * args.cpu
+	gpus = args.gpus.split(",") if args.gpus else [str(i) for i in range(torch.cuda.device_count())]
+	if gpus and len(gpus) < args.ranks:
+		raise SweepError(f"--ranks {args.ranks}: only {len(gpus)} GPUs are there")
+	starts = range(0, len(gpus) - args.ranks + 1, args.ranks)
+	return [",".join(gpus[i : i + args.ranks]) for i in starts] or [""]
+
+
+def main(argv: list[str], env: Mapping[str, str]) -> int:
+	"""The program; status 0, 1 where a trial failed, 2 for a sweep that cannot be, 5 by Ctrl-C."""
 	try:
 		sweep, args = parse(argv, env)
-		if not args.show:
-			sweep.prepare()
+		sweep.check()
+		if args.show:
+			show(sweep)
+			return 0
+		sweep.prepare()
 		if args.list:
 			for trial in sweep.trials:
-				print(
-					f"bash {shlex.quote(str(trial.folder(sweep.folder).resolve() / 'command.sh'))}"
-				)
-		elif args.slurm is not None:
-			print(f"sbatch {shlex.quote(str(sweep.slurm(args.slurm)))}")
-		elif args.show:
-			rich.print(table(sweep, {}))
-		else:
-			devices = [""] * (args.cpu or 1)
-			if not args.cpu and (gpus := args.gpus or all_gpus()):
-				names = gpus.split(",")
-				devices = [
-					",".join(names[i : i + args.ranks]) for i in range(0, len(names), args.ranks)
-				]
-			threads = max((os.cpu_count() or 1) // len(devices), 1)
-			Runner(sweep, devices, threads, args.stop_worse, args.retry).run()
+				print(f"bash {shlex.quote(str(sweep.folder_of(trial) / 'command.sh'))}")
+			return 0
+		if args.slurm is not None:
+			print(f"sbatch {shlex.quote(str(sweep.write_slurm(args.slurm)))}")
+			return 0
+		Runner(sweep, devices(args), args.stop_worse, args.retry).run()
 	except (SweepError, RunError) as error:
 		print(f"error: {error}", file=sys.stderr)
 		return 2
-	statuses = [state(trial.folder(sweep.folder))[0] for trial in sweep.trials]
-	return int(any(status not in ("ok", "over a limit", "waiting") for status in statuses))
-
-
-def all_gpus():
-	"""The numbers of this machine's GPUs."""
-	import torch
-
-	return ",".join(map(str, range(torch.cuda.device_count())))
+	except KeyboardInterrupt:
+		print("interrupted: the same command goes on", file=sys.stderr)
+		return 5
+	show(sweep)
+	print(f"python records/compare.py {sweep.folder}")
+	return int(any(state(sweep.folder_of(trial))[0] not in DONE for trial in sweep.trials))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 import re
 
-import faults
 import pytest
+
+import faults
 from conftest import ROOT
 
 

@@ -1,0 +1,372 @@
+"""Sweeps: what is run, in what isolation, what failures look like, and that nothing is lost."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from conftest import ROOT, TINY
+from launch import KEPT
+
+sys.path.insert(0, str(ROOT / "records"))
+
+import sweep
+from runs import read_run
+
+# A program in the place of train_gpt.py, in milliseconds a run: MUON_WD says how it ends.
+STUB = """
+import json, os, signal, sys, time
+from pathlib import Path
+folder, end = Path(os.environ["RUN_DIR"]), os.environ.get("MUON_WD", "0")
+with open(folder / "train.log", "a" if os.environ.get("RESUME") == "auto" else "x") as log:
+	log.write("started\\n")
+(folder / "env.json").write_text(json.dumps(dict(os.environ)))
+def finish(status, code, **more):
+	(folder / "result.json").write_text(json.dumps({"status": status, **more}))
+	sys.exit(code)
+signal.signal(signal.SIGTERM, lambda *_: finish("interrupted", 5, reason="a signal"))
+for step in range(1, 41):
+	loss = 5.0 - step / 20 + (step / 10 if end == "bad" else 0) - (step if end == "grows" else 0)
+	event = {"event": "step", "step": step, "seconds": step / 10, "train_loss": loss}
+	with open(folder / "events.jsonl", "a") as events:
+		events.write(json.dumps(event) + "\\n")
+	if end in ("bad", "slow"):
+		time.sleep(0.2)
+if end == "killed":
+	os.kill(os.getpid(), signal.SIGKILL)
+if end == "oom":
+	finish("oom", 3, reason="out of\\nmemory")
+if end == "raises":
+	raise ValueError("no result")
+score = dict.fromkeys(("val_loss", "val_bpb", "tokens", "bytes", "stride", "seconds"), 1.5)
+finish("ok", 0, scores={"plain": score}, settings={"seed": int(os.environ["SEED"])})
+"""
+
+
+@pytest.fixture
+def stub(monkeypatch, tmp_path):
+	"""A checkout whose train_gpt.py is the stub."""
+	root = tmp_path / "checkout"
+	root.mkdir()
+	(root / "train_gpt.py").write_text(STUB, encoding="utf-8")
+	monkeypatch.setattr(sweep, "ROOT", root)
+	monkeypatch.chdir(tmp_path)
+	for name in sweep.SETTINGS:
+		monkeypatch.delenv(name, raising=False)
+	return root
+
+
+def states(out):
+	"""What became of each trial of a folder."""
+	plan = sweep.read_plan(out)
+	return {(t.name, t.seed): sweep.state(plan.folder_of(t)) for t in plan.trials}
+
+
+def test_grid_one_at_a_time_and_file(tmp_path):
+	grid = sweep.trials_of_axes(["XSA_LAST_N=0,4", "MUON_WD=0.1,0.2"], [1, 2], False)
+	assert len(grid) == len(set(grid)) == 8
+	assert {dict(t.changes)["XSA_LAST_N"] for t in grid} == {"0", "4"}
+	assert [t.seed for t in grid] == [1] * 4 + [2] * 4  # every trial once before any twice
+	alone = sweep.trials_of_axes(["XSA_LAST_N=0,4", "MUON_WD=0.1"], [7], True)
+	assert [t.name for t in alone] == ["base", "XSA_LAST_N=0", "XSA_LAST_N=4", "MUON_WD=0.1"]
+	path = tmp_path / "sweep.toml"
+	path.write_text(
+		"seeds = [3, 4]\n[base]\nSMEAR_GATE = true\nPRESET = 'cpu'\n"
+		"[trials.layers]\nVE_LAYERS = '0,1'\n[trials.none]\n"
+	)
+	base, trials = sweep.trials_of_file(path, [])
+	assert base == {"SMEAR_GATE": "1", "PRESET": "cpu"}
+	assert [(t.name, dict(t.changes), t.seed) for t in trials] == [
+		("layers", {"VE_LAYERS": "0,1"}, 3),
+		("none", {}, 3),
+		("layers", {"VE_LAYERS": "0,1"}, 4),
+		("none", {}, 4),
+	]
+	assert {t.seed for t in sweep.trials_of_file(path, [9])[1]} == {9}
+
+
+@pytest.mark.parametrize(
+	("argv", "said"),
+	[
+		(["NUM_LAYER=2"], "NUM_LAYERS"),
+		(["SEED=1,2"], "--seeds"),
+		(["RUN_ID=a"], "--out"),
+		(["XSA_LAST_N"], "SETTING=VALUE"),
+		(["XSA_LAST_N=1,1"], "once"),
+		(["XSA_LAST_N=1", "--seeds", "1,1"], "once"),
+		(["XSA_LAST_N=1", "--seeds", "1,b"], "1,b"),
+		(["--cpu"], "no trials"),
+		(["--file", "absent.toml"], "absent.toml"),
+		(["XSA_LAST_N=1", "--cpu", "0"], "--cpu"),
+		(["XSA_LAST_N=1", "--gpus", "0", "--ranks", "2"], "--ranks 2"),
+	],
+)
+def test_what_cannot_be_run_is_said(stub, capsys, argv, said):
+	assert sweep.main(argv, {}) == 2
+	assert said in capsys.readouterr().err
+
+
+def test_a_trial_has_its_settings_alone(stub, tmp_path, monkeypatch):
+	env = {"NUM_LAYERS": "3", "SEED": "5", "RUN_ID": "mine"}
+	out = tmp_path / "a sweep's folder"
+	argv = ["MODEL_DIM=64,128", "--seeds", "42", "--out", str(out), "--cpu"]
+	monkeypatch.setenv("SMEAR_GATE", "0")  # of this process; not of the shell that asked
+	assert sweep.main(argv, env) == 0
+	seen = json.loads((out / "MODEL_DIM=128/seed42/env.json").read_text())
+	given = {name: seen[name] for name in sweep.SETTINGS if name in seen}
+	folder = str(out / "MODEL_DIM=128/seed42")
+	assert given == {"NUM_LAYERS": "3", "MODEL_DIM": "128", "SEED": "42", "RUN_DIR": folder}
+	assert seen["CUDA_VISIBLE_DEVICES"] == "" and seen["PWD"] == str(stub)
+	assert (out / "train_gpt.py").read_text() == STUB
+	# The same command under other settings for all would mix two experiments.
+	assert sweep.main(argv, {"NUM_LAYERS": "4"}) == 2
+	# Its command.sh makes the run again, under any other environment.
+	before = json.loads((out / "MODEL_DIM=64/seed42/env.json").read_text())
+	for name in ("train.log", "env.json", "result.json"):
+		(out / "MODEL_DIM=64/seed42" / name).unlink()
+	command = ["bash", str(out / "MODEL_DIM=64/seed42/command.sh")]
+	subprocess.run(command, env=KEPT | {"MODEL_DIM": "1", "MUON_WD": "raises"}, cwd="/", check=True)
+	after = json.loads((out / "MODEL_DIM=64/seed42/env.json").read_text())
+	assert {n: after.get(n) for n in sweep.SETTINGS} == {n: before.get(n) for n in sweep.SETTINGS}
+
+
+def test_failures_are_rows_and_nothing_is_run_twice(stub, tmp_path, capsys):
+	out = tmp_path / "out"
+	argv = ["MUON_WD=0,killed,oom,raises", "--seeds", "1,2", "--out", str(out), "--cpu", "4"]
+	assert sweep.main(argv, {}) == 1
+	found = states(out)
+	for seed in (1, 2):
+		assert found["MUON_WD=0", seed] == ("ok", "")
+		assert found["MUON_WD=killed", seed][0] == "failed"
+		assert "signal 9" in found["MUON_WD=killed", seed][1]
+		assert found["MUON_WD=oom", seed] == ("oom", "memory")
+		assert found["MUON_WD=raises", seed][1] == "exit status 1; ValueError: no result"
+	shown = capsys.readouterr().out
+	assert shown.count("signal 9") == 2 and "no result" in shown
+	times = {path: path.stat().st_mtime_ns for path in out.rglob("train.log")}
+	assert len(times) == 8
+	assert sweep.main(argv, {}) == 1
+	assert {path: path.stat().st_mtime_ns for path in out.rglob("train.log")} == times
+	# Failed ones run again when asked, the earlier attempt kept aside; good ones never.
+	assert sweep.main([*argv, "--retry"], {}) == 1
+	again = {path: path.stat().st_mtime_ns for path in out.rglob("train.log")}
+	good = out / "MUON_WD=0/seed1/train.log"
+	assert again[good] == times[good]
+	assert (out / "MUON_WD=oom/seed1.cut1/train.log").exists()
+	assert len(again) == 14
+	# A sweep grows by another command in the same folder.
+	assert sweep.main(["MUON_WD=0,1", "--seeds", "1", "--out", str(out), "--cpu"], {}) == 0
+	assert states(out)["MUON_WD=1", 1] == ("ok", "") and len(states(out)) == 9
+
+
+def test_at_most_so_many_at_once_each_on_its_own_device(stub, tmp_path):
+	out = tmp_path / "out"
+	argv = ["MODEL_DIM=1,2,3,4", "--gpus", "0,1,2,3,4", "--ranks", "2", "--out", str(out)]
+	slow = STUB.replace('os.environ.get("MUON_WD", "0")', '"slow"').replace("0.2)", "0.03)")
+	torchrun = tmp_path / "bin" / "torchrun"  # that starts one process of the stub
+	torchrun.parent.mkdir()
+	torchrun.write_text(f'#!/bin/sh\necho "$@" > "$RUN_DIR/torchrun"\nexec {sys.executable} "$3"\n')
+	torchrun.chmod(0o755)
+	(stub / "train_gpt.py").write_text(slow, encoding="utf-8")
+	plan, args = sweep.parse(argv, {})
+	plan.prepare()
+	for trial in plan.trials:
+		script = plan.folder_of(trial) / "command.sh"
+		script.write_text(script.read_text().replace("PATH=", f"PATH={torchrun.parent}:"))
+	assert sweep.devices(args) == ["0,1", "2,3"]
+	runner, most = sweep.Runner(plan, sweep.devices(args), None, False), []
+	poll = runner.poll
+
+	def watch():
+		poll()
+		most.append(sorted(running.device for running in runner.running.values()))
+
+	runner.poll = watch
+	runner.run()
+	assert max(most, key=len) == ["0,1", "2,3"]
+	seen = [json.loads(path.read_text()) for path in out.rglob("env.json")]
+	assert sorted(env["CUDA_VISIBLE_DEVICES"] for env in seen) == ["0,1", "0,1", "2,3", "2,3"]
+	asked = (out / "MODEL_DIM=1/seed1337/torchrun").read_text()
+	assert asked == f"--standalone --nproc_per_node=2 {out}/train_gpt.py\n"
+
+
+def start(out, *argv):
+	"""A sweep of the stub in a process of its own."""
+	code = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "records")!r})
+import sweep
+from pathlib import Path
+import signal
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+sweep.ROOT = Path({str(sweep.ROOT)!r})
+sys.exit(sweep.main(sys.argv[1:], {{}}))
+"""
+	command = [sys.executable, "-c", code, *argv, "--out", str(out)]
+	return subprocess.Popen(command, env=KEPT, stdout=subprocess.PIPE, text=True)
+
+
+def until(true, seconds=30):
+	"""Wait until something holds."""
+	end = time.monotonic() + seconds
+	while not true():
+		assert time.monotonic() < end
+		time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_sweep_cut_off_goes_on_and_runs_nothing_twice(stub, tmp_path, number):
+	out = tmp_path / "out"
+	argv = ("MUON_WD=slow", "--seeds", "1,2,3", "--cpu", "2")
+	process = start(out, *argv)
+	until(lambda: len(list(out.rglob("events.jsonl"))) == 2)
+	process.send_signal(number)
+	assert process.wait(30) == (5 if number == signal.SIGTERM else -number)
+	if number == signal.SIGKILL:  # its two trials run on without it, and are waited for
+		assert [s for s, _ in states(out).values()].count("cut off") == 2
+	else:
+		assert [s for s, _ in states(out).values()].count("interrupted") == 2
+	process = start(out, *argv)
+	assert process.wait(60) == 0, process.stdout.read()
+	assert {s for s, _ in states(out).values()} == {"ok"}
+	aside = len(list(out.rglob("*.cut1")))
+	assert aside == (0 if number == signal.SIGKILL else 2)
+	for log in out.rglob("seed?/train.log"):
+		assert log.read_text() == "started\n"
+
+
+def test_checkpoints_are_gone_on_with(stub, tmp_path):
+	out = tmp_path / "out"
+	plan, _ = sweep.parse(["MUON_WD=0", "--out", str(out)], {"CHECKPOINT_EVERY": "5"})
+	plan.prepare()
+	folder = plan.folder_of(plan.trials[0])
+	(folder / "train.log").write_text("started\n")  # and cut off
+	sweep.Runner(plan, [""], None, False).run()
+	assert (folder / "train.log").read_text() == "started\nstarted\n"
+	assert json.loads((folder / "env.json").read_text())["RESUME"] == "auto"
+
+
+def test_hopeless_and_diverging_trials_are_stopped_when_asked(stub, tmp_path):
+	out = tmp_path / "out"
+	argv = ["MUON_WD=0,bad", "--out", str(out), "--cpu"]
+	assert sweep.main([*argv, "--stop-worse", "1.5"], {}) == 1
+	assert states(out)["MUON_WD=0", 1337] == ("ok", "")
+	status, why = states(out)["MUON_WD=bad", 1337]
+	assert status == "stopped" and why.startswith(("hopeless: loss 5", "hopeless: loss 6"))
+	assert len(sweep.read_events(out / "MUON_WD=bad/seed1337")) < 40
+	assert sweep.main(argv, {}) == 1  # it stays stopped
+	folder = tmp_path / "diverging"
+	folder.mkdir()
+	for loss, said in ((9.1, "diverged"), (8.9, "")):
+		events = [{"event": "step", "step": 1, "seconds": 0, "train_loss": 7.0}]
+		events.append({"event": "step", "step": 20, "seconds": 1, "train_loss": loss})
+		(folder / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+		assert sweep.hopeless(folder, [], 2.0).startswith(said)
+		assert bool(sweep.hopeless(folder, [], 2.0)) == bool(said)
+
+
+def test_weights_of_one_sweep_are_repacked_by_another(stub, tmp_path):
+	out, weights = tmp_path / "out", tmp_path / "first" / "base"
+	argv = ["GPTQ_CALIB=random,train", "--quantize", str(weights), "--seeds", "7,8"]
+	plan, _ = sweep.parse([*argv, "--out", str(out)], {})
+	plan.prepare()
+	script = (out / "GPTQ_CALIB=train/seed8/command.sh").read_text()
+	assert f"--quantize {weights}/seed8/final_model.safetensors" in script
+	again, _ = sweep.parse(["--out", str(out)], {})  # the folder alone says it all
+	assert again == plan
+
+
+def test_slurm_array_runs_what_is_due(stub, tmp_path, capsys):
+	out = tmp_path / "an out"
+	argv = ["MUON_WD=0,1,oom", "--out", str(out)]
+	assert sweep.main(["MUON_WD=1", "--out", str(out), "--cpu"], {}) == 0
+	assert sweep.main([*argv, "--slurm", "--gres=gpu:1 --time=20"], {}) == 0
+	assert capsys.readouterr().out.splitlines()[-1] == f"sbatch '{out}/array.sbatch'"
+	script = (out / "array.sbatch").read_text()
+	assert (
+		"#SBATCH --array=1-2\n" in script and "#SBATCH --gres=gpu:1\n#SBATCH --time=20\n" in script
+	)
+	for number in ("1", "2"):
+		env = KEPT | {"SLURM_ARRAY_TASK_ID": number}
+		subprocess.run(["bash", str(out / "array.sbatch")], env=env, cwd="/", check=True)
+	assert {name: s for (name, _), (s, _) in states(out).items()} == {
+		"MUON_WD=0": "ok",
+		"MUON_WD=1": "ok",
+		"MUON_WD=oom": "oom",
+	}
+	assert sweep.main([*argv, "--list"], {}) == 0
+	listed = capsys.readouterr().out.splitlines()
+	assert len(listed) == 3 and listed[0] == f"bash '{out}/MUON_WD=0/seed1337/command.sh'"
+
+
+def test_help_has_an_example():
+	done = subprocess.run(
+		[sys.executable, ROOT / "records" / "sweep.py", "--help"], capture_output=True, text=True
+	)
+	assert done.returncode == 0 and "python records/sweep.py XSA_LAST_N=0,11" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("slurmctld"), reason="no Slurm: install slurm-wlm")
+def test_a_real_slurm_runs_the_array(byte_corpus, tmp_path):
+	"""Controller and node on the loopback of this machine; three real trials land in the table."""
+	conf, ports = tmp_path / "slurm.conf", []
+	for _ in range(2):
+		with socket.socket() as free:
+			free.bind(("127.0.0.1", 0))
+			ports.append(free.getsockname()[1])
+	conf.write_text(f"""ClusterName=loop
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+AuthType=auth/none
+CredType=cred/none
+SlurmUser=root
+SlurmdUser=root
+StateSaveLocation={tmp_path}/state
+SlurmdSpoolDir={tmp_path}/spool
+SlurmctldPidFile={tmp_path}/slurmctld.pid
+SlurmdPidFile={tmp_path}/slurmd.pid
+SlurmctldLogFile={tmp_path}/slurmctld.log
+SlurmdLogFile={tmp_path}/slurmd.log
+ProctrackType=proctrack/pgid
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+NodeName=localhost NodeHostname={socket.gethostname().split(".")[0]} NodeAddr=127.0.0.1 CPUs=2
+PartitionName=main Nodes=localhost Default=YES
+""")
+	(tmp_path / "state").mkdir()
+	(tmp_path / "spool").mkdir()
+	env = dict(os.environ, SLURM_CONF=str(conf))
+	env |= TINY | {"DATA_PATH": str(byte_corpus), "ITERATIONS": "5", "EVAL_STRIDE": "0"}
+	out, tool = tmp_path / "out", [sys.executable, ROOT / "records" / "sweep.py"]
+	daemons = [
+		subprocess.Popen(["slurmctld", "-D", "-c"], env=env),
+		subprocess.Popen(["slurmd", "-D", "-N", "localhost"], env=env),
+	]
+	try:
+		argv = ["MUON_WD=0.02,0.04,0.08", "--out", out, "--slurm", "--cpus-per-task=1 --time=5"]
+		printed = subprocess.run(
+			[*tool, *argv], env=env, capture_output=True, text=True, check=True
+		)
+		command = printed.stdout.strip()
+		until(lambda: subprocess.run(["sinfo", "-h"], env=env, capture_output=True).stdout, 60)
+		said = subprocess.run(["bash", "-c", command], env=env, capture_output=True, text=True)
+		assert said.stdout.startswith("Submitted batch job"), said.stderr
+		until(lambda: {s for s, _ in states(out).values()} == {"ok"}, 120)
+	finally:
+		for daemon in daemons:
+			daemon.terminate()
+		for daemon in daemons:
+			daemon.wait(20)
+	shown = subprocess.run([*tool, "--out", out, "--show"], env=env, capture_output=True, text=True)
+	assert shown.stdout.count(" ok ") == 3
+	scores = {read_run(path.parent).scores["plain"].val_bpb for path in out.rglob("result.json")}
+	assert len(scores) == 3
