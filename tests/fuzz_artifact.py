@@ -28,7 +28,6 @@ with atheris.instrument_imports(include=["train_gpt"]):
 
 import torch
 import zstandard
-
 from conftest import randomize
 from hostile import (
 	DEFAULTS,

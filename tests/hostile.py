@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 import zstandard
+from conftest import settings
 
 import train_gpt as tg
-from conftest import settings
 
 DEFAULTS = tg.Hyperparameters()
 SETTINGS = {

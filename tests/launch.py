@@ -17,7 +17,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
-
 from conftest import ROOT
 
 KEPT = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+from conftest import TINY, byte_tokens, settings, shard_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 
 import train_gpt as tg
-from conftest import TINY, byte_tokens, settings, shard_bytes
 
 
 def test_a_shard_of_the_description_is_read(tmp_path: Path):

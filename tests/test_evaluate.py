@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import BYTE_TABLE, byte_tokens, randomize, settings
 from hypothesis import given
 from hypothesis import strategies as st
 
 import train_gpt as tg
-from conftest import BYTE_TABLE, byte_tokens, randomize, settings
 
 
 @pytest.mark.fault(56)

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-
-import train_gpt as tg
 from conftest import TINY
 from launch import KEPT, PROGRAM, Ranks, alive, await_, driver, ranks_of, result_of, torchrun
+
+import train_gpt as tg
 
 ARTIFACT = "final_model.int6.ptz"
 SOON = 45  # seconds, within which every rank is gone

@@ -2,9 +2,8 @@
 
 import re
 
-import pytest
-
 import faults
+import pytest
 from conftest import ROOT
 
 

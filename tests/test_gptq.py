@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from conftest import randomize, settings
 
 import train_gpt as tg
-from conftest import randomize, settings
 
 # ---- The reference ----
 

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
+from conftest import TINY, randomize, settings
 
 import train_gpt as tg
-from conftest import TINY, randomize, settings
 
 pytestmark = [
 	pytest.mark.gpu,

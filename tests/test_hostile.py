@@ -20,8 +20,6 @@ import pytest
 import safetensors.torch
 import torch
 import zstandard
-
-import train_gpt as tg
 from conftest import ROOT, randomize
 from hostile import (
 	artifact,
@@ -36,6 +34,8 @@ from hostile import (
 	resigned_case,
 	tiny,
 )
+
+import train_gpt as tg
 
 CASES = 5200  # of either kind of mutation of artifacts
 CHECKPOINTS = 3000

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 import torch
-
-import train_gpt as tg
 from conftest import BYTE_TABLE, ROOT, TINY, compile_counted, randomize, settings
 from test_model import BYTE_COMMAND, meta_model
+
+import train_gpt as tg
 
 JEPA = {"jepa_chunk_size": 4, "jepa_latent_dim": 8, "jepa_proj_hidden": 12}
 JEPA_COMMAND = BYTE_COMMAND | {

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import BYTE_TABLE, compile_counted, randomize, settings
 
 import train_gpt as tg
-from conftest import BYTE_TABLE, compile_counted, randomize, settings
 
 
 def made(**changes: object) -> tg.GPT:

@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
+from conftest import randomize, settings
 
 import train_gpt as tg
-from conftest import randomize, settings
 
 SWITCHES = {
 	"unet_skips": (0, 1),

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from conftest import randomize, settings
 
 import train_gpt as tg
-from conftest import randomize, settings
 
 
 def scalar_iteration(s: torch.Tensor, steps: int = 5) -> torch.Tensor:

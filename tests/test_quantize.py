@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 import zstandard
+from conftest import TINY, randomize, settings
 
 import train_gpt as tg
-from conftest import TINY, randomize, settings
 
 
 def round_one(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:

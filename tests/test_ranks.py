@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-
-import train_gpt as tg
 from conftest import TINY, settings
 from launch import PROGRAM, Ranks, free_port, result_of, torchrun
+
+import train_gpt as tg
 
 WORLDS = (1, 2, 3, 4)
 # 12 sequences a step: whole for each of these numbers of ranks.

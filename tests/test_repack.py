@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from conftest import TINY
 
 import train_gpt as tg
-from conftest import TINY
 
 SETTINGS = {
 	**TINY,

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY
+from launch import PROGRAM, Ranks, result_of, start
 from safetensors.torch import load
 from safetensors.torch import save as write
 
 import train_gpt as tg
-from conftest import TINY
-from launch import PROGRAM, Ranks, result_of, start
 
 ARTIFACT = "final_model.int6.ptz"
 SHORT = {**TINY, "ITERATIONS": "16", "WARMDOWN_ITERS": "8", "EVAL_STRIDE": "0"}

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, TINY, settings, shard_bytes
 from safetensors.torch import load_file
 
 import train_gpt as tg
-from conftest import ROOT, TINY, settings, shard_bytes
 
 
 def program(folder: Path, *arguments: str, **env: object) -> subprocess.CompletedProcess:

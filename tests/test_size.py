@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY, settings
 
 import train_gpt as tg
-from conftest import TINY, settings
 
 SHORT = {**TINY, "ITERATIONS": "6", "WARMDOWN_ITERS": "3"}
 

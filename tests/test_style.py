@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 import train_gpt as tg
-from conftest import ROOT
 
 SOURCE = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
 TREE = ast.parse(SOURCE)

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+from conftest import shard_bytes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import train_gpt as tg
-from conftest import shard_bytes
 
 SCRIPT = Path(__file__).resolve().parents[1] / "data" / "to_bytes.py"
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import settings
 
 import train_gpt as tg
-from conftest import settings
 
 
 def load(h: tg.Hyperparameters) -> tg.Data:

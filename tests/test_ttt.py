@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from conftest import BYTE_TABLE, byte_tokens, randomize, settings
 
 import train_gpt as tg
-from conftest import BYTE_TABLE, byte_tokens, randomize, settings
 
 CHANGES = {"eval_seq_len": 16, "ttt_enabled": 1, "ttt_chunk_tokens": 64, "val_batch_size": 8 * 48}
 HONEST = tg.test_time_learner
