@@ -360,6 +360,8 @@ PartitionName=main Nodes=localhost Default=YES
 		said = subprocess.run(["bash", "-c", command], env=env, capture_output=True, text=True)
 		assert said.stdout.startswith("Submitted batch job"), said.stderr
 		until(lambda: {s for s, _ in states(out).values()} == {"ok"}, 120)
+		queue = ["squeue", "--noheader"]
+		until(lambda: not subprocess.run(queue, env=env, capture_output=True).stdout, 60)
 	finally:
 		for daemon in daemons:
 			daemon.terminate()
