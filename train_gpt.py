@@ -1752,8 +1752,6 @@ def run(h, rt, data, log):
 	count = sum(p.numel() for p in model.parameters())
 	log(f"model_params:{count}")
 	log(f"world_size:{ranks()[1]} grad_accum_steps:{micro_batches(h)}")
-	for values in (rt.describe(), asdict(h)):
-		log(" ".join(f"{name}:{value}" for name, value in values.items()))
 	need = BYTES_LIMIT + 30 * count  # with two checkpoints
 	if not log.silent and (free := shutil.disk_usage(log.folder).free) < need:
 		raise SettingsError(f"RUN_DIR={log.folder}: {free} bytes are free there, {need} needed")
@@ -1932,6 +1930,8 @@ def perform(args, env, log, result):
 	data, rt = load_data(h, log, trains), Runtime.start(h)
 	for note in (*notes, *rt.notes):
 		log(note)
+	for values in (rt.describe(), asdict(h)):
+		log(" ".join(f"{name}:{value}" for name, value in values.items()))
 	if args.eval:
 		score_artifact(args.eval, h, rt, data, log)
 		return
@@ -1941,7 +1941,6 @@ def perform(args, env, log, result):
 	except (NameError, OSError) as error:
 		raise SettingsError(f"{error}: run this program from a file; its bytes count") from None
 	if args.check:
-		log(" ".join(f"{name}:{value}" for name, value in rt.describe().items()))
 		log(f"check:ok code:{len(code)} bytes disk:{shutil.disk_usage('.').free >> 20} MiB")
 		return
 	if not log.silent:
