@@ -219,13 +219,13 @@ def read_log(path):
 	}
 	return Run(
 		path=path,
-		name=path.stem,
+		name=trial_of(path.parent) if path.name == "train.log" else path.stem,
 		status="failed" if error else status,
 		reason=error[1].strip() if error else "",
 		settings=settings,
 		scores=scores,
 		sizes={name: size for name, size in sizes.items() if size is not None},
-		seconds={name: float(value) for name, value in pairs("seconds").items()},
+		seconds={name: float(value) for name, value in pairs("seconds").items() if value},
 		verdicts=verdicts,
 		curve=tuple((int(step), int(ms) / 1000, float(loss)) for step, loss, ms in steps),
 		steps=int(ends[-1][0]) if ends else 0,
