@@ -46,7 +46,7 @@ Curve = tuple[np.ndarray, np.ndarray]  # x and y
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "++++", "oo", "----", "**")
+HATCHES = ("", "////", "..", "xxxx", "\\\\\\\\", "++++", "oo", "----", "**")
 STYLE = {
 	"axes.axisbelow": True,
 	"axes.grid": True,
@@ -61,7 +61,7 @@ STYLE = {
 	"text.parse_math": False,  # a trial's name may hold a $
 }
 AXES = {"steps": "steps", "tokens": "million training tokens", "seconds": "seconds of training"}
-POINTS = 500  # of a line, at most
+POINTS = 300  # of a line, at most
 
 
 class PlotError(ValueError):
@@ -459,7 +459,7 @@ def make(runs: list[Run], kind: str, base: str = "", x: str = "steps") -> Figure
 	"""
 	drawer, needs, has = KINDS[kind]
 	trials: Trials = {}
-	for run in runs:
+	for run in sorted(runs, key=lambda run: not run.finished):  # looks do not depend on others
 		if has(run) and (run.finished or kind == "loss"):
 			name = run.name if run.finished else f"{called(run)}, {run.status}"
 			trials.setdefault(name, []).append(run)

@@ -169,6 +169,14 @@ def test_a_failed_run_is_named_and_counts_in_no_mean(kind, sweep):
 		assert "none seed 99, nan (1)" in names
 
 
+def test_the_losses_of_a_failed_run_are_drawn_last_and_not_compared(tmp_path):
+	runs = runs_of(tmp_path, "a", seed1={"status": "nan"}) + runs_of(tmp_path, "b", seed1={})
+	figure = plot.make(runs, "loss", base="b")
+	assert len(figure.axes) == 1
+	names = [text.get_text() for text in figure.legends[0].get_texts()]
+	assert names == ["b (1)", "a seed 1, nan (1)"]
+
+
 def test_trials_of_a_sweep_that_wait_or_were_killed_are_named(tmp_path, capsys):
 	write_run(tmp_path / "a" / "seed1", 1)
 	for folder in ("seed2", "seed3", "seed4", "seed5.cut1"):
