@@ -110,7 +110,7 @@ def read_run(path):
 	path = Path(path)
 	try:
 		return read_folder(path) if path.is_dir() else read_log(path)
-	except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+	except (OSError, ArithmeticError, ValueError, KeyError, TypeError, AttributeError) as error:
 		raise RunError(f"{path}: not a run: {error or type(error).__name__}") from None
 
 
@@ -220,7 +220,7 @@ def read_log(path):
 		settings=settings,
 		scores=scores,
 		sizes={name: size for name, size in sizes.items() if size is not None},
-		seconds={name: float(value) for name, value in pairs("seconds").items()},
+		seconds={name: float(value) for name, value in pairs("seconds").items() if value},
 		verdicts=verdicts,
 		curve=tuple((int(step), int(ms) / 1000, float(loss)) for step, loss, ms in steps),
 		steps=int(ends[-1][0]) if ends else 0,
