@@ -29,7 +29,9 @@ from runs import INCIDENTAL, Run, train_gpt
 RECORD_SEEDS = 3
 RECORD_RANKS, RECORD_GPU = 8, "H100"
 # An absolute path of two names or more: it may say whose machine it is of.
-MACHINE_PATH = re.compile(r"(?<![\w./\\])~?(?:/[^\s/:;,'\"()<>|]+){2,}|\b[A-Za-z]:\\[^\s:'\"]+")
+MACHINE_PATH = re.compile(
+	r"(?<![\w./\\])(?:~\w*)?(?:/[^\s/:;,'\"()<>|]+){2,}|\b[A-Za-z]:\\[^\s:'\"]+"
+)
 UNPROVEN = """\
 not proven: that the runs took place, on that hardware; which text was scored, but for its bytes;
 that the program does at full size as at the tiny one (no network, weights that no validation text
@@ -43,11 +45,16 @@ class Check:
 		self.folder, self.count = folder, 0
 		self.runs, self.faults = figures.read_logs(folder)
 		self.arms = figures.arms_of(self.runs)
-		self.code = figures.sha256(folder / PROGRAM) if (folder / PROGRAM).is_file() else ""
+		program = folder / PROGRAM
+		there = program.is_file()
+		self.size, self.code = (
+			(program.stat().st_size, figures.sha256(program)) if there else (0, "")
+		)
 		self.needs = self.parsed(NEEDS, str) or ""
 		told = self.parsed(FIGURES, lambda text: json.loads(text, parse_constant=no_constant))
 		self.told = told if isinstance(told, dict) else {}
-		self.tree = self.parsed(PROGRAM, lambda text: ast.parse(text, feature_version=(3, 10)))
+		by = " by Python 3.10"
+		self.tree = self.parsed(PROGRAM, lambda x: ast.parse(x, feature_version=(3, 10)), by)
 		main, base = (str(self.told.get(key, "")) for key in ("main", "base"))
 		self.main = main if main in self.arms else next(iter(self.arms), "")
 		self.base = base if base in self.arms else self.main
@@ -59,14 +66,14 @@ class Check:
 		if not holds:
 			self.faults.append(" ".join(f"{file}: {found}; needed: {needed}".split()))
 
-	def parsed(self, name: str, parse: Callable[[str], Any]) -> Any:
+	def parsed(self, name: str, parse: Callable[[str], Any], by: str = "") -> Any:
 		"""A file as `parse` reads it, or None."""
 		try:
 			self.count += 1
 			return parse((self.folder / name).read_text(encoding="utf-8"))
 		except Exception as error:  # whatever a strange file raises
 			fault = error.strerror if isinstance(error, OSError) else error
-			self.expect(False, name, fault, "a file that can be read (of code: by Python 3.10)")
+			self.expect(False, name, fault, f"a file that can be read{by}")
 
 	def files(self) -> None:
 		"""That names fit, and nothing is there that should not be."""
@@ -110,8 +117,7 @@ class Check:
 		"""That a log's lines agree."""
 		file, trained = run.path.name, run.steps * run.step_ms / 1000
 		code, model, total = (run.sizes.get(name, -1) for name in ("code", "model", "total"))
-		size = (self.folder / PROGRAM).stat().st_size
-		self.expect(code == size, file, f"Code size: {code}", f"{size}, of {PROGRAM}")
+		self.expect(code == self.size, file, f"Code size: {code}", f"{self.size}, of {PROGRAM}")
 		whole = model > 0 and code + model == total
 		self.expect(whole, file, f"{code} + {model} = {total} bytes", "the sum, in three lines")
 		for name, *exact in re.findall(

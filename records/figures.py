@@ -66,13 +66,13 @@ def arms_of(runs: Iterable[Run]) -> dict[str, list[Run]]:
 
 
 def scored(runs: Iterable[Run]) -> list[Run]:
-	"""Those that came to a score."""
-	return [run for run in runs if run.finished and run.final]
+	"""Those that came to a score of the artifact."""
+	return [run for run in runs if run.finished and run.scores.keys() - {"float"}]
 
 
 def why(run: Run) -> str:
 	"""The line that tells best why a run has no score."""
-	lines = [line for line in run.reason.splitlines() if line.strip()] or ["no reason is told"]
+	lines = [line for line in run.reason.splitlines() if line.strip()] or ["its log ends too early"]
 	return lines[-1 if lines[0].startswith("Traceback") else 0].strip()[:200]
 
 
@@ -159,7 +159,7 @@ def block(runs: list[Run], main: str, base: str) -> str:
 		try:
 			lines += [markdown_table(runs, base, done[0].final).strip(), ""]
 		except ValueError as error:  # as where an arm has one seed
-			lines += [f"The arms are not compared: {' '.join(str(error).split())}.", ""]
+			lines += [f"The arms are not compared: {str(error).splitlines()[0]}.", ""]
 	lines += [*runs_table(runs), "", *limits_table(done), "", "## Commands", ""]
 	lines += ["Each seed of the table takes its place in SEED.", ""]
 	for name, arm in arms.items():

@@ -143,8 +143,8 @@ def check_source(expect: Expect, tree: ast.Module, needs: str) -> None:
 			faults.append((f"{name} reads {sees[0]}", f"nobody to, but {sorted(READ_VAL)}"))
 		if name == "main" and all(is_idle(statement) for statement in body):
 			faults.append(("main does nothing", "a program"))
-	guard = any(isinstance(n, ast.If) and "'__main__'" in ast.unparse(n.test) for n in tree.body)
-	expect(guard, PROGRAM, "no guard", "if __name__ == '__main__'")
+	guards = [ast.unparse(node.test) for node in tree.body if isinstance(node, ast.If)]
+	expect("__name__ == '__main__'" in guards, PROGRAM, "no guard", "if __name__ == '__main__'")
 	expect(not faults, PROGRAM, *(faults[0] if faults else ("", "")))
 	for found, needed in faults[1:]:
 		expect(False, PROGRAM, found, needed)
@@ -164,29 +164,28 @@ def functions(tree: ast.Module) -> Iterator[tuple[str, list[ast.stmt], str]]:
 				yield inner.name, inner.body, ast.unparse(inner)
 
 
-def run(folder: Path, hook: Path, *command: str, **settings: str) -> subprocess.CompletedProcess:
-	"""Run Python in a folder, without network or GPU; status 124 if it lasts too long."""
+def run(folder: Path, hook: Path, *command: str, **settings: str) -> tuple[int, list[str]]:
+	"""Status and lines of Python in a folder, without network or GPU; 124 if it lasts too long."""
 	kept = {name: os.environ[name] for name in KEPT if name in os.environ}
 	env = {**kept, "PYTHONPATH": str(hook), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-	try:
-		return subprocess.run(
+	screen = hook / "screen"
+	with screen.open("wb") as out:  # no pipe, which what it leaves behind could hold open
+		process = subprocess.Popen(
 			[sys.executable, "-B", *command],
 			cwd=folder,
 			env=env | settings,
 			stdin=subprocess.DEVNULL,
-			capture_output=True,
-			encoding="utf-8",
-			errors="replace",
-			check=False,
-			timeout=SECONDS,
+			stdout=out,
+			stderr=out,
 		)
-	except subprocess.TimeoutExpired:
-		return subprocess.CompletedProcess(command, 124, "", f"it lasts longer than {SECONDS} s")
-
-
-def last_line(done: subprocess.CompletedProcess) -> str:
-	"""The last that it said."""
-	return ([line for line in (done.stdout + done.stderr).splitlines() if line.strip()] or [""])[-1]
+		try:
+			status, lines = process.wait(SECONDS), []
+		except subprocess.TimeoutExpired:
+			status, lines = 124, [f"it lasts longer than {SECONDS} s"]
+			process.kill()
+			process.wait()
+	text = screen.read_text(encoding="utf-8", errors="replace")
+	return status, [line for line in text.splitlines() if line.strip()] + lines
 
 
 @contextmanager
@@ -203,11 +202,11 @@ def copied(folder: Path) -> Iterator[tuple[Path, Path]]:
 def check_import(expect: Expect, folder: Path) -> None:
 	"""That importing it does nothing, and its model is built and gives a loss on a CPU."""
 	with copied(folder) as (copy, hook):
-		done = run(copy, hook, "-c", IMPORT)
+		_, lines = run(copy, hook, "-c", IMPORT)
 	try:
-		told = json.loads(done.stdout.splitlines()[-1])
+		told = json.loads(lines[-1])
 	except (ValueError, IndexError):
-		expect(False, PROGRAM, f"import: {last_line(done)}", "an import and GPT(h) on a CPU")
+		expect(False, PROGRAM, f"import: {' '.join(lines[-1:])}", "an import and GPT(h) on a CPU")
 		return
 	found = ", ".join(told["effects"])
 	expect(not found, PROGRAM, f"import: {found}", "an import that does nothing")
@@ -239,17 +238,17 @@ def check_run(expect: Expect, folder: Path) -> None:
 			write_shard(copy / data / "fineweb_train_000000.bin", range(40))
 			write_shard(copy / data / "fineweb_val_000000.bin", range(50 + 5 * n, 55 + 5 * n))
 			settings = train_gpt.assignments(TINY) | {"RUN_ID": logs.name, "DATA_PATH": data}
-			done = run(copy, hook, PROGRAM, **settings)
+			status, lines = run(copy, hook, PROGRAM, **settings)
 			try:
 				result = json.loads((logs / "result.json").read_text(encoding="utf-8"))
 				artifacts.append((logs / train_gpt.ARTIFACT).read_bytes())
 				scores.append(result["scores"]["plain"]["val_bpb"])
 				total = (folder / PROGRAM).stat().st_size + len(artifacts[-1])
-				found, good = result["bytes"]["total"], done.returncode in (0, 1)
+				found, good = result["bytes"]["total"], status in (0, 1)
 				expect(found == total, PROGRAM, f"a run counts {found} bytes", total)
 			except (OSError, ValueError, KeyError, TypeError):
 				good = False
-			found = f"a tiny run: status {done.returncode}, {last_line(done)}"
+			found = f"a tiny run: status {status}, {' '.join(lines[-1:])}"
 			expect(good, PROGRAM, found, "status 0 or 1 and result.json with a score")
 			if not good:
 				break

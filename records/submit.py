@@ -73,6 +73,8 @@ def collect(paths: list[Path], alone: str) -> tuple[list[Run], list[str]]:
 		seed = {"seed": int(folder.name[4:])} if re.fullmatch(r"seed\d+", folder.name) else {}
 		name = folder.parent.name if of_trial else alone
 		runs.append(replace(run, path=folder, name=name, settings=seed | run.settings))
+	if not runs:
+		raise ValueError(f"{', '.join(map(str, paths))}: no run is there")
 	return runs, faults
 
 
@@ -147,18 +149,18 @@ def build(folder: Path, runs: list[Run], args: argparse.Namespace) -> None:
 	needs.insert(0, f"torch=={first.machine['torch'].partition('+')[0]}")  # as it ran
 	(folder / NEEDS).write_text("\n".join([*needs, ""]), encoding="utf-8")
 	prose = args.text.read_text(encoding="utf-8").strip() + "\n\n" if args.text else ""
-	for path in drawn(runs, folder, len(arms)) if args.plots else []:
+	for path in drawn(runs, folder, base) if args.plots else []:
 		prose += f"![{path.stem}]({path.name})\n\n"
 	about |= {"figures": block(logged, main, base), "prose": prose}
 	(folder / TEXT).write_text(README.format(**about), encoding="utf-8")
 
 
-def drawn(runs: list[Run], folder: Path, arms: int) -> list[Path]:
-	"""Pictures of the runs."""
+def drawn(runs: list[Run], folder: Path, base: str) -> list[Path]:
+	"""Pictures of the runs; of several arms, where each stands to the base."""
 	from plot import draw
 
-	kinds = ["loss", "scores"][: 1 + (arms > 1)]
-	paths = [path for kind in kinds for path in draw(runs, kind, folder)]
+	kinds = ("loss", "scores") if base else ("loss",)
+	paths = [path for kind in kinds for path in draw(runs, kind, folder, base=base)]
 	return [path for path in paths if path.suffix == ".png"]
 
 
@@ -171,19 +173,18 @@ def submit(args: argparse.Namespace) -> tuple[Path, list[str]]:
 		args.main = next(iter(arms))
 	args.base = args.base or args.main
 	for option in ("main", "base"):
-		if (name := getattr(args, option)) not in arms:
-			faults.append(f"--{option}: {name}; needed: one of {', '.join(arms)}")
+		if not scored(arms.get(name := getattr(args, option), [])):
+			faults.append(f"--{option}: {name}; needed: an arm with scores, of {', '.join(arms)}")
 	if target.exists():
 		faults.append(f"{target}: is there; needed: another --name or --date")
 	if not re.fullmatch(r"[\w.+=-]+", args.name):
 		faults.append(f"--name: {args.name}; needed: letters, digits and _ . + = -")
-	for run in arms.get(args.main, []):
-		if run not in scored([run]):
-			faults.append(f"{run.path}: {run.status}: {why(run)}; needed: a score, in --main")
 	if not scored(arms.get(args.main, [])):
+		of_main = arms.get(args.main, [])
+		faults += [f"{run.path}: {run.status}: {why(run)}; needed: a score" for run in of_main]
 		return target, faults
 	with tempfile.TemporaryDirectory() as folder:
-		staged = Path(folder, *target.parts[-2:])
+		staged = Path(folder, args.track, re.sub(r"[^\w.+=-]", "_", f"{args.date}_{args.name}"))
 		build(staged, runs, args)
 		faults += faults_of(staged, run=False)
 		if not faults:
