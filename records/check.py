@@ -45,11 +45,9 @@ class Check:
 		self.folder, self.count = folder, 0
 		self.runs, self.faults = figures.read_logs(folder)
 		self.arms = figures.arms_of(self.runs)
-		program = folder / PROGRAM
-		there = program.is_file()
-		self.size, self.code = (
-			(program.stat().st_size, figures.sha256(program)) if there else (0, "")
-		)
+		self.size, self.code, path = 0, "", folder / PROGRAM
+		if path.is_file():
+			self.size, self.code = path.stat().st_size, figures.sha256(path)
 		self.needs = self.parsed(NEEDS, str) or ""
 		told = self.parsed(FIGURES, lambda text: json.loads(text, parse_constant=no_constant))
 		self.told = told if isinstance(told, dict) else {}
@@ -115,24 +113,20 @@ class Check:
 
 	def log(self, run: Run, text: str) -> None:
 		"""That a log's lines agree."""
-		file, trained = run.path.name, run.steps * run.step_ms / 1000
+		file, trained = run.path.name, run.steps and run.step_ms * run.steps / 1000
 		code, model, total = (run.sizes.get(name, -1) for name in ("code", "model", "total"))
 		self.expect(code == self.size, file, f"Code size: {code}", f"{self.size}, of {PROGRAM}")
 		whole = model > 0 and code + model == total
 		self.expect(whole, file, f"{code} + {model} = {total} bytes", "the sum, in three lines")
-		for name, *exact in re.findall(
-			r"^(.+)_exact val_loss:([\d.]+) val_bpb:([\d.]+)", text, re.M
-		):
-			line = re.search(rf"^{re.escape(name)} val_loss:([\d.]+) val_bpb:([\d.]+)", text, re.M)
-			pairs = zip(
-				map(float, line.groups() if line else [0, 0]), map(float, exact), strict=True
-			)
-			near = all(abs(a - b) < 5.01e-5 for a, b in pairs)
-			self.expect(near, file, line and line[0], f"{' '.join(exact)}, of {name}_exact")
-			if name == "final_int8_zlib_roundtrip":
-				score = run.scores[run.final]
-				same = [float(x) for x in exact] == [score.val_loss, score.val_bpb]
-				self.expect(same, file, f"{name}_exact {exact}", f"the score by {run.final}")
+		lines = re.findall(r"^(.+) val_loss:([\d.]+) val_bpb:([\d.]+)", text, re.M)
+		scores = {name: [float(x) for x in score] for name, *score in lines}
+		for name in (name for name in scores if f"{name}_exact" in scores):
+			short, exact = scores[name], scores[f"{name}_exact"]
+			near = all(abs(a - b) < 5.01e-5 for a, b in zip(short, exact, strict=True))
+			self.expect(near, file, f"{name} {short}", f"{exact}, as of {name}_exact")
+		final = [run.scores[run.final].val_loss, run.scores[run.final].val_bpb]
+		last = scores.get("final_int8_zlib_roundtrip_exact", final)
+		self.expect(last == final, file, f"last score {last}", f"{final}, by {run.final}")
 		told, rounding = figures.train_seconds(run), 0.1 + 1e-5 * run.steps
 		found = f"{told:.1f} s of training"
 		self.expect(trained <= told + rounding, file, found, f"{trained:.1f}, as of its steps")
@@ -169,9 +163,10 @@ class Check:
 		file, seeds = "train_seed<N>.log", len({run.seed for run in self.done})
 		self.expect(seeds >= RECORD_SEEDS, file, f"{seeds} seeds", f"{RECORD_SEEDS} or more")
 		for run in self.done:
-			file, on = run.path.name, str(figures.hardware(run))
+			file, on = run.path.name, figures.hardware(run) or "hardware not told"
 			for name, (found, most) in figures.limits_of([run]).items():
 				self.expect(found <= most, file, f"{found:,} {name}", f"at most {most:,}")
+			self.expect(run.steps, file, "no training", "the steps of its training")
 			self.expect(run.status == "ok", file, f"{run.status} {run.verdicts}", "PASS")
 			right = run.ranks == RECORD_RANKS and RECORD_GPU in on
 			self.expect(right, file, on, f"{RECORD_RANKS}x{RECORD_GPU}")

@@ -108,11 +108,13 @@ def imported(node: ast.AST) -> list[str]:
 	return []
 
 
-def used(node: ast.AST) -> str:
-	"""The name that is read here, of a variable or an attribute."""
+def used(node: ast.AST) -> set[str]:
+	"""The names that are read here: of a variable, an attribute, or out of a module."""
 	if isinstance(node, ast.Attribute):
-		return node.attr if node.attr not in METHODS else ""
-	return node.id if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) else ""
+		return {node.attr} - METHODS
+	if isinstance(node, ast.ImportFrom):
+		return {alias.name for alias in node.names}
+	return {node.id} if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) else set()
 
 
 def check_source(expect: Expect, tree: ast.Module, needs: str) -> None:
@@ -128,8 +130,7 @@ def check_source(expect: Expect, tree: ast.Module, needs: str) -> None:
 		at = f"line {getattr(node, 'lineno', 0)}:"
 		for name in imported(node):
 			imports.setdefault(name, at)
-		if (name := used(node)) in calls:
-			faults.append((f"{at} {name}", calls[name]))
+		faults += [(f"{at} {name}", calls[name]) for name in used(node) & calls.keys()]
 		if isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes)):
 			longest = max(map(len, node.value.split()), default=0)
 			if longest >= PACKED:
@@ -138,7 +139,7 @@ def check_source(expect: Expect, tree: ast.Module, needs: str) -> None:
 		needed = modules.get(name, f"modules of Python or of {NEEDS}")
 		expect(name in known and name not in modules, PROGRAM, f"{at} import {name}", needed)
 	for name, body, text in functions(tree):
-		sees = re.search(r"\b(data\.val\b|fineweb_val|'val')", text)
+		sees = re.search(r"\bdata\.val\b|fineweb_val|'val'", text)
 		if sees and name not in READ_VAL:
 			faults.append((f"{name} reads {sees[0]}", f"nobody to, but {sorted(READ_VAL)}"))
 		if name == "main" and all(is_idle(statement) for statement in body):

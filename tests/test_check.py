@@ -274,17 +274,17 @@ PLANTS = {
 	"rounded line": (
 		"study",
 		change(SEED7, r"^(final_int6_sliding_window val_loss:\S+ val_bpb:)\S+", r"\g<1>1.1000"),
-		rf"{SEED7}: final_int6_sliding_window .*val_bpb:1.1000; needed: \d.*, of final",
+		rf"{SEED7}: final_int6_sliding_window \[.*, 1.1\]; needed: .*, as of final_int6_sliding",
 	),
 	"exact line": (
 		"study",
 		change(SEED7, r"^(final_int6_sliding_window_exact .* val_bpb:)\d", r"\g<1>1"),
-		rf"{SEED7}: final_int6_sliding_window val.*; needed: \S+ 1\.\d+, of final",
+		rf"{SEED7}: final_int6_sliding_window .*; needed: \[.*, 1\.\d+\], as of final_int6_sliding",
 	),
 	"the last line": (
 		"study",
 		change(SEED7, r"^(final_int8_zlib_roundtrip_exact .* val_bpb:\d\.\d{6})\d\d", r"\g<1>00"),
-		rf"{SEED7}: final_int8_zlib_roundtrip_exact .*; needed: the score by sliding",
+		rf"{SEED7}: last score .*; needed: .*, by sliding",
 	),
 	"a score of other text": (
 		"study",
@@ -404,6 +404,11 @@ PLANTS = {
 		code("def fetch():\n\tos.system('curl example.org')"),
 		rf"{PROGRAM}: line \d+: system; needed: no other program",
 	),
+	"another program by another name": (
+		"study",
+		code("def fetch():\n\tfrom os import system as ask\n\task('curl example.org')"),
+		rf"{PROGRAM}: line \d+: system; needed: no other program",
+	),
 	"hidden code": (
 		"study",
 		code("exec(__import__('base64').b64decode('cGFzcw=='))"),
@@ -436,6 +441,13 @@ PLANTS = {
 		change(PROGRAM, r"^\tclock, average = train\(", "\tlen(data.val)\n\\g<0>"),
 		rf"{PROGRAM}: run reads data.val; needed: nobody to, but",
 	),
+	"validation shards in training": (
+		"study",
+		change(
+			PROGRAM, r"^\tclock, average = train\(", "\tTokenStream(data.folder, 'val', 1)\n\\g<0>"
+		),
+		rf"{PROGRAM}: run reads 'val'; needed: nobody to, but",
+	),
 	# The record track
 	"two seeds": ("record", without(SEED7), "train_seed<N>.log: 2 seeds; needed: 3 or more"),
 	"oversize": (
@@ -457,6 +469,11 @@ PLANTS = {
 		"record",
 		change(SEED7, r"^(limit:eval_seconds .*) PASS", r"\1 FAIL"),
 		rf"{SEED7}: over a limit .*; needed: PASS",
+	),
+	"no training": (
+		"record",
+		change(SEED7, r"^(step:.*\n)+(?s:.*)^(step:.*\n)", ""),
+		rf"{SEED7}: no training; needed: the steps of its training",
 	),
 	"another GPU": (
 		"record",
