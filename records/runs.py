@@ -110,7 +110,7 @@ def read_run(path):
 	path = Path(path)
 	try:
 		return read_folder(path) if path.is_dir() else read_log(path)
-	except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+	except (OSError, ArithmeticError, ValueError, KeyError, TypeError, AttributeError) as error:
 		raise RunError(f"{path}: not a run: {error or type(error).__name__}") from None
 
 

@@ -107,3 +107,20 @@ def compile_counted(function: Callable[..., Any]) -> tuple[Callable[..., Any], l
 
 	torch.compiler.reset()
 	return torch.compile(function, backend=backend, dynamic=False, fullgraph=True), programs
+
+
+@pytest.fixture(scope="session")
+def finished(byte_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+	"""Runs as a sweep leaves them: of three seeds, of two without bigrams, and one that failed."""
+	folder = tmp_path_factory.mktemp("runs")
+	base = {**TINY, "NUM_LAYERS": "2", "ITERATIONS": "6", "DATA_PATH": str(byte_corpus)}
+	arms = {
+		"tiny": ({}, (1337, 42, 7), 0),
+		"plain": ({"BIGRAM_VOCAB_SIZE": "0"}, (1337, 42), 0),
+		"lost": ({"ADAM_EPS": "1e18", "TIED_EMBED_LR": "1e18"}, (42,), 4),
+	}
+	for name, (changes, seeds, status) in arms.items():
+		for seed in seeds:
+			own = {"SEED": str(seed), "RUN_DIR": str(folder / name / f"seed{seed}")}
+			assert tg.main([], {**base, **changes, **own}) == status
+	return folder

@@ -1,0 +1,314 @@
+"""Check a submission folder: every figure against its logs, the rules, and that its program runs.
+
+    python records/check.py records/track_10min_16mb/2026-03-25_Name
+
+Each fault is a line: the file, what it holds, what is needed. Exit status: 0 no fault, 1 faults,
+2 no folder. What the program does is tried on a CPU, without a network, in a copy of the folder.
+"""
+
+import argparse
+import ast
+import json
+import math
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import date
+from itertools import combinations, zip_longest
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parent)]
+
+import figures
+import program
+from figures import BEGIN, END, FIGURES, LOG_NAME, NEEDS, PROGRAM, RECORD, TEXT, TRACKS
+from runs import INCIDENTAL, Run, train_gpt
+
+RECORD_SEEDS = 3
+RECORD_RANKS, RECORD_GPU = 8, "H100"
+# An absolute path of two names or more: it may say whose machine it is of.
+MACHINE_PATH = re.compile(
+	r"(?<![\w./\\])(?:~\w*)?(?:/[^\s/:;,'\"()<>|]+){2,}|\b[A-Za-z]:\\[^\s:'\"]+"
+)
+UNPROVEN = """\
+not proven: that the runs took place, on that hardware; which text was scored, but for its bytes;
+that the program does at full size as at the tiny one (no network, weights that no validation text
+changes); that a score comes before learning from its text."""
+
+
+class Check:
+	"""A submission folder and what is wrong with it; a method for each part of the check."""
+
+	def __init__(self, folder: Path) -> None:
+		self.folder, self.count = folder, 0
+		self.runs, self.faults = figures.read_logs(folder)
+		self.arms = figures.arms_of(self.runs)
+		self.size, self.code, path = 0, "", folder / PROGRAM
+		if path.is_file():
+			self.size, self.code = path.stat().st_size, figures.sha256(path)
+		self.needs = self.parsed(NEEDS, str) or ""
+		told = self.parsed(FIGURES, lambda text: json.loads(text, parse_constant=no_constant))
+		self.told = told if isinstance(told, dict) else {}
+		by = " by Python 3.10"
+		self.tree = self.parsed(PROGRAM, lambda x: ast.parse(x, feature_version=(3, 10)), by)
+		main, base = (str(self.told.get(key, "")) for key in ("main", "base"))
+		self.main = main if main in self.arms else next(iter(self.arms), "")
+		self.base = base if base in self.arms else self.main
+		self.done = figures.scored(self.arms.get(self.main, []))
+
+	def expect(self, holds: object, file: str, found: object, needed: object) -> None:
+		"""Count a check, and keep the fault."""
+		self.count += 1
+		if not holds:
+			self.faults.append(" ".join(f"{file}: {found}; needed: {needed}".split()))
+
+	def parsed(self, name: str, parse: Callable[[str], Any], by: str = "") -> Any:
+		"""A file as `parse` reads it, or None."""
+		try:
+			self.count += 1
+			return parse((self.folder / name).read_text(encoding="utf-8"))
+		except Exception as error:  # whatever a strange file raises
+			fault = error.strerror if isinstance(error, OSError) else error
+			self.expect(False, name, fault, f"a file that can be read{by}")
+
+	def files(self) -> None:
+		"""That names fit, and nothing is there that should not be."""
+		self.expect(self.runs, "train_seed<N>.log", "none", "one for each seed")
+		for path in sorted(self.folder.iterdir()):
+			code = path.suffix in (".py", ".pyc", ".so") and path.name != PROGRAM
+			self.expect(not code, path.name, "code beside the program", f"all in {PROGRAM}")
+			if path.suffix in (".log", ".md", ".json", ".txt"):
+				found = MACHINE_PATH.search(path.read_text(encoding="utf-8", errors="replace"))
+				self.expect(not found, path.name, found and found[0], "no path of a machine")
+		track, name = self.told.get("track"), f"{self.told.get('date')}_{self.told.get('name')}"
+		at = self.folder.resolve()
+		self.expect(at.parent.name in TRACKS, "folder", f"in {at.parent.name}", " or ".join(TRACKS))
+		self.expect(at.parent.name == f"track_{track}", FIGURES, f"track {track}", at.parent.name)
+		self.expect(at.name == name, "folder", at.name, f"{name}, by {FIGURES}")
+
+	def logs(self) -> None:
+		"""That each log is whole, agrees with itself and the program, and is no copy."""
+		texts = [run.path.read_text(encoding="utf-8", errors="replace") for run in self.runs]
+		for run, text in zip(self.runs, texts, strict=True):
+			file, named = run.path.name, LOG_NAME.fullmatch(run.path.name)
+			self.expect(named, file, "its name", "train_seed<N>.log or train_<arm>_seed<N>.log")
+			of_name = {named["seed"]} if named and named["seed"] else {str(run.seed)}
+			seeds = set(re.findall(r"\bseed:(\d+)", text)) or {*["not told"] * run.finished}
+			self.expect(seeds <= of_name, file, f"seed {' '.join(seeds)}", " ".join(of_name))
+			if run in figures.scored([run]):
+				self.log(run, text)
+			else:
+				found = f"{run.status}: {figures.why(run)}"
+				self.expect(run.name != self.main, file, found, "a score")
+		for (one, a), (other, b) in combinations(zip(self.runs, texts, strict=True), 2):
+			same = ["the text"] * (a == b)
+			if one.name == other.name:
+				same += ["the scores"] * (exact(one) == exact(other) != {})
+				same += ["the losses"] * (losses(one) == losses(other) != [])
+			self.expect(
+				not same, other.path.name, f"{', '.join(same)} of {one.path.name}", "its own"
+			)
+
+	def log(self, run: Run, text: str) -> None:
+		"""That a log's lines agree."""
+		file, trained = run.path.name, run.steps and run.step_ms * run.steps / 1000
+		code, model, total = (run.sizes.get(name, -1) for name in ("code", "model", "total"))
+		self.expect(code == self.size, file, f"Code size: {code}", f"{self.size}, of {PROGRAM}")
+		whole = model > 0 and code + model == total
+		self.expect(whole, file, f"{code} + {model} = {total} bytes", "the sum, in three lines")
+		lines = re.findall(r"^(.+) val_loss:([\d.]+) val_bpb:([\d.]+)", text, re.M)
+		scores = {name: [float(x) for x in score] for name, *score in lines}
+		for name in (name for name in scores if f"{name}_exact" in scores):
+			short, exact = scores[name], scores[f"{name}_exact"]
+			near = all(abs(a - b) < 5.01e-5 for a, b in zip(short, exact, strict=True))
+			self.expect(near, file, f"{name} {short}", f"{exact}, as of {name}_exact")
+		final = [run.scores[run.final].val_loss, run.scores[run.final].val_bpb]
+		last = scores.get("final_int8_zlib_roundtrip_exact", final)
+		self.expect(last == final, file, f"last score {last}", f"{final}, by {run.final}")
+		told, rounding = figures.train_seconds(run), 0.1 + 1e-5 * run.steps
+		found = f"{told:.1f} s of training"
+		self.expect(trained <= told + rounding, file, found, f"{trained:.1f}, as of its steps")
+		told, of_lines = figures.eval_seconds(run), figures.eval_seconds(replace(run, seconds={}))
+		found = f"{told:.1f} s of scoring"
+		self.expect(of_lines <= told + rounding, file, found, f"{of_lines:.1f}, as of its scores")
+		if "model_dim" in run.settings:  # of our program
+			self.expect(len(run.verdicts) == 3, file, f"limits: {run.verdicts}", "three verdicts")
+
+	def arms_alike(self) -> None:
+		"""That the runs of an arm differ by their seeds alone."""
+		for arm in self.arms.values():
+			seeds = [run.seed for run in arm]
+			self.expect(
+				len({*seeds}) == len(seeds), arm[0].path.name, f"seeds {seeds}", "each once"
+			)
+			ratios = {
+				f"{run.path.name} {name}": score.val_loss / score.val_bpb if score.val_bpb else 0
+				for run in figures.scored(arm)
+				for name, score in run.scores.items()
+			}
+			alike = not ratios or max(ratios.values()) <= min(ratios.values()) * (1 + 1e-6)
+			self.expect(alike, arm[0].path.name, f"nats a bit {ratios}", "one, as of one text")
+			for run in arm[1:]:
+				pairs = {name: (run.settings.get(name), of) for name, of in arm[0].settings.items()}
+				other = {k: v for k, v in pairs.items() if v[0] != v[1] and k not in INCIDENTAL}
+				same = not other or not figures.scored([run])
+				self.expect(same, run.path.name, other, f"the settings of {arm[0].path.name}")
+
+	def record(self) -> None:
+		"""The rules of the record track."""
+		if self.folder.resolve().parent.name != RECORD:
+			return
+		file, seeds = "train_seed<N>.log", len({run.seed for run in self.done})
+		self.expect(seeds >= RECORD_SEEDS, file, f"{seeds} seeds", f"{RECORD_SEEDS} or more")
+		for run in self.done:
+			file, on = run.path.name, figures.hardware(run) or "hardware not told"
+			for name, (found, most) in figures.limits_of([run]).items():
+				self.expect(found <= most, file, f"{found:,} {name}", f"at most {most:,}")
+			self.expect(run.steps, file, "no training", "the steps of its training")
+			self.expect(run.status == "ok", file, f"{run.status} {run.verdicts}", "PASS")
+			right = run.ranks == RECORD_RANKS and RECORD_GPU in on
+			self.expect(right, file, on, f"{RECORD_RANKS}x{RECORD_GPU}")
+			size = run.scores[run.final].bytes
+			right = math.isclose(size, train_gpt.VAL_BYTES, rel_tol=1e-4)
+			self.expect(
+				right, file, f"{size} bytes scored", f"{train_gpt.VAL_BYTES}, the challenge's"
+			)
+
+	def submission(self) -> None:
+		"""submission.json: that it says who and what, and each figure as the logs have it."""
+		for key in ("author", "github_id", "name", "blurb", "date", "track"):
+			value = self.told.get(key)
+			self.expect(
+				isinstance(value, str) and value.strip(), FIGURES, f"{key}: {value}", "text"
+			)
+		day = str(self.told.get("date"))
+		try:
+			right = str(date.fromisoformat(day)) == day
+		except ValueError:
+			right = False
+		self.expect(right, FIGURES, f"date: {day}", "YYYY-MM-DD")
+		self.expect(self.done, "train_seed<N>.log", "no run with a score", "one in the main arm")
+		if not self.done:
+			return
+		needed = flat(figures.submission(self.runs, self.main, self.base))
+		told = flat(self.told)
+		for key, value in needed.items():
+			found = told.get(key, "missing")
+			same = value is None or (type(found) is type(value) and found == value)
+			self.expect(same, FIGURES, f"{key}: {found}", f"{value}, by the logs")
+		for key in (key for key in needed if key.endswith(".val_bpb")):
+			at = key.removesuffix("val_bpb")
+			found = told.get(f"{at}code_sha256")
+			self.expect(
+				found == self.code,
+				FIGURES,
+				f"{at}code_sha256: {found}",
+				f"{self.code}, of {PROGRAM}",
+			)
+			found = str(told.get(f"{at}val_sha256"))
+			right = re.fullmatch("[0-9a-f]{64}", found)
+			self.expect(
+				right, FIGURES, f"{at}val_sha256: {found}", "the SHA-256 of the text scored"
+			)
+		for key in sorted(told.keys() - needed.keys()):
+			known = not re.match(r"(arms|seed_results)\.", key) or key.endswith("_sha256")
+			self.expect(known, FIGURES, f"{key}: {told[key]}", "only what the logs have")
+
+	def readme(self) -> None:
+		"""README: that its figures are those made of the logs, and what it shows is there."""
+		text = self.parsed(TEXT, str) or ""
+		found = re.search(f"{re.escape(BEGIN)}.*{re.escape(END)}", text, re.DOTALL)
+		self.expect(found, TEXT, "no block of figures", f"{BEGIN} ... {END}")
+		if found and self.done:
+			needed = figures.block(self.runs, self.main, self.base).splitlines()
+			for a, b in zip_longest(found[0].splitlines(), needed, fillvalue="no line"):
+				self.expect(a == b, TEXT, a, f"{b}, by the logs")
+		for name in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text):
+			self.expect(
+				"://" in name or (self.folder / name).is_file(),
+				TEXT,
+				f"{name}, which is missing",
+				"a picture",
+			)
+
+	def source(self) -> None:
+		"""The program as it reads."""
+		if self.tree:
+			program.check_source(self.expect, self.tree, self.needs)
+		for run in self.done[:1]:
+			torch = f"torch=={run.machine.get('torch', '').partition('+')[0]}"
+			right = torch in self.needs.split() or not run.machine
+			self.expect(right, NEEDS, self.needs, f"{torch}, as it ran")
+
+	def imports(self) -> None:
+		"""The program as reviewers import it."""
+		program.check_import(self.expect, self.folder)
+
+	def runs_alone(self) -> None:
+		"""The program as it runs."""
+		program.check_run(self.expect, self.folder)
+
+
+def no_constant(name: str) -> None:
+	"""Refuse what is no JSON."""
+	raise ValueError(f"{name} is no number")
+
+
+def flat(told: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+	"""A tree of figures by dotted keys."""
+	leaves = {}
+	for key, value in told.items():
+		inner = isinstance(value, dict)
+		leaves |= flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+	return leaves
+
+
+def exact(run: Run) -> dict[str, Any]:
+	"""The scores of a run, to the last digit."""
+	return {name: (score.val_loss, score.val_bpb) for name, score in run.scores.items()}
+
+
+def losses(run: Run) -> list[float]:
+	"""The training losses of a run."""
+	return [loss for _, _, loss in run.curve]
+
+
+def check(folder: Path, run: bool = True) -> Check:
+	"""The folder checked; without `run`, nothing of its program is run."""
+	found = Check(folder)
+	parts = [found.files, found.logs, found.arms_alike, found.record, found.submission]
+	parts += [found.readme, found.source, *[found.imports, found.runs_alone] * run]
+	for part in parts:
+		try:
+			part()
+		except Exception as error:  # whatever a strange folder raises
+			found.expect(False, "folder", f"{part.__name__}: {error!r:.300}", "what can be checked")
+	return found
+
+
+def faults_of(folder: Path, run: bool = True) -> list[str]:
+	"""All that is wrong with a submission folder, a line each."""
+	return check(folder, run).faults
+
+
+def main(argv: list[str]) -> int:
+	"""The program; its exit status."""
+	parser = argparse.ArgumentParser(
+		description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+	)
+	parser.add_argument("folder", type=Path)
+	parser.add_argument("--no-run", action="store_true", help="run nothing of the program")
+	args = parser.parse_args(argv)
+	if not args.folder.is_dir():
+		print(f"error: {args.folder}: no folder", file=sys.stderr)
+		return 2
+	found = check(args.folder, not args.no_run)
+	print("\n".join(found.faults or [f"ok: {found.count} checks"]))
+	print(UNPROVEN)
+	return int(bool(found.faults))
+
+
+if __name__ == "__main__":
+	sys.exit(main(sys.argv[1:]))

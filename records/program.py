@@ -1,0 +1,265 @@
+"""What a submission's program is and does: by its source, its import, and two tiny runs of it.
+
+Each function tells what it finds to `expect(holds, file, found, needed)`.
+"""
+
+import ast
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+sys.path[:0] = [str(Path(__file__).resolve().parent)]
+
+from figures import NEEDS, PROGRAM
+from runs import train_gpt
+
+Expect = Callable[[object, str, object, object], None]
+
+# Modules and calls that a program has no need for, and what it needs instead.
+MODULES = {
+	"no network": "aiohttp asyncio boto3 datasets ftplib gdown http httpx huggingface_hub paramiko "
+	"requests smtplib socket socketserver ssl telnetlib transformers urllib urllib3 wandb xmlrpc",
+	"no other program, for it might use the network": "multiprocessing pty subprocess",
+	"code that can be read": "base64 builtins code codeop ctypes importlib marshal pickle runpy",
+}
+CALLS = {
+	"no network": "download_url_to_file from_pretrained hf_hub_download load_dataset "
+	"load_state_dict_from_url snapshot_download urlopen urlretrieve",
+	"no other program, for it might use the network": "execv execve execvp popen posix_spawn "
+	"spawnl spawnv system",
+	"code that can be read": "__import__ compile eval exec",
+}
+METHODS = {"compile", "eval"}  # harmless as such
+OPTIONAL = {"flash_attn", "flash_attn_interface"}  # modules that it can do without
+READ_VAL = {"load_data", "evaluate", "finish"}  # the last for its hash
+PACKED = 1000  # characters without a space that are no text
+
+# A model of which a run takes seconds; of bytes, so that no tokenizer is needed.
+TINY = (
+	"VOCAB_SIZE=260 NUM_LAYERS=2 MODEL_DIM=32 NUM_HEADS=2 NUM_KV_HEADS=1 ROPE_DIMS=4 "
+	"BIGRAM_VOCAB_SIZE=64 BIGRAM_DIM=8 TRAIN_SEQ_LEN=64 TRAIN_BATCH_TOKENS=512 ITERATIONS=6 "
+	"WARMDOWN_ITERS=3 MAX_WALLCLOCK_SECONDS=0 VAL_LOSS_EVERY=0 VAL_BATCH_SIZE=8192 EVAL_STRIDE=32"
+)
+KEPT = "PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH", "SYSTEMROOT"  # of the environment
+SECONDS = 300  # that a process may take
+IMPORT_SECONDS = 1.0  # of the processor, beside torch's
+
+# Python runs it at each start: who asks for the network is noted and refused.
+NO_NETWORK = """
+import os, sys
+NOTES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "asked")
+def refuse(event, args):
+	if event in ("socket.connect", "socket.sendto", "socket.getaddrinfo", "socket.gethostbyname"):
+		host = args[1 if event in ("socket.connect", "socket.sendto") else 0]
+		host = host[0] if isinstance(host, tuple) else host
+		if host not in ("localhost", "127.0.0.1", "::1", "", None):
+			with open(NOTES, "a") as notes:
+				notes.write(f"{event} {host}\\n")
+			raise OSError(f"no network here: {event} {host}")
+sys.addaudithook(refuse)
+"""
+# As reviewers' programs do it: by any name, not registered, on a machine without a GPU.
+IMPORT = """
+import importlib.util, json, os, sys, threading, time
+import torch
+written = []
+def watch(event, args):
+	if event == "open" and {*str(args[1])} & {*"wax+"}:
+		written.append(str(args[0]))
+def refuse(*_):
+	raise RuntimeError("CUDA is asked for")
+torch.cuda.init = torch.cuda._lazy_init = refuse
+sys.addaudithook(watch)
+env, threads, began = dict(os.environ), threading.active_count(), time.process_time()
+spec = importlib.util.spec_from_file_location("any_name", "train_gpt.py")
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+told = {
+	"seconds": time.process_time() - began,
+	"effects": [f"writes {name}" for name in written]
+	+ [f"{threading.active_count() - threads} threads"] * (threading.active_count() > threads)
+	+ [f"sets {name}" for name in os.environ if os.environ[name] != env.get(name)],
+}
+h = module.Hyperparameters
+names = "model_dim", "num_layers", "num_heads", "num_kv_heads", "vocab_size"
+told["missing"] = [name for name in names if type(getattr(h, name, None)) is not int]
+tiny = type("Tiny", (h,), dict(zip(names, (64, 2, 4, 2, 260))))
+told["loss"] = module.GPT(tiny)(*torch.randint(260, (2, 2, 64))).item()
+print(json.dumps(told))
+"""
+
+
+def imported(node: ast.AST) -> list[str]:
+	"""The modules of an import statement."""
+	if isinstance(node, ast.Import):
+		return [alias.name.partition(".")[0] for alias in node.names]
+	if isinstance(node, ast.ImportFrom):
+		return ["." if node.level else str(node.module).partition(".")[0]]
+	return []
+
+
+def used(node: ast.AST) -> set[str]:
+	"""The names that are read here: of a variable, an attribute, or out of a module."""
+	if isinstance(node, ast.Attribute):
+		return {node.attr} - METHODS
+	if isinstance(node, ast.ImportFrom):
+		return {alias.name for alias in node.names}
+	return {node.id} if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) else set()
+
+
+def check_source(expect: Expect, tree: ast.Module, needs: str) -> None:
+	"""What it imports and calls, whether all of it can be read, and who sees validation data."""
+	listed = {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in needs.splitlines()}
+	known = listed | OPTIONAL | sys.stdlib_module_names
+	modules, calls = (
+		{name: needed for needed, names in table.items() for name in names.split()}
+		for table in (MODULES, CALLS)
+	)
+	faults, imports = [], {}
+	for node in ast.walk(tree):
+		at = f"line {getattr(node, 'lineno', 0)}:"
+		for name in imported(node):
+			imports.setdefault(name, at)
+		faults += [(f"{at} {name}", calls[name]) for name in used(node) & calls.keys()]
+		if isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes)):
+			longest = max(map(len, node.value.split()), default=0)
+			if longest >= PACKED:
+				faults.append((f"{at} {longest} characters without a space", "code to be read"))
+	for name, at in imports.items():
+		needed = modules.get(name, f"modules of Python or of {NEEDS}")
+		expect(name in known and name not in modules, PROGRAM, f"{at} import {name}", needed)
+	for name, body, text in functions(tree):
+		sees = re.search(r"\bdata\.val\b|fineweb_val|'val'", text)
+		if sees and name not in READ_VAL:
+			faults.append((f"{name} reads {sees[0]}", f"nobody to, but {sorted(READ_VAL)}"))
+		if name == "main" and all(is_idle(statement) for statement in body):
+			faults.append(("main does nothing", "a program"))
+	guards = [ast.unparse(node.test) for node in tree.body if isinstance(node, ast.If)]
+	expect("__name__ == '__main__'" in guards, PROGRAM, "no guard", "if __name__ == '__main__'")
+	expect(not faults, PROGRAM, *(faults[0] if faults else ("", "")))
+	for found, needed in faults[1:]:
+		expect(False, PROGRAM, found, needed)
+
+
+def is_idle(node: ast.stmt) -> bool:
+	"""Whether a statement does nothing, or says that it should do more."""
+	constant = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+	return constant or isinstance(node, (ast.Pass, ast.Raise))
+
+
+def functions(tree: ast.Module) -> Iterator[tuple[str, list[ast.stmt], str]]:
+	"""Name, statements and text of each function of the module and its classes."""
+	for node in tree.body:
+		for inner in node.body if isinstance(node, ast.ClassDef) else [node]:
+			if isinstance(inner, ast.FunctionDef):
+				yield inner.name, inner.body, ast.unparse(inner)
+
+
+def run(folder: Path, hook: Path, *command: str, **settings: str) -> tuple[int, list[str]]:
+	"""Status and lines of Python in a folder, without network or GPU; 124 if it lasts too long."""
+	kept = {name: os.environ[name] for name in KEPT if name in os.environ}
+	env = {**kept, "PYTHONPATH": str(hook), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+	screen = hook / "screen"
+	with screen.open("wb") as out:  # no pipe, which what it leaves behind could hold open
+		process = subprocess.Popen(
+			[sys.executable, "-B", *command],
+			cwd=folder,
+			env=env | settings,
+			stdin=subprocess.DEVNULL,
+			stdout=out,
+			stderr=out,
+		)
+		try:
+			status, lines = process.wait(SECONDS), []
+		except subprocess.TimeoutExpired:
+			status, lines = 124, [f"it lasts longer than {SECONDS} s"]
+			process.kill()
+			process.wait()
+	text = screen.read_text(encoding="utf-8", errors="replace")
+	return status, [line for line in text.splitlines() if line.strip()] + lines
+
+
+@contextmanager
+def copied(folder: Path) -> Iterator[tuple[Path, Path]]:
+	"""A copy of the folder to run in, and one that holds what Python runs at its start."""
+	with tempfile.TemporaryDirectory() as name:
+		copy, hook = Path(name, "copy"), Path(name, "hook")
+		shutil.copytree(folder, copy)
+		hook.mkdir()
+		(hook / "sitecustomize.py").write_text(NO_NETWORK, encoding="utf-8")
+		yield copy, hook
+
+
+def check_import(expect: Expect, folder: Path) -> None:
+	"""That importing it does nothing, and its model is built and gives a loss on a CPU."""
+	with copied(folder) as (copy, hook):
+		_, lines = run(copy, hook, "-c", IMPORT)
+	try:
+		told = json.loads(lines[-1])
+	except (ValueError, IndexError):
+		expect(False, PROGRAM, f"import: {' '.join(lines[-1:])}", "an import and GPT(h) on a CPU")
+		return
+	found = ", ".join(told["effects"])
+	expect(not found, PROGRAM, f"import: {found}", "an import that does nothing")
+	found = f"import: {told['seconds']:.1f} s"
+	expect(told["seconds"] < IMPORT_SECONDS, PROGRAM, found, f"below {IMPORT_SECONDS} s")
+	found = f"Hyperparameters without {', '.join(told['missing'])}"
+	expect(not told["missing"], PROGRAM, found, "whole numbers")
+	near = abs(told["loss"] - math.log(train_gpt.BYTE_VOCAB)) < 0.5
+	needed = f"about {math.log(train_gpt.BYTE_VOCAB):.2f} of random tokens"
+	expect(near, PROGRAM, f"loss {told['loss']:.2f}", needed)
+
+
+def write_shard(path: Path, numbers: range) -> None:
+	"""A shard of short documents as bytes."""
+	text = "".join(f"\x00{a} plus {b} is {a + b}.\n" for a in numbers for b in range(40)).encode()
+	tokens = np.array([4 + byte if byte else train_gpt.BOS_ID for byte in text], "<u2")
+	header = np.zeros(train_gpt.SHARD_HEADER_INTS, "<i4")
+	header[:3] = train_gpt.SHARD_MAGIC, train_gpt.SHARD_VERSION, len(tokens)
+	path.parent.mkdir(parents=True, exist_ok=True)
+	path.write_bytes(header.tobytes() + tokens.tobytes())
+
+
+def check_run(expect: Expect, folder: Path) -> None:
+	"""That it runs alone, asks for no network, and no validation text changes its weights."""
+	artifacts, scores = [], []
+	with copied(folder) as (copy, hook):
+		for n in (0, 1):  # the same training text, another validation text
+			data, logs = f"data/tiny{n}_byte260", copy / f"logs/check{n}"
+			write_shard(copy / data / "fineweb_train_000000.bin", range(40))
+			write_shard(copy / data / "fineweb_val_000000.bin", range(50 + 5 * n, 55 + 5 * n))
+			settings = train_gpt.assignments(TINY) | {"RUN_ID": logs.name, "DATA_PATH": data}
+			status, lines = run(copy, hook, PROGRAM, **settings)
+			try:
+				result = json.loads((logs / "result.json").read_text(encoding="utf-8"))
+				artifacts.append((logs / train_gpt.ARTIFACT).read_bytes())
+				scores.append(result["scores"]["plain"]["val_bpb"])
+				total = (folder / PROGRAM).stat().st_size + len(artifacts[-1])
+				found, good = result["bytes"]["total"], status in (0, 1)
+				expect(found == total, PROGRAM, f"a run counts {found} bytes", total)
+			except (OSError, ValueError, KeyError, TypeError):
+				good = False
+			found = f"a tiny run: status {status}, {' '.join(lines[-1:])}"
+			expect(good, PROGRAM, found, "status 0 or 1 and result.json with a score")
+			if not good:
+				break
+		notes = hook / "asked"
+		found = " ".join(notes.read_text().split("\n")) if notes.exists() else ""
+		expect(not found, PROGRAM, f"a tiny run: {found}", "no network")
+	if len(scores) == 2:
+		same = artifacts[0] == artifacts[1]
+		needed = "the same: training does not read it"
+		expect(same, PROGRAM, "another validation text gives another artifact", needed)
+		same = scores[0] == scores[1]
+		needed = "another: scoring reads it"
+		expect(not same, PROGRAM, f"another validation text gives the score {scores[0]}", needed)

@@ -1,0 +1,618 @@
+"""records/check.py: faults planted in good folders, one by one, are found and named."""
+
+import json
+import re
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from test_submit import as_of_a_record, edit, made
+
+sys.path.insert(0, str(ROOT / "records"))
+
+import check
+import program
+
+GUARD = '\nif __name__ == "__main__":\n'
+
+
+@pytest.fixture(scope="session")
+def study(finished, tmp_path_factory):
+	"""A good folder of one arm."""
+	return made(tmp_path_factory.mktemp("records"), finished / "tiny")
+
+
+@pytest.fixture(scope="session")
+def several(finished, tmp_path_factory):
+	"""A good folder of several arms, of which one failed."""
+	return made(tmp_path_factory.mktemp("records"), finished, main="tiny", base="plain")
+
+
+@pytest.fixture(scope="session")
+def record(finished, tmp_path_factory):
+	"""A good folder of the record track."""
+	runs = as_of_a_record(finished / "tiny", tmp_path_factory.mktemp("runs") / "tiny")
+	return made(tmp_path_factory.mktemp("records"), runs, track="track_10min_16mb")
+
+
+@pytest.fixture
+def copy(tmp_path):
+	"""A function that copies a submission with its names."""
+	return lambda folder: Path(shutil.copytree(folder, tmp_path / folder.parent.name / folder.name))
+
+
+def test_good_folders_have_no_fault(study, several, record):
+	for folder in (study, several, record):
+		assert check.faults_of(folder, run=False) == []
+
+
+def test_a_good_folder_passes_whole(study, capsys):
+	before = {path: path.read_bytes() for path in study.rglob("*")}
+	assert check.main([str(study)]) == 0
+	said = capsys.readouterr().out
+	assert re.match(r"ok: \d{3} checks\nnot proven: ", said)
+	assert {path: path.read_bytes() for path in study.rglob("*")} == before
+
+
+def test_no_folder(tmp_path, capsys):
+	assert check.main([str(tmp_path / "nowhere")]) == 2
+	assert check.main([str(Path(__file__))]) == 2
+	assert "no folder" in capsys.readouterr().err
+
+
+# ---- Plants: each changes a good folder ----
+
+
+def change(name, pattern, text):
+	"""A plant: in a file, the one place that the pattern fits becomes the text."""
+	return lambda folder: edit(folder / name, pattern, text)
+
+
+def told(**changes):
+	"""A plant: other values in submission.json; None removes a key."""
+
+	def plant(folder):
+		path = folder / "submission.json"
+		values = json.loads(path.read_text(encoding="utf-8")) | changes
+		values = {key: value for key, value in values.items() if value is not None}
+		path.write_text(json.dumps(values), encoding="utf-8")
+
+	return plant
+
+
+def told_of(seed, **changes):
+	"""A plant: other values of a seed in submission.json."""
+
+	def plant(folder):
+		path = folder / "submission.json"
+		values = json.loads(path.read_text(encoding="utf-8"))
+		values["seed_results"].setdefault(seed, {}).update(changes)
+		path.write_text(json.dumps(values), encoding="utf-8")
+
+	return plant
+
+
+def without(name):
+	"""A plant: a file is missing."""
+	return lambda folder: (folder / name).unlink()
+
+
+def code(text, before=GUARD):
+	"""A plant: the program has more lines, before others."""
+
+	def plant(folder):
+		path = folder / "train_gpt.py"
+		source = path.read_text(encoding="utf-8")
+		assert source.count(before) == 1
+		path.write_text(source.replace(before, f"\n{text}\n{before}"), encoding="utf-8")
+
+	return plant
+
+
+def log(name, seed, text="", cut=None):
+	"""A plant: a log is cut at a text, or gets one more line."""
+
+	def plant(folder):
+		path = folder / f"{name}_seed{seed}.log"
+		kept = path.read_text(encoding="utf-8")
+		assert cut is None or cut in kept
+		path.write_text(kept.partition(cut)[0] if cut else f"{kept}{text}\n", encoding="utf-8")
+
+	return plant
+
+
+def copied_log(scores_alone=False, losses_alone=False):
+	"""A plant: a seed's log is another seed's, with its own seed written in."""
+
+	def plant(folder):
+		text = (folder / "train_seed7.log").read_text(encoding="utf-8")
+		text = text.replace(" seed:7 ", " seed:42 ")
+		if scores_alone:  # its training was another
+			text = re.sub(r"(train_loss:\d)\.(\d)", r"\1.9\2", text)
+		if losses_alone:
+			text = re.sub(r"(val_(?:loss|bpb):)\d", r"\g<1>1", text)
+		(folder / "train_seed42.log").write_text(text, encoding="utf-8")
+
+	return plant
+
+
+def same_size(folder):
+	path = folder / "train_gpt.py"
+	source = path.read_text(encoding="utf-8")
+	path.write_text(source.replace("= 0.025,", "= 0.026,"), encoding="utf-8")
+
+
+def oversize(folder):
+	"""By one byte, and said alike in every line of the log."""
+	path = folder / "train_seed7.log"
+	size = 16_000_001 - (folder / "train_gpt.py").stat().st_size
+	edit(path, r"^(Serialized model int6\+zstd:) \d+", rf"\1 {size}")
+	edit(path, r"^(Total submission size int6\+zstd:) \d+", r"\1 16000001")
+
+
+def renamed(name):
+	def plant(folder):
+		folder.rename(folder.parent / name)
+		return folder.parent / name
+
+	return plant
+
+
+def moved(folder):
+	to = folder.parent.with_name("track_of_mine") / folder.name
+	to.parent.mkdir()
+	return folder.rename(to)
+
+
+def beside(name, text):
+	return lambda folder: (folder / name).write_text(text, encoding="utf-8")
+
+
+JSON, README, PROGRAM, SEED7 = "submission.json", "README.md", "train_gpt.py", "train_seed7.log"
+MAIN = "\ndef main(argv, env):\n"
+PLANTS = {
+	# The figures
+	"bytes_total": ("study", told(bytes_total=1), rf"{JSON}: bytes_total: 1; needed: \d{{6}}, by"),
+	"bytes_code": ("study", told(bytes_code=84_000), rf"{JSON}: bytes_code: 84000; needed: 8"),
+	"a score in json": ("study", told(val_bpb=1.1), rf"{JSON}: val_bpb: 1.1; needed: 3\.\d+"),
+	"a score by a digit": (
+		"study",
+		change(JSON, r'^(  "val_bpb": \d\.\d{7})\d,', r"\g<1>10,"),
+		rf"{JSON}: val_bpb: 3\.\d+; needed: 3\.\d+, by the logs",
+	),
+	"a score of a seed": (
+		"study",
+		told_of("42", val_loss=2.0),
+		rf"{JSON}: seed_results.42.val_loss: 2.0; needed: 2\.\d+",
+	),
+	"a score of another arm": (
+		"several",
+		lambda folder: told(arms={})(folder),
+		rf"{JSON}: arms.plain.42.val_bpb: missing; needed: ",
+	),
+	"a failed arm that is dropped": (
+		"several",
+		without("train_lost_seed42.log"),
+		rf"{JSON}: arms.lost.42.status: failed; needed: only what the logs have",
+	),
+	"a score that is text": ("study", told(val_loss="2.4"), rf"{JSON}: val_loss: 2.4; needed: "),
+	"NaN in json": (
+		"study",
+		change(JSON, r'^(  "val_loss":) [\d.]+', r"\1 NaN"),
+		rf"{JSON}: NaN is no number; needed: a file that can be read",
+	),
+	"no json": ("study", beside(JSON, "{"), rf"{JSON}: Expecting .*; needed: a file"),
+	"json of no object": ("study", beside(JSON, "[]"), rf"{JSON}: author: None; needed: text"),
+	"missing key": ("study", told(val_bpb=None), rf"{JSON}: val_bpb: missing; needed: 3\."),
+	"missing author": ("study", told(author=None), rf"{JSON}: author: None; needed: text"),
+	"a seed more": (
+		"study",
+		told_of("99", val_bpb=1.0),
+		rf"{JSON}: seed_results.99.val_bpb: 1.0; needed: only what the logs have",
+	),
+	"hardware": ("study", told(hardware="8x H100"), rf"{JSON}: hardware: 8x H100; needed: 1x "),
+	"pytorch": ("study", told(pytorch_version="2.9"), rf"{JSON}: pytorch_version: 2.9; needed: 2"),
+	"date": ("study", told(date="25.03.2026"), rf"{JSON}: date: 25.03.2026; needed: YYYY-MM-DD"),
+	"another date": (
+		"study",
+		told(date="2026-03-26"),
+		"folder: 2026-03-25_Tiny; needed: 2026-03-26_",
+	),
+	"another name": ("study", renamed("2026-03-25_Big"), "folder: 2026-03-25_Big; needed: .*_Tiny"),
+	"another track": (
+		"study",
+		told(track="10min_16mb"),
+		rf"{JSON}: track 10min_16mb; needed: track_non_record_16mb",
+	),
+	"no track": ("study", moved, "folder: in track_of_mine; needed: track_10min_16mb or track_non"),
+	# The README
+	"a score in README": (
+		"study",
+		change(README, r"^\*\*3\.\d+", "**1.10000"),
+		rf"{README}: \*\*1.10000 bits .*; needed: \*\*3\.\d+ bits .*, by the logs",
+	),
+	"a row less": (
+		"study",
+		change(README, r"^\| all \| 42 \|.*\n", ""),
+		rf"{README}: \| all \| 1337 .*; needed: \| all \| 42 ",
+	),
+	"a row of an arm": (
+		"several",
+		change(README, r"^\| lost \| 42 \| failed: .*?\|", "| lost | 42 | never tried |"),
+		rf"{README}: \| lost \| 42 \| never tried .*; needed: .* the loss is nan",
+	),
+	"a verdict": (
+		"study",
+		change(README, r"(?s)(training seconds.*?)PASS", r"\1FAIL"),
+		rf"{README}: \| training seconds .*FAIL \|; needed: .*PASS",
+	),
+	"no block": (
+		"study",
+		change(README, "<!-- End of figures. -->", ""),
+		rf"{README}: no block of figures; needed: ",
+	),
+	"no picture": (
+		"study",
+		change(README, "## Files", "![loss](loss.png)\n\n## Files"),
+		rf"{README}: loss.png, which is missing",
+	),
+	"no README": ("study", without(README), rf"{README}: No such file"),
+	# The logs
+	"log of another seed": (
+		"study",
+		change(SEED7, " seed:7 ", " seed:8 "),
+		rf"{SEED7}: seed 8; needed: 7",
+	),
+	"log without a seed": (
+		"study",
+		change(SEED7, " seed:7 ", " "),
+		rf"{SEED7}: seed not told; needed: 7",
+	),
+	"rounded line": (
+		"study",
+		change(SEED7, r"^(final_int6_sliding_window val_loss:\S+ val_bpb:)\S+", r"\g<1>1.1000"),
+		rf"{SEED7}: final_int6_sliding_window \[.*, 1.1\]; needed: .*, as of final_int6_sliding",
+	),
+	"exact line": (
+		"study",
+		change(SEED7, r"^(final_int6_sliding_window_exact .* val_bpb:)\d", r"\g<1>1"),
+		rf"{SEED7}: final_int6_sliding_window .*; needed: \[.*, 1\.\d+\], as of final_int6_sliding",
+	),
+	"the last line": (
+		"study",
+		change(SEED7, r"^(final_int8_zlib_roundtrip_exact .* val_bpb:\d\.\d{6})\d\d", r"\g<1>00"),
+		rf"{SEED7}: last score .*; needed: .*, by sliding",
+	),
+	"a score of other text": (
+		"study",
+		change(SEED7, r"^(DIAGNOSTIC post_ema_exact .* val_bpb:\d\.\d{5})\d", r"\g<1>"),
+		rf"{SEED7}: nats a bit .*; needed: one, as of one text",
+	),
+	"NaN score": (
+		"study",
+		change(SEED7, r"^(final_int6_roundtrip_exact val_loss:)\S+", r"\1nan"),
+		rf"{SEED7}: .*NaN.*; needed: a train log",
+	),
+	"truncated log": (
+		"study",
+		log("train", 7, cut="final_int6"),
+		rf"{SEED7}: ok: its log ends too early; needed: a score",
+	),
+	"log cut before scores": (
+		"study",
+		log("train", 7, cut="DIAGNOSTIC"),
+		rf"{SEED7}: cut off: .*; needed: a score",
+	),
+	"log cut before verdicts": (
+		"study",
+		log("train", 7, cut="limit:"),
+		rf"{SEED7}: limits: {{}}; needed: three verdicts",
+	),
+	"failed run": (
+		"study",
+		log("train", 7, "error: a signal"),
+		rf"{SEED7}: failed: a signal; needed: a score",
+	),
+	"code size": (
+		"study",
+		change(SEED7, r"^Code size: \d+", "Code size: 80000"),
+		rf"{SEED7}: Code size: 80000; needed: \d+, of train_gpt.py",
+	),
+	"the sum of bytes": (
+		"study",
+		change(SEED7, r"^(Total submission size int6\+zstd:) \d+", r"\1 100000"),
+		rf"{SEED7}: \d+ \+ \d+ = 100000 bytes; needed: the sum",
+	),
+	"training seconds": (
+		"study",
+		change(
+			SEED7,
+			r"^step:6/6 (val_loss.*) train_time:\d+ms step_avg:\S+",
+			r"step:6/6 \1 "
+			"train_time:650000ms step_avg:108333.33ms",
+		),
+		rf"{SEED7}: \d\.\d s of training; needed: 650.0, as of its steps",
+	),
+	"scoring seconds": (
+		"study",
+		change(SEED7, r"^(final_int6_roundtrip val_loss.*eval_time):\d+", r"\1:700000"),
+		rf"{SEED7}: \d\.\d s of scoring; needed: 700\.\d, as of its scores",
+	),
+	"other settings": (
+		"study",
+		change("train_seed42.log", " muon_wd:0.04 ", " muon_wd:0.05 "),
+		r"train_seed42.log: {'muon_wd': \(0.05, 0.04\)}; needed: the settings of train_seed7.log",
+	),
+	"a copied log": ("study", copied_log(), "train_seed42.log: the scores, the losses of "),
+	"copied scores": ("study", copied_log(scores_alone=True), "train_seed42.log: the scores of"),
+	"copied losses": ("study", copied_log(losses_alone=True), "train_seed42.log: the losses of"),
+	"the same log": (
+		"study",
+		lambda folder: shutil.copyfile(folder / SEED7, folder / "train_seed42.log"),
+		"train_seed7.log: the text, the scores, the losses of train_seed42.log; needed: its own",
+	),
+	"missing log": ("study", without(SEED7), rf"{JSON}: seeds: \[7, 42, 1337\]; needed: \[42,"),
+	"no log": (
+		"study",
+		lambda folder: [path.unlink() for path in folder.glob("*.log")],
+		"train_seed<N>.log: none; needed: one for each seed",
+	),
+	"a path in a log": (
+		"study",
+		log("train", 7, "warning: /home/alice/data is slow"),
+		rf"{SEED7}: /home/alice/data; needed: no path of a machine",
+	),
+	"a path in README": (
+		"study",
+		change(README, "## Files", "In ~alice/runs/x.\n\n## Files"),
+		rf"{README}: ~alice/runs/x.?; needed: no path of a machine",
+	),
+	# The program
+	"other program, same size": ("study", same_size, rf"{JSON}: seed_results.7.code_sha256: "),
+	"no program": ("study", without(PROGRAM), rf"{PROGRAM}: No such file"),
+	"no requirements": ("study", without("requirements.txt"), "requirements.txt: No such file"),
+	"other torch": (
+		"study",
+		change("requirements.txt", r"^torch==.*", "torch==1.0"),
+		r"requirements.txt: torch==1.0 .*; needed: torch==\d.*, as it ran",
+	),
+	"requirement missing": (
+		"study",
+		change("requirements.txt", r"^zstandard.*\n", ""),
+		rf"{PROGRAM}: line \d+: import zstandard; needed: modules of Python or of requirements.txt",
+	),
+	"network": (
+		"study",
+		code("import urllib.request"),
+		rf"{PROGRAM}: line \d+: import urllib; needed: no ",
+	),
+	"network in a function": (
+		"study",
+		code("def fetch():\n\tfrom huggingface_hub import snapshot_download"),
+		rf"{PROGRAM}: line \d+: import huggingface_hub; needed: no network",
+	),
+	"download": (
+		"study",
+		code("def fetch():\n\ttorch.hub.load_state_dict_from_url('x')"),
+		rf"{PROGRAM}: line \d+: load_state_dict_from_url; needed: no network",
+	),
+	"another program": (
+		"study",
+		code("def fetch():\n\tos.system('curl example.org')"),
+		rf"{PROGRAM}: line \d+: system; needed: no other program",
+	),
+	"another program by another name": (
+		"study",
+		code("def fetch():\n\tfrom os import system as ask\n\task('curl example.org')"),
+		rf"{PROGRAM}: line \d+: system; needed: no other program",
+	),
+	"hidden code": (
+		"study",
+		code("exec(__import__('base64').b64decode('cGFzcw=='))"),
+		rf"{PROGRAM}: line \d+: exec; needed: code that can be read",
+	),
+	"packed data": (
+		"study",
+		code(f"PACKED = '{'x' * 1000}'"),
+		rf"{PROGRAM}: line \d+: 1000 characters without a space",
+	),
+	"Python 3.12": ("study", code("type Alias = int"), rf"{PROGRAM}: .* by Python 3.10"),
+	"a module of its own": (
+		"study",
+		code("import helpers"),
+		rf"{PROGRAM}: line \d+: import helpers; needed: modules of Python or",
+	),
+	"code beside it": ("study", beside("helpers.py", ""), "helpers.py: code beside the program"),
+	"placeholder": (
+		"study",
+		code("def main(argv, env):\n\t'''Soon.'''\n\traise NotImplementedError"),
+		rf"{PROGRAM}: main does nothing; needed: a program",
+	),
+	"no guard": (
+		"study",
+		change(PROGRAM, r'^if __name__ == "__main__":$', "if True:"),
+		rf"{PROGRAM}: no guard; needed: if __name__",
+	),
+	"validation data in training": (
+		"study",
+		change(PROGRAM, r"^\tclock, average = train\(", "\tlen(data.val)\n\\g<0>"),
+		rf"{PROGRAM}: run reads data.val; needed: nobody to, but",
+	),
+	"validation shards in training": (
+		"study",
+		change(
+			PROGRAM, r"^\tclock, average = train\(", "\tTokenStream(data.folder, 'val', 1)\n\\g<0>"
+		),
+		rf"{PROGRAM}: run reads 'val'; needed: nobody to, but",
+	),
+	# The record track
+	"two seeds": ("record", without(SEED7), "train_seed<N>.log: 2 seeds; needed: 3 or more"),
+	"oversize": (
+		"record",
+		oversize,
+		rf"{SEED7}: 16,000,001 bytes of code and artifact; needed: at most 16,0",
+	),
+	"training too long": (
+		"record",
+		change(SEED7, r"^seconds: train:\S+", "seconds: train:600.1"),
+		rf"{SEED7}: 600.1 training seconds; needed: at most 600.0",
+	),
+	"scoring too long": (
+		"record",
+		change(SEED7, r"^(seconds: .*) eval:\S+", r"\1 eval:600.1"),
+		rf"{SEED7}: 600.1 scoring seconds; needed: at most 600.0",
+	),
+	"a verdict of a log": (
+		"record",
+		change(SEED7, r"^(limit:eval_seconds .*) PASS", r"\1 FAIL"),
+		rf"{SEED7}: over a limit .*; needed: PASS",
+	),
+	"no training": (
+		"record",
+		change(SEED7, r"^(step:.*\n)+(?s:.*)^(step:.*\n)", ""),
+		rf"{SEED7}: no training; needed: the steps of its training",
+	),
+	"another GPU": (
+		"record",
+		change(SEED7, "NVIDIA H100 80GB HBM3", "NVIDIA A100"),
+		rf"{SEED7}: 8x NVIDIA A100; needed: 8xH100",
+	),
+	"fewer GPUs": (
+		"record",
+		change(SEED7, "^world_size:8", "world_size:4"),
+		rf"{SEED7}: 4x NVIDIA H100 .*; needed: 8xH100",
+	),
+	"other text": (
+		"record",
+		change(SEED7, r"^(val_loader:.*) tokens:\d+", r"\1 tokens:62000"),
+		rf"{SEED7}: \d+ bytes scored; needed: 151080113",
+	),
+}
+
+
+@pytest.mark.parametrize("name", PLANTS)
+def test_a_planted_fault_is_named(request, copy, name):
+	good, plant, expected = PLANTS[name]
+	folder = copy(request.getfixturevalue(good))
+	to = plant(folder)
+	faults = check.faults_of(to if isinstance(to, Path) and to.is_dir() else folder, run=False)
+	assert any(re.match(expected, fault) for fault in faults), "\n".join(faults)
+	assert all("\n" not in fault and "; needed: " in fault for fault in faults)
+	assert not any("what can be checked" in fault for fault in faults), "\n".join(faults)
+
+
+def test_all_faults_at_once(study, copy, capsys):
+	folder = copy(study)
+	for name in ("a score in json", "a path in a log", "network"):
+		PLANTS[name][1](folder)
+	assert check.main([str(folder), "--no-run"]) == 1
+	lines = capsys.readouterr().out.splitlines()
+	for name in ("a score in json", "a path in a log", "network"):
+		assert any(re.match(PLANTS[name][2], line) for line in lines), name
+	assert not any(line.startswith("ok") for line in lines)
+
+
+def test_folders_of_others_do_not_stop_it(tmp_path):
+	"""Whatever is in it, there are faults and no crash."""
+	assert check.faults_of(tmp_path, run=False)
+	(tmp_path / "submission.json").write_text('{"main": [], "seed_results": 3}')
+	(tmp_path / "train_gpt.py").write_bytes(b"\x9e\x00")
+	(tmp_path / "README.md").write_bytes(b"\xff")
+	(tmp_path / "train.log").write_text("seed:1\nfinal_int6_roundtrip_exact val_loss:1 val_bpb:0\n")
+	(tmp_path / "train_seed2.log").mkdir()
+	faults = check.faults_of(tmp_path, run=False)
+	assert any(fault.startswith("train_gpt.py: ") for fault in faults)
+
+
+# ---- What its program does ----
+
+
+def faults_of(part, folder):
+	faults = []
+
+	def expect(holds, file, found, needed):
+		faults.extend([] if holds else [f"{file}: {found}; needed: {needed}"])
+
+	part(expect, folder)
+	return faults
+
+
+@pytest.mark.parametrize(
+	("text", "expected"),
+	[
+		("torch.zeros(1).cuda()", ["import: RuntimeError: CUDA is asked for"]),
+		(
+			"began = time.process_time()\nopen('made', 'w').close()\nos.environ['MADE'] = '1'\n"
+			"threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+			"while time.process_time() - began < 1.2:\n\tpass\nHyperparameters.num_heads = None\n",
+			[
+				"import: writes made, 1 threads, sets MADE; needed: an import that does nothing",
+				r"import: [\d.]+ s; needed: below 1.0 s",
+				"Hyperparameters without num_heads; needed",
+			],
+		),
+		(
+			"forward = GPT.forward\nGPT.forward = lambda self, *ids: forward(self, *ids) + 1",
+			[r"loss 6\.\d+; needed: about 5.56 of random tokens"],
+		),
+	],
+)
+def test_imports(study, copy, text, expected):
+	folder = copy(study)
+	code(text)(folder)
+	faults = faults_of(program.check_import, folder)
+	assert len(faults) == len(expected), faults
+	for fault, pattern in zip(faults, expected, strict=True):
+		assert re.match(f"train_gpt.py: {pattern}", fault), fault
+	assert not (folder / "made").exists()
+
+
+def test_weights_that_validation_text_changes(study, copy):
+	"""And a score that it does not change: neither can be seen in the source."""
+	folder = copy(study)
+	batch = "batch = data.train.batch(step, h)"
+	shifted = f"{batch}\n\t\t\tbatch = [x.roll(int(data[0].sum()) % 1009, 1) for x in batch]"
+	edit(folder / PROGRAM, re.escape(batch), shifted)
+	edit(folder / PROGRAM, r"^\tbpb = nats / .*", "\tbpb = 1.0")
+	assert faults_of(program.check_run, folder) == [
+		"train_gpt.py: another validation text gives another artifact; needed: the same: training "
+		"does not read it",
+		"train_gpt.py: another validation text gives the score 1.0; needed: another: scoring reads "
+		"it",
+	]
+
+
+@pytest.mark.parametrize(
+	("text", "expected"),
+	[
+		("print('soon')", ["a tiny run: status 0, soon; needed: status 0 or 1 and result.json"]),
+		("raise SystemExit(3)", ["a tiny run: status 3, "]),
+		(
+			"import contextlib, socket\nwith contextlib.suppress(OSError):\n"
+			"\tsocket.create_connection(('192.0.2.1', 80))",
+			["a tiny run: status 0, ;", "a tiny run: socket.getaddrinfo 192.0.2.1"],
+		),
+		("import time\ntime.sleep(60)", ["a tiny run: status 124, it lasts longer than 2 s"]),
+	],
+)
+def test_runs(tmp_path, monkeypatch, text, expected):
+	monkeypatch.setattr(program, "SECONDS", 2)
+	(tmp_path / PROGRAM).write_text(text, encoding="utf-8")
+	faults = faults_of(program.check_run, tmp_path)
+	assert len(faults) == len(expected), faults
+	for fault, start in zip(faults, expected, strict=True):
+		assert fault.startswith(f"train_gpt.py: {start}"), fault
+
+
+def test_the_command_line(study, copy, capsys, monkeypatch):
+	folder = copy(study)
+	(folder / README).unlink()
+	monkeypatch.setattr(sys, "argv", ["check.py", str(folder), "--no-run"])
+	with pytest.raises(SystemExit) as ended:
+		runpy.run_path(str(ROOT / "records/check.py"), run_name="__main__")
+	assert ended.value.code == 1
+	said = capsys.readouterr().out
+	assert said.startswith("README.md: No such file or directory; needed: ")
