@@ -9,7 +9,7 @@ import math
 import re
 import shlex
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,6 +114,11 @@ def read_run(path):
 		raise RunError(f"{path}: not a run: {error or type(error).__name__}") from None
 
 
+def trial_of(folder):
+	"""The name of a run's trial: the folder that holds its seeds, or its own."""
+	return folder.parent.name if folder.name.startswith("seed") else folder.name
+
+
 def read_folder(path):
 	"""The Run of a folder with result.json."""
 	result = json.loads((path / "result.json").read_text(encoding="utf-8"))
@@ -126,7 +131,7 @@ def read_folder(path):
 	losses = enumerate(result.get("train_losses", []), 1)
 	return Run(
 		path=path,
-		name=path.parent.name if path.name.startswith("seed") else path.name,
+		name=trial_of(path),
 		status=result["status"],
 		reason=result.get("reason", "").strip(),
 		settings=result.get("settings", {}),
@@ -231,17 +236,32 @@ def read_log(path):
 	)
 
 
+def unfinished(folder):
+	"""The Run of a sweep's trial without result.json: waiting, or cut off (or still going on)."""
+	log, seed = folder / "train.log", re.fullmatch(r"seed(\d+)", folder.name)
+	run = read_run(log) if log.exists() else Run(log, "", "waiting")
+	settings = run.settings or ({"seed": int(seed[1])} if seed else {})
+	status = "cut off" if log.exists() else "waiting"
+	return replace(run, path=folder, name=trial_of(folder), status=status, settings=settings)
+
+
 def read_runs(paths):
-	"""The Runs of run folders, logs, and folders that hold either, at any depth, in order."""
+	"""The Runs of run folders, logs, and folders that hold either, at any depth, in order.
+
+	Trials of a sweep (they have a command.sh) are there whether they ran or not.
+	"""
 	runs = []
 	for path in map(Path, paths):
 		if path.is_file() or (path / "result.json").exists():
 			runs.append(read_run(path))
 			continue
-		inner = sorted(path.rglob("result.json")) or sorted(path.glob("*.log"))
+		found = {file.parent for name in ("result.json", "command.sh") for file in path.rglob(name)}
+		inner = sorted(found) or sorted(path.glob("*.log"))
 		if not inner:
 			raise RunError(f"{path}: no result.json and no .log is in it; give finished runs")
-		for file in inner:
-			if not re.search(r"\.cut\d+$", file.parent.name):  # put aside by sweep.py
-				runs.append(read_run(file if file.suffix == ".log" else file.parent))
+		for run in inner:
+			if re.search(r"\.cut\d+$", run.name):
+				continue  # put aside by sweep.py
+			planned = run.is_dir() and not (run / "result.json").exists()
+			runs.append(unfinished(run) if planned else read_run(run))
 	return runs
