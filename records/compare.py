@@ -1,0 +1,450 @@
+"""Say whether runs differ in score by more than chance, and how small a difference would show.
+
+    python records/compare.py logs/sweep
+        every trial of a sweep against its base (--base NAME)
+    python records/compare.py logs/mine --against records/track_10min_16mb/2026-03-25_Theirs
+        one group of seeds against another
+
+RUNS are run folders, folders that hold them at any depth, or train logs. Into a pipe the tables are
+Markdown. Exit status: 0 all was compared; 1 some trials could not be; 2 none could.
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import numpy as np
+from rich.console import Console
+from rich.markdown import Markdown
+from runs import INCIDENTAL, SCORE_LINES, Run, RunError, read_runs
+from scipy import optimize, stats
+
+from train_gpt import VAL_BYTES
+
+BAR, BAR_P = 0.005, 0.01  # a record is better by so many nats a token, shown at such a p
+ALPHA, POWER = 0.05, 0.8  # of intervals, and of the smallest difference to be seen
+BASES = ("base", "none")  # names of a sweep's trial that changes nothing
+LEGEND = """\
+Bits per byte: mean +- standard deviation over seeds; differences +- standard error, below 0 is
+better. p: two-sided, of no difference, each row for itself (Holm: adjusted for all rows). visible:
+the smallest true difference that gives p < 0.05 in 80 % of such experiments (noncentral t, the
+standard error taken as it is here)."""
+BAR_LEGEND = f"""\
+A record is better by {BAR} nats a token at p < {BAR_P}: one-sided, each row for itself; the null is
+that it is better by {BAR} or less."""
+
+Table = list[list[str]]  # rows of cells, the header first
+
+
+class CompareError(ValueError):
+	"""Runs that cannot be compared, with the remedy."""
+
+
+# ---- Statistics ----
+
+
+def t_test(a: np.ndarray, b: np.ndarray, paired: bool, null: float = 0.0) -> tuple[Any, ...]:
+	"""The t test of a - b along the last axis, of pairs or of two samples (Welch).
+
+	Returns difference of means, its standard error, degrees of freedom, the two-sided p of a true
+	difference of `null`, and the one-sided p of `null` or more.
+	"""
+	n, m = a.shape[-1], b.shape[-1]
+	if paired:
+		se, df = (a - b).std(-1, ddof=1) / math.sqrt(n), n - 1
+	else:
+		u, v = a.var(-1, ddof=1) / n, b.var(-1, ddof=1) / m
+		se, df = np.sqrt(u + v), (u + v) ** 2 / (u**2 / (n - 1) + v**2 / (m - 1))
+	diff = a.mean(-1) - b.mean(-1)
+	with np.errstate(divide="ignore", invalid="ignore"):  # the caller sees a spread of 0
+		t = (diff - null) / se
+	return diff, se, df, 2 * stats.t.sf(abs(t), df), stats.t.cdf(t, df)
+
+
+def detectable(se: float, df: float) -> float:
+	"""The true difference that gives p < 0.05, two-sided, in 80 % of such experiments.
+
+	By the noncentral t distribution; the standard error observed is taken for the true one.
+	"""
+	edge = stats.t.isf(ALPHA / 2, df)
+	# The far tail adds less than 1e-7 to the power, and scipy's is NaN for few degrees of freedom.
+	return se * optimize.brentq(lambda x: stats.nct.sf(edge, df, x) - POWER, 0, 2 * edge + 2)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+	"""The p's adjusted for being several: 5 % of tables have any below 0.05 by chance."""
+	adjusted, highest = [0.0] * len(ps), 0.0
+	for rank, i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+		adjusted[i] = highest = max(highest, min(1.0, (len(ps) - rank) * ps[i]))
+	return adjusted
+
+
+# ---- What can be compared ----
+
+
+def common_score(runs: Sequence[Run], score: str | None) -> str:
+	"""The score asked for, or else the last that all finished runs have."""
+	done = [run for run in runs if run.finished]
+	have = [name for name in SCORE_LINES if done and all(name in run.scores for run in done)]
+	if not have or (score or have[-1]) not in have:
+		said = "; ".join(f"{run.path} has {', '.join(run.scores) or 'none'}" for run in done)
+		raise CompareError(
+			f"not all runs have {f'the score {score}' if score else 'one score'}: "
+			f"{said or 'none has finished'}; choose another --score, or other runs"
+		)
+	return score or have[-1]
+
+
+def counts(run: Run, score: str) -> bool:
+	"""Whether the run came to its score, and that is a number."""
+	return run.finished and math.isfinite(run.scores[score].val_loss + run.scores[score].val_bpb)
+
+
+def lost(group: Sequence[Run], score: str) -> list[str]:
+	"""A line for each run that does not count, and why."""
+	return [
+		f"NOT COUNTED: {run.path}: {'no finite score' if run.finished else run.status}"
+		+ (f": {run.reason.splitlines()[-1]}" if run.reason else "")
+		for run in group
+		if not counts(run, score)
+	]
+
+
+def counted(group: Sequence[Run], score: str) -> list[Run]:
+	"""The runs of a group that count; CompareError unless they are several seeds of one thing."""
+	runs = [run for run in group if counts(run, score)]
+	if len(runs) < 2:
+		have = f"one run with a score, seed {runs[0].seed}" if runs else "no run with a score"
+		raise CompareError(
+			f"{have}, of {len(group)}: two are the least; run it under another SEED, or say with "
+			"--against which runs are one group"
+		)
+	seeds: dict[int, Path] = {}
+	for run in runs:
+		if run.seed in seeds:
+			raise CompareError(
+				f"seed {run.seed} is in one group twice, {seeds[run.seed]} and {run.path}: leave "
+				"one out, or give the other group after --against"
+			)
+		if run.seed is not None:
+			seeds[run.seed] = run.path
+		for key in sorted({*runs[0].settings, *run.settings} - INCIDENTAL):
+			if (value := run.settings.get(key)) != (first := runs[0].settings.get(key)):
+				raise CompareError(
+					f"{key.upper()} is {first} in {runs[0].path}, {value} in {run.path}: a group's "
+					"runs may differ in SEED alone; give the other group after --against"
+				)
+	return runs
+
+
+def same_tokens(x: Run, y: Run, score: str) -> bool:
+	"""Whether both were scored on the same tokens; if not, it was on the same bytes at least."""
+	a, b = x.scores[score], y.scores[score]
+	# Scripts cut the end off the challenge's text; of any text a log's rounding loses a little.
+	within = 1e-4 if math.isclose(a.bytes, VAL_BYTES, rel_tol=1e-4) else 1e-7
+	bytes_agree = a.bytes > 0 and math.isclose(a.bytes, b.bytes, rel_tol=within)
+	same = agree = bytes_agree and math.isclose(a.tokens, b.tokens, rel_tol=within)
+	if x.val_sha256 and y.val_sha256:
+		same = x.val_sha256 == y.val_sha256
+	if not same and (agree or not bytes_agree):
+		texts = (
+			f"{run.path}: {s.tokens:,} tokens, {s.bytes:,} bytes, sha256 {run.val_sha256[:8] or 0}"
+			for run, s in ((x, a), (y, b))
+		)
+		raise CompareError(
+			f"different validation data (0: not said): {'; '.join(texts)}; score both on one text"
+		)
+	if same and a.stride and b.stride and a.stride != b.stride:
+		raise CompareError(
+			f"{x.path} was scored at stride {a.stride}, {y.path} at {b.stride}, so with other "
+			"context; score both with one EVAL_STRIDE, or choose another --score"
+		)
+	return same
+
+
+def cautions(runs: Sequence[Run], score: str) -> list[str]:
+	"""What speaks against the runs, or differs between them beside settings."""
+	found = []
+	for run in runs:
+		if failed := [name for name, verdict in run.verdicts.items() if verdict == "FAIL"]:
+			found.append(f"{run.path} is over a limit: {', '.join(failed)}")
+	for name in ("code_sha256", "machine", "ranks"):
+		if len({str(value) for run in runs if (value := getattr(run, name))}) > 1:
+			found.append(f"not all runs have the same {name}")
+	if ends := {run.final for run in runs} - {score}:
+		found.append(f"compared by {score}, though some runs end with {', '.join(sorted(ends))}")
+	return found
+
+
+# ---- The comparison ----
+
+
+@dataclass(frozen=True)
+class Comparison:
+	"""Group a against group b. Differences are a - b: below 0 group a is the better one.
+
+	Where two tokenizers leave only bits per byte, what is of nats is None.
+	"""
+
+	score: str
+	method: str  # paired t, or Welch t
+	n_a: int
+	n_b: int
+	df: float
+	bpb_diff: float
+	bpb_se: float
+	low: float  # 95 % interval, bpb
+	high: float
+	detectable: float  # the smallest difference to be seen, bpb: see detectable()
+	p: float  # two-sided
+	p_holm: float  # the same, adjusted for the other rows of a table
+	nats_diff: float | None  # a token
+	nats_se: float | None
+	nats_detectable: float | None
+	bar_p: float | None  # one-sided; the null: a is better by 0.005 nats a token or less
+	bar_met: bool | None  # bar_p < 0.01
+	settings: dict[str, tuple[Any, Any]]  # those that differ: of a, of b
+	notes: list[str]
+
+
+def compare(group_a: Sequence[Run], group_b: Sequence[Run], score: str | None = None) -> Comparison:
+	"""Compare two groups of seeds; CompareError where that would mean nothing."""
+	both = [*group_a, *group_b]
+	score = common_score(both, score)
+	a, b = counted(group_a, score), counted(group_b, score)
+	seen: dict[tuple[float, float], Path] = {}
+	for run in (*a, *b):
+		exact = run.scores[score].val_loss, run.scores[score].val_bpb
+		if exact in seen:
+			raise CompareError(
+				f"{seen[exact]} and {run.path} have the same score to the last digit, {exact[1]}: "
+				"two seeds that do are one run, two settings that do are one; leave one out"
+			)
+		seen[exact] = run.path
+	in_nats = same_tokens(a[0], b[0], score)
+	if not all(same_tokens(side[0], run, score) for side in (a, b) for run in side):
+		raise CompareError(f"two tokenizers in one group, {a[0].name} or {b[0].name}; split it")
+	notes = [*lost(both, score), *cautions([*a, *b], score)]
+	if not in_nats:
+		notes.append("two tokenizers on a text of as many bytes: only bits per byte compare")
+	one, two = a[0].settings, b[0].settings
+	names = sorted({*one, *two} - INCIDENTAL)
+	if not (set(one) - INCIDENTAL and set(two) - INCIDENTAL):
+		names = []
+		notes.append("a log without settings: what differs between the groups is not known")
+
+	of_a, of_b = {run.seed: run for run in a}, {run.seed: run for run in b}
+	shared, lone = [seed for seed in of_a if seed in of_b], set(of_a) ^ set(of_b)
+	# A seed that failed on one side is left out of both: a failure must not change the test.
+	failed = {run.seed for run in both if not counts(run, score)}
+	paired = len(shared) >= 2 and lone <= failed and None not in {*of_a, *of_b}
+	if paired:
+		a, b = [of_a[seed] for seed in shared], [of_b[seed] for seed in shared]
+		pair = f"{a[0].name} and {b[0].name}"
+		notes += [f"the pairs of {pair} are without seed {seed}" for seed in sorted(lone)]
+
+	def test(unit: str, null: float = 0.0) -> list[float]:
+		sides = ([getattr(run.scores[score], unit) for run in side] for side in (a, b))
+		return [float(x) for x in t_test(*map(np.array, sides), paired, null)]
+
+	diff, se, df, p, _ = test("val_bpb")
+	if se < 1e-12:
+		raise CompareError(
+			"every seed differs by the same, so chance has no size; are these copies?"
+		)
+	half = stats.t.isf(ALPHA / 2, df) * se
+	nats, nats_se, nats_df, _, bar_p = test("val_loss", -BAR) if in_nats else [None] * 5
+	return Comparison(
+		score=score,
+		method="paired t" if paired else "Welch t",
+		n_a=len(a),
+		n_b=len(b),
+		df=df,
+		bpb_diff=diff,
+		bpb_se=se,
+		low=diff - half,
+		high=diff + half,
+		detectable=detectable(se, df),
+		p=p,
+		p_holm=p,
+		nats_diff=nats,
+		nats_se=nats_se,
+		nats_detectable=detectable(nats_se, nats_df) if in_nats else None,
+		bar_p=bar_p,
+		bar_met=bar_p < BAR_P if in_nats else None,
+		settings={k: (one.get(k), two.get(k)) for k in names if one.get(k) != two.get(k)},
+		notes=notes,
+	)
+
+
+# ---- Tables ----
+
+
+@dataclass
+class Row:
+	"""A trial: its runs, and how it compares with the base; the base has no comparison."""
+
+	name: str
+	runs: list[Run]
+	comparison: Comparison | None = None
+	refusal: str = ""
+
+
+def trials(runs: Sequence[Run]) -> dict[str, list[Run]]:
+	"""The runs by trial: the folder that holds its seeds, or a log's name without the seed."""
+	groups: dict[str, list[Run]] = {}
+	for run in runs:
+		groups.setdefault(re.sub(r"[-_.]?seed[-_]?\d+", "", run.name) or run.name, []).append(run)
+	return groups
+
+
+def compare_all(groups: dict[str, list[Run]], base: str | None, score: str | None) -> list[Row]:
+	"""A row for each group, the base first; CompareError if none can be compared with it."""
+	base = base or next((name for name in BASES if name in groups), next(iter(groups)))
+	if base not in groups or len(groups) < 2:
+		raise CompareError(
+			f"base {base} of trials {', '.join(groups)}: it takes a --base among them, and another "
+			"trial; give a sweep's folder, or a second group after --against"
+		)
+	score = common_score([run for group in groups.values() for run in group], score)
+	rows = [Row(base, groups[base]), *(Row(name, groups[name]) for name in groups if name != base)]
+	for row in rows[1:]:
+		try:
+			row.comparison = compare(row.runs, groups[base], score)
+		except CompareError as error:
+			row.refusal = str(error)
+	done = [row for row in rows if row.comparison]
+	if not done:
+		refused = [f"{row.name} cannot be compared with {base}: {row.refusal}" for row in rows[1:]]
+		raise CompareError(
+			"\n".join([*refused, *(x for row in rows for x in lost(row.runs, score))])
+		)
+	for row, p in zip(done, holm([row.comparison.p for row in done]), strict=True):
+		row.comparison = replace(row.comparison, p_holm=p)
+	return rows
+
+
+def score_table(rows: list[Row]) -> Table:
+	"""What each trial scores, how far that is from the base, and what such data can show."""
+	done = [row.comparison for row in rows if row.comparison]
+	score, several = done[0].score, len(done) > 1
+	head = ["trial", "seeds", f"bpb, {score}", f"less {rows[0].name}", "95 % interval", "p"]
+	table = [[*head, *["p (Holm)"] * several, "visible", "test"]]
+	for row in rows:
+		values = [run.scores[score].val_bpb for run in row.runs if counts(run, score)]
+		missing = f" of {len(row.runs)}" if len(values) < len(row.runs) else ""
+		spread = f" +- {stdev(values):.5f}" if len(values) > 1 else ""
+		cells = [row.name, f"{len(values)}{missing}", f"{fmean(values or [math.nan]):.5f}{spread}"]
+		if c := row.comparison:
+			cells.append(f"{c.bpb_diff:+.5f} +- {c.bpb_se:.5f}")
+			cells += [f"{c.low:+.5f} to {c.high:+.5f}", f"{c.p:.2g}"]
+			cells += [*[f"{c.p_holm:.2g}"] * several, f"{c.detectable:.5f}", c.method]
+		table.append(cells + [""] * (len(table[0]) - len(cells)))
+	return table
+
+
+def nats_table(rows: list[Row]) -> Table:
+	"""The differences in nats a token, and whether a trial would be a record over the base."""
+	table = [["trial", f"nats less {rows[0].name}", "visible", f"better by {BAR}", "p"]]
+	for row in rows[1:]:
+		cells = ["not comparable", "", "", ""]
+		if (c := row.comparison) and c.nats_diff is not None:
+			cells = [f"{c.nats_diff:+.5f} +- {c.nats_se:.5f}", f"{c.nats_detectable:.5f}"]
+			cells += ["met" if c.bar_met else "not met", f"{c.bar_p:.2g}"]
+		table.append([row.name, *cells])
+	return table
+
+
+def context_table(rows: list[Row]) -> Table:
+	"""What differs in settings, and what it costs: means over the finished seeds."""
+	differ = {key for row in rows if row.comparison for key in row.comparison.settings}
+	table = [["trial", "settings", "parameters", "bytes", "ms/step", "training s"]]
+
+	def mean(runs: Sequence[Run], value: Callable[[Run], float]) -> str:
+		said = [x for run in runs if run.finished and (x := value(run)) and math.isfinite(x)]
+		return f"{fmean(said):,.{0 if fmean(said) >= 1000 else 1}f}" if said else ""
+
+	for row in rows:
+		keys = sorted(row.comparison.settings if row.comparison else differ)
+		values = [f"{key.upper()}={row.runs[0].settings.get(key, '')}" for key in keys]
+		cells = [row.name, " ".join(values), mean(row.runs, lambda run: run.parameters)]
+		cells.append(mean(row.runs, lambda run: run.sizes.get("total", 0)))
+		cells.append(mean(row.runs, lambda run: run.step_ms))
+		table.append([*cells, mean(row.runs, lambda run: run.seconds.get("train", 0))])
+	return table
+
+
+def notes_on(rows: list[Row]) -> list[str]:
+	"""What must be known to trust the tables."""
+	score = next(row.comparison.score for row in rows if row.comparison)
+	missing = [note for row in rows for note in lost(row.runs, score)]
+	refused = [f"NOT COMPARED: {row.name}: {row.refusal}" for row in rows if row.refusal]
+	found = [note for row in rows if row.comparison for note in row.comparison.notes]
+	return list(dict.fromkeys([*missing, *refused, *found]))
+
+
+def markdown(table: Table) -> str:
+	"""A table as Markdown."""
+	head, *body = [[cell.replace("|", r"\|") for cell in cells] for cells in table]
+	rule = ["---" if title in ("trial", "settings") else "--:" for title in head]
+	return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *body))
+
+
+def document(rows: list[Row], *more: str) -> str:
+	"""As Markdown: the table of scores, its legend, what is given, and the notes."""
+	notes = "\n".join("- " + re.sub(r"([<`*\[\]])", r"\\\1", note) for note in notes_on(rows))
+	return "\n\n".join(filter(None, [markdown(score_table(rows)), LEGEND, *more, notes])) + "\n"
+
+
+def markdown_table(runs: Sequence[Run], base: str | None = None, score: str | None = None) -> str:
+	"""One row a trial: its score, the difference to the base, how sure that is; and notes."""
+	return document(compare_all(trials(runs), base, score))
+
+
+# ---- Command line ----
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+	"""The program; its exit status."""
+	parser = argparse.ArgumentParser(
+		description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+	)
+	add = parser.add_argument
+	add("runs", nargs="+", metavar="RUNS", help="trials to compare; with --against one group")
+	add("--against", nargs="+", metavar="RUNS", help="the group to compare with")
+	add("--base", metavar="NAME", help="the trial to compare with: base, none, or else the first")
+	add("--score", choices=list(SCORE_LINES), help="default: the last that all runs have")
+	add("--markdown", action="store_true", help="print Markdown")
+	add("--json", action="store_true", help="print JSON")
+	args = parser.parse_args(argv)
+	try:
+		groups = trials(read_runs(args.runs))
+		if args.against:
+			name, args.base = (x[0] + "..." * (len(x) > 1) for x in (args.runs, args.against))
+			groups = {name: read_runs(args.runs), args.base: read_runs(args.against)}
+		rows = compare_all(groups, args.base, args.score)
+	except (RunError, CompareError) as error:
+		print(f"error: {error}", file=sys.stderr)
+		return 2
+	if args.json:
+		told = [asdict(replace(row, runs=[str(run.path) for run in row.runs])) for row in rows]
+		print(json.dumps(told, indent=2))
+	else:
+		text = document(rows, markdown(nats_table(rows)), BAR_LEGEND, markdown(context_table(rows)))
+		plain = args.markdown or not sys.stdout.isatty()
+		print(text, end="") if plain else Console().print(Markdown(text))
+	return int(any(row.refusal for row in rows))
+
+
+if __name__ == "__main__":
+	sys.exit(main())
