@@ -26,9 +26,9 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 import numpy as np
 from rich.console import Console
 from rich.markdown import Markdown
-from runs import INCIDENTAL, SCORE_LINES, Run, RunError, read_runs
 from scipy import optimize, stats
 
+from runs import INCIDENTAL, SCORE_LINES, Run, RunError, read_runs
 from train_gpt import VAL_BYTES
 
 BAR, BAR_P = 0.005, 0.01  # a record is better by so many nats a token, shown at such a p

@@ -9,8 +9,10 @@ import math
 import re
 import shlex
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
@@ -70,27 +72,31 @@ class Run:
 	val_sha256: str = ""
 
 	@property
-	def seed(self):
+	def seed(self) -> int | None:
 		"""The seed of the initial weights, or None."""
 		return self.settings.get("seed")
 
 	@property
-	def finished(self):
+	def finished(self) -> bool:
 		"""Whether it came to its scores."""
 		return self.status in ("ok", "over a limit")
 
 	@property
-	def final(self):
+	def final(self) -> str | None:
 		"""The name of the score that counts, the last one made, or None."""
 		return next((name for name in reversed(SCORE_LINES) if name in self.scores), None)
 
 	@property
-	def command(self):
+	def command(self) -> str:
 		"""The shell command that makes this run: what its settings change, SEED included."""
 		return command_of(self.settings, self.ranks)
 
 
-def command_of(settings, ranks=1, left_out=("run_id", "run_dir", "resume")):
+def command_of(
+	settings: dict[str, Any],
+	ranks: int = 1,
+	left_out: Sequence[str] = ("run_id", "run_dir", "resume"),
+) -> str:
 	"""The shortest command that gives these settings, less those left out."""
 	preset = settings.get("preset", "")
 	env = {"PRESET": preset} if preset else {}
@@ -105,7 +111,7 @@ def command_of(settings, ranks=1, left_out=("run_id", "run_dir", "resume")):
 	return " ".join([*pairs, launcher, "train_gpt.py"])
 
 
-def read_run(path):
+def read_run(path: str | Path) -> Run:
 	"""The Run of a folder with result.json, or of a train log; RunError if it is neither."""
 	path = Path(path)
 	try:
@@ -114,12 +120,12 @@ def read_run(path):
 		raise RunError(f"{path}: not a run: {error or type(error).__name__}") from None
 
 
-def trial_of(folder):
+def trial_of(folder: Path) -> str:
 	"""The name of a run's trial: the folder that holds its seeds, or its own."""
 	return folder.parent.name if folder.name.startswith("seed") else folder.name
 
 
-def read_folder(path):
+def read_folder(path: Path) -> Run:
 	"""The Run of a folder with result.json."""
 	result = json.loads((path / "result.json").read_text(encoding="utf-8"))
 	known = [f.name for f in fields(Score)]
@@ -151,7 +157,7 @@ def read_folder(path):
 	)
 
 
-def read_events(folder):
+def read_events(folder: Path) -> list[tuple[int, float, float]]:
 	"""The (step, training seconds, training loss) lines of a run, which may still be going on."""
 	try:
 		lines = (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()
@@ -162,7 +168,7 @@ def read_events(folder):
 	return [(event["step"], event["seconds"], event["train_loss"]) for event in steps]
 
 
-def world_size(folder):
+def world_size(folder: Path) -> int:
 	"""The processes of a run, which only its log says."""
 	try:
 		log = (folder / "train.log").read_text(encoding="utf-8", errors="replace")
@@ -171,16 +177,16 @@ def world_size(folder):
 	return int((re.findall(r"^world_size:(\d+)", log, re.MULTILINE) or [1])[-1])
 
 
-def read_log(path):
+def read_log(path: Path) -> Run:
 	"""The Run of a train log; what stands before the last start in it is left out."""
 	text = path.read_text(encoding="utf-8", errors="replace")
 
-	def number(pattern, kind=float):
+	def number(pattern: str, kind: Callable[[str], Any] = float) -> Any:
 		"""The last such number of the log, or None."""
 		found = re.findall(pattern, text, re.MULTILINE)
 		return kind(found[-1]) if found else None
 
-	def pairs(first, within=""):
+	def pairs(first: str, within: str = "") -> dict[str, str]:
 		"""The name:value pairs of the line that begins so; values may hold spaces."""
 		line = re.search(rf"^{first}:.*{within}.*$", text, re.MULTILINE)
 		parts = re.split(r"(?:^| )([a-z_0-9]+):", line[0]) if line else [""]
@@ -236,7 +242,7 @@ def read_log(path):
 	)
 
 
-def unfinished(folder):
+def unfinished(folder: Path) -> Run:
 	"""The Run of a sweep's trial without result.json: waiting, or cut off (or still going on)."""
 	log, seed = folder / "train.log", re.fullmatch(r"seed(\d+)", folder.name)
 	run = read_run(log) if log.exists() else Run(log, "", "waiting")
@@ -245,7 +251,7 @@ def unfinished(folder):
 	return replace(run, path=folder, name=trial_of(folder), status=status, settings=settings)
 
 
-def read_runs(paths):
+def read_runs(paths: Iterable[str | Path]) -> list[Run]:
 	"""The Runs of run folders, logs, and folders that hold either, at any depth, in order.
 
 	Trials of a sweep (they have a command.sh) are there whether they ran or not.
