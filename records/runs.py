@@ -4,12 +4,14 @@
 lines, so it reads the logs of the challenge's other scripts too, as far as they say.
 """
 
+import fcntl
 import json
 import math
 import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -163,9 +165,12 @@ def read_events(folder: Path) -> list[tuple[int, float, float]]:
 		lines = (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()
 	except OSError:
 		return []
-	events = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be cut
-	steps = [event for event in events if event["event"] == "step" and "train_loss" in event]
-	return [(event["step"], event["seconds"], event["train_loss"]) for event in steps]
+	steps = []
+	for line in lines:
+		with suppress(ValueError, KeyError, TypeError):  # cut, or of something else
+			event = json.loads(line)
+			steps.append((event["step"], event["seconds"], event["train_loss"]))
+	return steps
 
 
 def world_size(folder: Path) -> int:
@@ -242,13 +247,52 @@ def read_log(path: Path) -> Run:
 	)
 
 
-def unfinished(folder: Path) -> Run:
-	"""The Run of a sweep's trial without result.json: waiting, or cut off (or still going on)."""
-	log, seed = folder / "train.log", re.fullmatch(r"seed(\d+)", folder.name)
-	run = read_run(log) if log.exists() else Run(log, "", "waiting")
+def is_locked(folder: Path) -> bool:
+	"""Whether a sweep's trial is running: its command.sh holds a lock."""
+	try:
+		with open(f"{folder}.lock", encoding="utf-8") as lock:
+			fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+	except FileNotFoundError:
+		return False
+	except OSError:
+		return True
+	return False
+
+
+def read_trial(folder: Path) -> Run:
+	"""The Run of a sweep's trial, whatever became of it, its seed known by the folder's name.
+
+	Beside those of result.json its status is waiting, running, cut off, stopped (by the sweep) or
+	failed, where it was killed or could not start.
+	"""
+
+	def text(name: str) -> str:
+		try:
+			return (folder / name).read_text(encoding="utf-8", errors="replace").strip()
+		except OSError:
+			return ""
+
+	try:
+		run = read_run(folder if (folder / "result.json").exists() else folder / "train.log")
+		status = run.status if run.path == folder else "cut off"
+	except RunError as error:
+		broken = (folder / "result.json").exists()
+		run = Run(folder, "", "failed", reason=str(error) if broken else "")
+		status = "failed" if broken else "cut off" if (folder / "train.log").exists() else "waiting"
+	seed = re.fullmatch(r"seed(\d+)", folder.name)
 	settings = run.settings or ({"seed": int(seed[1])} if seed else {})
-	status = "cut off" if log.exists() else "waiting"
-	return replace(run, path=folder, name=trial_of(folder), status=status, settings=settings)
+	reason, code = run.reason, text("exit_status")
+	if is_locked(folder):
+		status, reason = "running", ""
+	elif (folder / "stopped").exists():
+		status, reason = "stopped", text("stopped")
+	elif code and not (folder / "result.json").exists():
+		killed = code.isdigit() and int(code) > 128
+		how = f"killed by signal {int(code) - 128}" if killed else f"exit status {code}"
+		status, reason = "failed", "; ".join([how, *text("output.txt").splitlines()[-1:]])
+	return replace(
+		run, path=folder, name=trial_of(folder), status=status, reason=reason, settings=settings
+	)
 
 
 def read_runs(paths: Iterable[str | Path]) -> list[Run]:
@@ -268,6 +312,6 @@ def read_runs(paths: Iterable[str | Path]) -> list[Run]:
 		for run in inner:
 			if re.search(r"\.cut\d+$", run.name):
 				continue  # put aside by sweep.py
-			planned = run.is_dir() and not (run / "result.json").exists()
-			runs.append(unfinished(run) if planned else read_run(run))
+			planned = (run / "command.sh").exists()
+			runs.append(read_trial(run) if planned else read_run(run))
 	return runs

@@ -6,6 +6,7 @@ Settings in the environment hold for all trials; SETTING=a,b varies. The same co
 where it stopped: finished trials stay, those cut off start anew (or, with CHECKPOINT_EVERY, go on
 from their checkpoint). A trial that fails is a row with its reason. The folder (--out) holds
 <trial>/seed<N>/, each a run's folder with its command.sh, and the one train_gpt.py that all run.
+Values that hold commas need --file.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import difflib
 import fcntl
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -36,13 +39,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import train_gpt
-from runs import RunError, read_events, read_run
+from runs import RunError, read_events, read_trial
 
 SETTINGS = [f.name.upper() for f in fields(train_gpt.Hyperparameters)]
 OWN = {"SEED": "--seeds", "RUN_ID": "--out", "RUN_DIR": "--out", "RESUME": "CHECKPOINT_EVERY"}
 DUE = ("waiting", "cut off", "interrupted")
 DONE = ("ok", "over a limit")
-PATIENCE_SECONDS = 40  # of a trial told to end, which saves first
+PATIENCE_SECONDS = 40  # with a trial told to end, which saves first
+# Losses of trials that differ in these say nothing of each other.
+OF_THE_LOSS = ("CORPUS", "DATA_PATH", "VOCAB_SIZE", "TRAIN_SEQ_LEN", "TRAIN_BATCH_TOKENS")
+OF_THE_LOSS += ("LABEL_SMOOTHING", "STP_ENABLED", "STP_LAMBDA", "PRESET")
 
 
 class SweepError(ValueError):
@@ -91,10 +97,10 @@ def trials_of_file(path: Path, seeds: list[int]) -> tuple[dict[str, str], list[T
 
 	try:
 		content = tomllib.loads(path.read_text(encoding="utf-8"))
-		seeds = seeds or content.get("seeds", [1337])
+		seeds = seeds or [int(seed) for seed in content.get("seeds", [1337])]
 		named = {name: tuple(texts(x).items()) for name, x in content["trials"].items()}
 		base = texts(content.get("base", {}))
-	except (OSError, KeyError, AttributeError, TypeError, tomllib.TOMLDecodeError) as error:
+	except (OSError, KeyError, AttributeError, TypeError, ValueError) as error:
 		raise SweepError(f"--file {path}: {error!r}; see records/studies/*.toml") from None
 	return base, [Trial(name, changes, seed) for seed in seeds for name, changes in named.items()]
 
@@ -119,41 +125,63 @@ class Sweep:
 			raise SweepError(f"{name} is set for each trial by the sweep; use {OWN[name]}")
 		if not self.trials:
 			raise SweepError("no trials: give SETTING=A,B, --file, or the --out of a sweep")
-		if len({(trial.name, trial.seed) for trial in self.trials}) < len(self.trials):
-			raise SweepError("two trials have one name and seed; give each value and seed once")
+		seen = set()
+		for trial in self.trials:
+			if not re.fullmatch(r"[\w=+.,-]+", trial.name) or re.search(r"^\.|\.cut\d", trial.name):
+				raise SweepError(f"[trials.{trial.name}]: a name is of letters, digits and _=+.,-")
+			if trial.seed < 0 or (trial.name, trial.seed) in seen:
+				raise SweepError(f"{trial.name}, seed {trial.seed}: seeds are from 0, each once")
+			seen.add((trial.name, trial.seed))
+			try:
+				train_gpt.Hyperparameters.from_env(self.base | dict(trial.changes))
+			except train_gpt.SettingsError as error:
+				raise SweepError(f"{trial.name}: {error}") from None
 
 	def folder_of(self, trial: Trial) -> Path:
 		"""The run folder of a trial."""
 		return self.folder.resolve() / trial.name / f"seed{trial.seed}"
 
+	def state(self, trial: Trial) -> str:
+		"""What became of a trial so far."""
+		return read_trial(self.folder_of(trial)).status
+
 	def prepare(self) -> None:
 		"""Create the folder, or go on with the one there: plan, script, a command.sh each."""
-		before = read_plan(self.folder)
-		known = {(trial.name, trial.seed): trial for trial in before.trials} if before else {}
-		if before and before.base != self.base:
-			differ = sorted(set(before.base.items()) ^ set(self.base.items()))
-			raise SweepError(
-				f"--out {self.folder} was made with other settings for all trials: "
-				f"{' '.join(f'{key}={value}' for key, value in differ)} differ; "
-				"set them as they were, or choose another --out"
-			)
+		self.folder.mkdir(parents=True, exist_ok=True)
+		with open(self.folder / "sweep.lock", "w") as lock:  # another may add its trials now
+			fcntl.flock(lock, fcntl.LOCK_EX)
+			before = read_plan(self.folder)
+			known = {(trial.name, trial.seed): trial for trial in before.trials} if before else {}
+			if before and before.of_all() != self.of_all():
+				differ = sorted(before.of_all().items() ^ self.of_all().items())
+				raise SweepError(
+					f"--out {self.folder} was made otherwise for all trials: "
+					f"{' '.join(f'{key}={value}' for key, value in differ)} differ; "
+					"set them as they were, or choose another --out"
+				)
+			for trial in self.trials:
+				there = known.setdefault((trial.name, trial.seed), trial)
+				if there.changes != trial.changes:
+					raise SweepError(f"{trial.name} was {dict(there.changes)}; choose another name")
+			if not before:
+				shutil.copyfile(ROOT / "train_gpt.py", self.folder / "train_gpt.py")
+			plan = {"base": self.base, "ranks": self.ranks, "weights": str(self.weights or "")}
+			plan["trials"] = [[t.name, dict(t.changes), t.seed] for t in known.values()]
+			text = json.dumps(plan, indent=1)
+			train_gpt.write_atomically(self.folder / "sweep.json", text.encode())
 		for trial in self.trials:
-			there = known.setdefault((trial.name, trial.seed), trial)
-			if there.changes != trial.changes:
-				raise SweepError(f"{trial.name} was {dict(there.changes)}; choose another name")
-			self.folder_of(trial).mkdir(parents=True, exist_ok=True)
-			self.write_command(trial)
-		if not before:
-			shutil.copyfile(ROOT / "train_gpt.py", self.folder / "train_gpt.py")
-		plan = {"base": self.base, "ranks": self.ranks, "weights": str(self.weights or "")}
-		plan["trials"] = [[t.name, dict(t.changes), t.seed] for t in known.values()]
-		train_gpt.write_atomically(self.folder / "sweep.json", json.dumps(plan, indent=1).encode())
+			if self.state(trial) not in (*DONE, "running"):
+				self.write_command(trial)
+
+	def of_all(self) -> dict[str, str]:
+		"""What holds for all trials."""
+		return self.base | {"--ranks": str(self.ranks), "--quantize": str(self.weights or "")}
 
 	def write_command(self, trial: Trial) -> None:
 		"""Write the script that makes one trial, the same by hand, here and under a scheduler."""
 		folder = self.folder_of(trial)
 		settings = {**self.base, **dict(trial.changes), "SEED": trial.seed, "RUN_DIR": folder}
-		if settings.get("CHECKPOINT_EVERY", "0") != "0":
+		if goes_on := settings.get("CHECKPOINT_EVERY", "0") != "0":
 			settings["RESUME"] = "auto"
 		exports = " ".join(f"{key}={shlex.quote(str(value))}" for key, value in settings.items())
 		torchrun = ["torchrun", "--standalone", f"--nproc_per_node={self.ranks}"]
@@ -162,33 +190,46 @@ class Sweep:
 			self.folder.resolve() / "train_gpt.py",
 		]
 		if self.weights:
-			weights = self.weights / folder.name / train_gpt.FINAL_MODEL
-			program += ["--quantize", weights.resolve()]
+			program += ["--quantize", self.weights / folder.name / train_gpt.FINAL_MODEL]
+		aside = """if [ -e "$folder/train.log" ]; then  # a run was cut off: keep it aside
+	n=1; while [ -e "$folder.cut$n" ]; do n=$((n + 1)); done
+	mv "$folder" "$folder.cut$n"; mkdir "$folder"; cp "$folder.cut$n/command.sh" "$folder"
+fi"""
 		script = f"""#!/usr/bin/env bash
 # {trial.name}, seed {trial.seed}
-cd {shlex.quote(str(ROOT))}
+folder={shlex.quote(str(folder))}
+trap : TERM  # this shell outlives the signal: the program saves first
+exec 9>> "$folder.lock"
+if command -v flock > /dev/null; then flock -w 10 9 || exit 75; fi  # 75: it runs already
+{"" if goes_on else aside}
+rm -f "$folder/exit_status" "$folder/stopped"
+cd {shlex.quote(str(ROOT))} || exit
 PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH
 unset {" ".join(SETTINGS)}
 export {exports}
-{shlex.join(str(x) for x in program)} > {shlex.quote(f"{folder}/output.txt")} 2>&1
-echo $? > {shlex.quote(f"{folder}/exit_status")}
+{shlex.join(str(x) for x in program)} > "$folder/output.txt" 2>&1
+echo $? > "$folder/exit_status"
 """
-		(folder / "command.sh").write_text(script, encoding="utf-8")
+		folder.mkdir(parents=True, exist_ok=True)
+		train_gpt.write_atomically(folder / "command.sh", script.encode())
+
+	def commands(self) -> list[Path]:
+		"""The command.sh of all trials that are due; SweepError if none is."""
+		due = [trial for trial in self.trials if self.state(trial) in DUE]
+		if not due:
+			raise SweepError(f"--out {self.folder}: nothing is due; --show prints the table")
+		return [self.folder_of(trial) / "command.sh" for trial in due]
 
 	def write_slurm(self, options: str) -> Path:
 		"""Write the trials that are due as a Slurm job array; its path."""
-		due = [
-			self.folder_of(trial) for trial in self.trials if state(self.folder_of(trial))[0] in DUE
-		]
-		for folder in due:
-			make_room(folder)
-		(self.folder / "trials.txt").write_text("".join(f"{x}/command.sh\n" for x in due))
+		due = self.commands()
+		(self.folder / "trials.txt").write_text("".join(f"{path}\n" for path in due))
 		folder, path = self.folder.resolve(), self.folder / "array.sbatch"
 		asked = "".join(f"#SBATCH {option}\n" for option in shlex.split(options))
 		path.write_text(f"""#!/usr/bin/env bash
-#SBATCH --job-name={self.folder.name}
+#SBATCH --job-name={shlex.quote(self.folder.name)}
 #SBATCH --array=1-{len(due)}
-#SBATCH --output={folder}/slurm-%A_%a.out
+#SBATCH --output={shlex.quote(f"{folder}/slurm-%A_%a.out")}
 {asked}bash "$(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {shlex.quote(f"{folder}/trials.txt")})"
 """)
 		return path
@@ -207,68 +248,33 @@ def read_plan(folder: Path) -> Sweep | None:
 		raise SweepError(f"{folder}/sweep.json: {error!r}; choose another --out") from None
 
 
-def state(folder: Path) -> tuple[str, str]:
-	"""What became of a trial, and why: DUE, DONE, stopped, or a failure."""
-	if (folder / "stopped").exists():
-		return "stopped", (folder / "stopped").read_text(encoding="utf-8")
-	if (folder / "result.json").exists():
-		run = read_run(folder)
-		return run.status, run.reason.splitlines()[-1] if run.reason else ""
-	try:
-		code = int((folder / "exit_status").read_text())
-	except (OSError, ValueError):
-		return ("cut off" if (folder / "train.log").exists() else "waiting"), ""
-	output = (folder / "output.txt").read_text(encoding="utf-8", errors="replace")
-	how = f"killed by signal {code - 128}" if code > 128 else f"exit status {code}"
-	return "failed", "; ".join([how, *output.splitlines()[-1:]])
-
-
-def make_room(folder: Path) -> None:
-	"""Ready a trial's folder for a start: a run cut off is kept aside, unless it can go on."""
-	command = (folder / "command.sh").read_bytes()
-	if (folder / "train.log").exists() and b"RESUME=auto" not in command:
-		aside = (folder.with_name(f"{folder.name}.cut{n}") for n in itertools.count(1))
-		folder.rename(next(path for path in aside if not path.exists()))
-		folder.mkdir()
-		(folder / "command.sh").write_bytes(command)
-	for name in ("exit_status", "stopped"):
-		(folder / name).unlink(missing_ok=True)
-
-
-def hopeless(folder: Path, others: list[Path], limit: float) -> str:
+def hopeless(losses: dict[int, float], rivals: list[dict[int, float]], limit: float) -> str:
 	"""Why a trial is not worth its end, if so: its loss grows, or is `limit` nats above another's.
 
-	Losses are compared at the last step that both logged (TRAIN_LOG_EVERY), on the same tokens.
+	Losses, by step, are compared at the last step that both logged (TRAIN_LOG_EVERY).
 	"""
-	losses = {step: loss for step, _, loss in read_events(folder)}
 	step = max(losses, default=0)
 	if step < 20:
 		return ""
-	if losses[step] > losses[1] + limit:
-		return f"diverged: loss {losses[step]:.3f} at step {step}, {losses[1]:.3f} at the first"
-	rivals = [{step: loss for step, _, loss in read_events(other)} for other in others]
+	first = losses.get(1, math.inf)
+	if losses[step] > first + limit:
+		return f"diverged: loss {losses[step]:.3f} at step {step}, {first:.3f} at the first"
 	best = min((rival[step] for rival in rivals if step in rival), default=losses[step])
 	if losses[step] > best + limit:
 		return f"hopeless: loss {losses[step]:.3f} at step {step}, another trial's {best:.3f}"
 	return ""
 
 
-@dataclass
-class Running:
-	"""A trial that is being run: its processes, its device, and the lock on its folder."""
-
-	process: subprocess.Popen
-	device: str
-	lock: Any
-
-	def end(self) -> None:
-		"""End it and all it started: by SIGTERM, on which it saves, or in the end by SIGKILL."""
-		for number in (signal.SIGTERM, signal.SIGKILL):
-			try:
-				os.killpg(self.process.pid, number)
-				self.process.wait(PATIENCE_SECONDS)
-			except (ProcessLookupError, subprocess.TimeoutExpired):
-				continue
+def end(processes: list[subprocess.Popen]) -> None:
+	"""End trials and all they started: by SIGTERM, on which they save; Ctrl-C ends them at once."""
+	for number in (signal.SIGTERM, signal.SIGKILL):
+		deadline = time.monotonic() + PATIENCE_SECONDS
+		for process in processes:
+			with suppress(ProcessLookupError):
+				os.killpg(process.pid, number)
+		with suppress(KeyboardInterrupt, subprocess.TimeoutExpired):
+			for process in processes:
+				process.wait(max(deadline - time.monotonic(), 0))
 
 
 class Runner:
@@ -279,55 +285,51 @@ class Runner:
 	) -> None:
 		self.sweep, self.devices, self.stop_worse = sweep, devices, stop_worse
 		self.threads = max((os.cpu_count() or 1) // len(devices), 1)
-		self.again = {t for t in sweep.trials if retry and self.state(t) not in DONE}
-		self.running: dict[Trial, Running] = {}
-
-	def state(self, trial: Trial) -> str:
-		"""What became of a trial so far."""
-		return state(self.sweep.folder_of(trial))[0]
+		self.retried = {t for t in sweep.trials if retry and sweep.state(t) not in DONE}
+		self.running: dict[Trial, tuple[subprocess.Popen, str]] = {}  # and its device
+		self.started: set[Trial] = set()  # once by each command, whatever becomes of it
 
 	def is_due(self, trial: Trial) -> bool:
 		"""Whether a trial is still to be started."""
-		return trial not in self.running and (trial in self.again or self.state(trial) in DUE)
+		state = self.sweep.state(trial)
+		again = trial in self.retried and state not in (*DONE, "running")
+		return trial not in self.started and (again or state in DUE)
 
-	def start(self, trial: Trial, device: str) -> bool:
-		"""Start a trial, unless it runs already: left by a killed sweep, or by another one."""
+	def start(self, trial: Trial, device: str) -> None:
+		"""Start a trial."""
+		self.started.add(trial)
 		folder = self.sweep.folder_of(trial)
-		lock = open(folder.with_name(f"{folder.name}.lock"), "w")
-		try:
-			fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-		except OSError:
-			return False
-		if not self.is_due(trial):  # it has just ended
-			return False
-		self.again.discard(trial)
-		make_room(folder)
 		env = dict(os.environ, CUDA_VISIBLE_DEVICES=device)
 		if not device:
 			env.setdefault("OMP_NUM_THREADS", str(self.threads))
-		process = subprocess.Popen(  # it holds the lock even if this program is killed
+		if not (folder / "command.sh").exists():  # someone has tidied up
+			self.sweep.write_command(trial)
+		process = subprocess.Popen(
 			["bash", folder / "command.sh"],
 			env=env,
 			stdin=subprocess.DEVNULL,
 			stderr=subprocess.DEVNULL,  # bash would name a killed program amid the table
 			start_new_session=True,
-			pass_fds=[lock.fileno()],
 		)
-		self.running[trial] = Running(process, device, lock)
-		return True
+		self.running[trial] = process, device
 
-	def poll(self) -> None:
-		"""Take in trials that have ended, and stop hopeless ones."""
-		for trial, running in list(self.running.items()):
+	def losses(self, trial: Trial) -> dict[int, float]:
+		"""The training loss of a trial by step, as far as it is logged."""
+		return {step: loss for step, _, loss in read_events(self.sweep.folder_of(trial))}
+
+	def stop_hopeless(self) -> None:
+		"""Stop trials that are too far behind those whose loss means the same."""
+
+		def kind(trial: Trial) -> list[str | None]:
+			return [(self.sweep.base | dict(trial.changes)).get(name) for name in OF_THE_LOSS]
+
+		for trial, (process, _) in list(self.running.items()):
+			rivals = [t for t in self.sweep.trials if t != trial and kind(t) == kind(trial)]
+			why = hopeless(self.losses(trial), list(map(self.losses, rivals)), self.stop_worse)
 			folder = self.sweep.folder_of(trial)
-			if running.process.poll() is not None:
-				running.lock.close()
-				del self.running[trial]
-			elif self.stop_worse is not None:
-				others = [self.sweep.folder_of(t) for t in self.sweep.trials if t != trial]
-				if why := hopeless(folder, others, self.stop_worse):
-					running.end()
-					(folder / "stopped").write_text(why, encoding="utf-8")
+			if why and not (folder / "result.json").exists():
+				end([process])
+				(folder / "stopped").write_text(why, encoding="utf-8")
 
 	def run(self) -> None:
 		"""Run all that is due. Ctrl-C or SIGTERM ends the trials, which can go on later."""
@@ -335,63 +337,55 @@ class Runner:
 		with rich.live.Live(auto_refresh=watched, transient=True) as live:
 			try:
 				while True:
-					self.poll()
+					self.running = {t: x for t, x in self.running.items() if x[0].poll() is None}
+					if self.stop_worse:
+						self.stop_hopeless()
 					free = list(self.devices)
-					for running in self.running.values():
-						free.remove(running.device)
+					for _, device in self.running.values():
+						free.remove(device)
 					due = [trial for trial in self.sweep.trials if self.is_due(trial)]
-					for trial in due:
-						if free and self.start(trial, free[0]):
-							free.pop(0)
+					for trial, device in zip(due, free, strict=False):
+						self.start(trial, device)
+					states = {trial: self.sweep.state(trial) for trial in self.sweep.trials}
 					if watched:
-						live.update(table(self.sweep, self.running))
+						live.update(table(self.sweep, running_first=True))
 					else:
-						shown = self.tell(shown)
-					if not due and not self.running:
+						shown = tell(states, shown)
+					# Also wait for those that run without this program.
+					if not (due or self.running or "running" in states.values()):
 						return
 					time.sleep(1)
 			finally:
-				for running in self.running.values():
-					running.end()
-
-	def tell(self, shown: dict[Trial, str]) -> dict[Trial, str]:
-		"""Print a line for every trial whose state has changed, where no table can be shown."""
-		now = {t: "running" if t in self.running else self.state(t) for t in self.sweep.trials}
-		for trial, status in now.items():
-			if shown.get(trial, "waiting") != status:
-				print(
-					f"{time.strftime('%H:%M:%S')} {trial.name} seed {trial.seed}: {status}",
-					flush=True,
-				)
-		return now
+				end([process for process, _ in self.running.values()])
 
 
-def table(sweep: Sweep, running: Mapping[Trial, Running] | None = None) -> rich.table.Table:
-	"""The state of every trial."""
+def tell(states: dict[Trial, str], shown: dict[Trial, str]) -> dict[Trial, str]:
+	"""Print a line for every trial whose state has changed, where no table can be shown."""
+	for trial, state in states.items():
+		if shown.get(trial, "waiting") != state:
+			print(
+				f"{time.strftime('%H:%M:%S')} {trial.name} seed {trial.seed}: {state}", flush=True
+			)
+	return states
+
+
+def table(sweep: Sweep, running_first: bool = False) -> rich.table.Table:
+	"""The state of every trial; a screen may be too low for all."""
 	grid = rich.table.Table(title=str(sweep.folder), box=rich.box.SIMPLE_HEAD)
 	for column in ("trial", "seed", "state", "step", "loss", "bpb", "seconds", "reason"):
 		grid.add_column(column, overflow="fold")
-	for trial in sweep.trials:
-		folder = sweep.folder_of(trial)
-		status, reason = state(folder)
+	runs = [read_trial(sweep.folder_of(trial)) for trial in sweep.trials]
+	order = ("running", "failed", "stopped", *DUE)
+	if running_first:
+		runs.sort(key=lambda run: order.index(run.status) if run.status in order else len(order))
+	for run in runs:
 		step = loss = bpb = seconds = ""
-		if steps := read_events(folder):
+		if steps := read_events(run.path):
 			step, seconds, loss = str(steps[-1][0]), f"{steps[-1][1]:.0f}", f"{steps[-1][2]:.4f}"
-		if status in DONE:
-			run = read_run(folder)
+		if run.status in DONE and run.final:
 			bpb = f"{run.scores[run.final].val_bpb:.4f} {run.final}"
-		elif trial in (running or {}):
-			status = "running"
-		grid.add_row(
-			trial.name,
-			str(trial.seed),
-			status,
-			step,
-			loss,
-			bpb,
-			seconds,
-			rich.markup.escape(reason),
-		)
+		reason = rich.markup.escape(run.reason.splitlines()[-1] if run.reason else "")
+		grid.add_row(run.name, str(run.seed), run.status, step, loss, bpb, seconds, reason)
 	return grid
 
 
@@ -435,10 +429,14 @@ def parse(argv: list[str], env: Mapping[str, str]) -> tuple[Sweep, argparse.Name
 		raise SweepError(f"--seeds {args.seeds}: give whole numbers, as 1337,42,7") from None
 	if min(1 if args.cpu is None else args.cpu, args.ranks) < 1:
 		raise SweepError("--cpu and --ranks must be at least 1")
+	if args.stop_worse is not None and not args.stop_worse > 0:
+		raise SweepError(f"--stop-worse {args.stop_worse}: give nats, as 0.5")
 	there = read_plan(args.out)
-	if there and not (args.axes or args.file):
-		return there, args
 	base = {key: env[key] for key in SETTINGS if key in env and key not in OWN}
+	if there and not (args.axes or args.file or seeds or args.quantize or args.ranks > 1):
+		if other := {key: value for key, value in base.items() if there.base.get(key) != value}:
+			raise SweepError(f"--out {args.out} was made without {other}; unset them")
+		return there, args
 	if args.file:
 		of_file, trials = trials_of_file(args.file, seeds)
 		base = of_file | base
@@ -446,7 +444,8 @@ def parse(argv: list[str], env: Mapping[str, str]) -> tuple[Sweep, argparse.Name
 		trials = trials_of_axes(args.axes, seeds or [1337], args.one_at_a_time)
 	else:
 		trials = [Trial("base", (), seed) for seed in seeds]
-	return Sweep(args.out, base, trials, args.ranks, args.quantize), args
+	weights = args.quantize and args.quantize.resolve()
+	return Sweep(args.out, base, trials, args.ranks, weights), args
 
 
 def devices(args: argparse.Namespace) -> list[str]:
@@ -455,11 +454,18 @@ def devices(args: argparse.Namespace) -> list[str]:
 
 	if args.cpu:
 		return [""] * args.cpu
-	gpus = args.gpus.split(",") if args.gpus else [str(i) for i in range(torch.cuda.device_count())]
-	if gpus and len(gpus) < args.ranks:
-		raise SweepError(f"--ranks {args.ranks}: only {len(gpus)} GPUs are there")
-	starts = range(0, len(gpus) - args.ranks + 1, args.ranks)
-	return [",".join(gpus[i : i + args.ranks]) for i in starts] or [""]
+	there = [str(i) for i in range(torch.cuda.device_count())]
+	if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+		there = visible.split(",")
+	gpus = args.gpus.split(",") if args.gpus else there
+	if len(gpus) < args.ranks or set(gpus) - set(there):
+		raise SweepError(
+			f"--gpus {','.join(gpus)} --ranks {args.ranks}: of GPUs there are {there or 'none'}; "
+			"give --cpu to run without"
+		)
+	return [
+		",".join(gpus[i : i + args.ranks]) for i in range(0, len(gpus) - args.ranks + 1, args.ranks)
+	]
 
 
 def main(argv: list[str], env: Mapping[str, str]) -> int:
@@ -472,8 +478,8 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
 			return 0
 		sweep.prepare()
 		if args.list:
-			for trial in sweep.trials:
-				print(f"bash {shlex.quote(str(sweep.folder_of(trial) / 'command.sh'))}")
+			for path in sweep.commands():
+				print(f"bash {shlex.quote(str(path))}")
 			return 0
 		if args.slurm is not None:
 			print(f"sbatch {shlex.quote(str(sweep.write_slurm(args.slurm)))}")
@@ -487,7 +493,7 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
 		return 5
 	show(sweep)
 	print(f"python records/compare.py {sweep.folder}")
-	return int(any(state(sweep.folder_of(trial))[0] not in DONE for trial in sweep.trials))
+	return int(any(sweep.state(trial) not in DONE for trial in sweep.trials))
 
 
 if __name__ == "__main__":

@@ -8,28 +8,33 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, TINY
 from launch import KEPT
 
 sys.path.insert(0, str(ROOT / "records"))
 
 import sweep
-from runs import read_run
+from runs import read_run, read_trial
 
-# A program in the place of train_gpt.py, in milliseconds a run: MUON_WD says how it ends.
+# A program in the place of train_gpt.py, in milliseconds a run: TOKENIZER_PATH says how it ends.
 STUB = """
 import json, os, signal, sys, time
 from pathlib import Path
-folder, end = Path(os.environ["RUN_DIR"]), os.environ.get("MUON_WD", "0")
+folder, end = Path(os.environ["RUN_DIR"]), os.environ.get("TOKENIZER_PATH", "0")
 with open(folder / "train.log", "a" if os.environ.get("RESUME") == "auto" else "x") as log:
 	log.write("started\\n")
 (folder / "env.json").write_text(json.dumps(dict(os.environ)))
 def finish(status, code, **more):
 	(folder / "result.json").write_text(json.dumps({"status": status, **more}))
 	sys.exit(code)
-signal.signal(signal.SIGTERM, lambda *_: finish("interrupted", 5, reason="a signal"))
+def stop(*_):
+	time.sleep(1)  # it saves
+	finish("interrupted", 5, reason="a signal")
+signal.signal(signal.SIGTERM, stop)
 for step in range(1, 41):
 	loss = 5.0 - step / 20 + (step / 10 if end == "bad" else 0) - (step if end == "grows" else 0)
 	event = {"event": "step", "step": step, "seconds": step / 10, "train_loss": loss}
@@ -64,7 +69,8 @@ def stub(monkeypatch, tmp_path):
 def states(out):
 	"""What became of each trial of a folder."""
 	plan = sweep.read_plan(out)
-	return {(t.name, t.seed): sweep.state(plan.folder_of(t)) for t in plan.trials}
+	runs = {(t.name, t.seed): read_trial(plan.folder_of(t)) for t in plan.trials}
+	return {key: (run.status, "".join(run.reason.splitlines()[-1:])) for key, run in runs.items()}
 
 
 def test_grid_one_at_a_time_and_file(tmp_path):
@@ -97,8 +103,13 @@ def test_grid_one_at_a_time_and_file(tmp_path):
 		(["SEED=1,2"], "--seeds"),
 		(["RUN_ID=a"], "--out"),
 		(["XSA_LAST_N"], "SETTING=VALUE"),
-		(["XSA_LAST_N=1,1"], "once"),
-		(["XSA_LAST_N=1", "--seeds", "1,1"], "once"),
+		(["XSA_LAST_N=1,1"], "XSA_LAST_N=1, seed 1337"),
+		(["XSA_LAST_N=1", "--seeds", "1,1"], "seed 1: seeds are from 0, each once"),
+		(["XSA_LAST_N=1", "--seeds=-1"], "seed -1"),
+		(["MUON_WD=a"], "MUON_WD='a'"),
+		(["NUM_HEADS=3"], "MODEL_DIM=512 must be an even multiple of NUM_HEADS=3"),
+		(["XSA_LAST_N=1", "--stop-worse", "-1"], "--stop-worse -1"),
+		(["XSA_LAST_N=1"], "--cpu"),  # no GPU is here
 		(["XSA_LAST_N=1", "--seeds", "1,b"], "1,b"),
 		(["--cpu"], "no trials"),
 		(["--file", "absent.toml"], "absent.toml"),
@@ -106,7 +117,9 @@ def test_grid_one_at_a_time_and_file(tmp_path):
 		(["XSA_LAST_N=1", "--gpus", "0", "--ranks", "2"], "--ranks 2"),
 	],
 )
-def test_what_cannot_be_run_is_said(stub, capsys, argv, said):
+def test_what_cannot_be_run_is_said(stub, monkeypatch, capsys, argv, said):
+	monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+	monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 	assert sweep.main(argv, {}) == 2
 	assert said in capsys.readouterr().err
 
@@ -114,38 +127,40 @@ def test_what_cannot_be_run_is_said(stub, capsys, argv, said):
 def test_a_trial_has_its_settings_alone(stub, tmp_path, monkeypatch):
 	env = {"NUM_LAYERS": "3", "SEED": "5", "RUN_ID": "mine"}
 	out = tmp_path / "a sweep's folder"
-	argv = ["MODEL_DIM=64,128", "--seeds", "42", "--out", str(out), "--cpu"]
+	argv = ["MODEL_DIM=128,256", "--seeds", "42", "--out", str(out), "--cpu"]
 	monkeypatch.setenv("SMEAR_GATE", "0")  # of this process; not of the shell that asked
 	assert sweep.main(argv, env) == 0
-	seen = json.loads((out / "MODEL_DIM=128/seed42/env.json").read_text())
+	seen = json.loads((out / "MODEL_DIM=256/seed42/env.json").read_text())
 	given = {name: seen[name] for name in sweep.SETTINGS if name in seen}
-	folder = str(out / "MODEL_DIM=128/seed42")
-	assert given == {"NUM_LAYERS": "3", "MODEL_DIM": "128", "SEED": "42", "RUN_DIR": folder}
+	folder = str(out / "MODEL_DIM=256/seed42")
+	assert given == {"NUM_LAYERS": "3", "MODEL_DIM": "256", "SEED": "42", "RUN_DIR": folder}
 	assert seen["CUDA_VISIBLE_DEVICES"] == "" and seen["PWD"] == str(stub)
 	assert (out / "train_gpt.py").read_text() == STUB
 	# The same command under other settings for all would mix two experiments.
 	assert sweep.main(argv, {"NUM_LAYERS": "4"}) == 2
 	# Its command.sh makes the run again, under any other environment.
-	before = json.loads((out / "MODEL_DIM=64/seed42/env.json").read_text())
+	before = json.loads((out / "MODEL_DIM=128/seed42/env.json").read_text())
 	for name in ("train.log", "env.json", "result.json"):
-		(out / "MODEL_DIM=64/seed42" / name).unlink()
-	command = ["bash", str(out / "MODEL_DIM=64/seed42/command.sh")]
-	subprocess.run(command, env=KEPT | {"MODEL_DIM": "1", "MUON_WD": "raises"}, cwd="/", check=True)
-	after = json.loads((out / "MODEL_DIM=64/seed42/env.json").read_text())
+		(out / "MODEL_DIM=128/seed42" / name).unlink()
+	command = ["bash", str(out / "MODEL_DIM=128/seed42/command.sh")]
+	subprocess.run(
+		command, env=KEPT | {"MODEL_DIM": "1", "TOKENIZER_PATH": "raises"}, cwd="/", check=True
+	)
+	after = json.loads((out / "MODEL_DIM=128/seed42/env.json").read_text())
 	assert {n: after.get(n) for n in sweep.SETTINGS} == {n: before.get(n) for n in sweep.SETTINGS}
 
 
 def test_failures_are_rows_and_nothing_is_run_twice(stub, tmp_path, capsys):
 	out = tmp_path / "out"
-	argv = ["MUON_WD=0,killed,oom,raises", "--seeds", "1,2", "--out", str(out), "--cpu", "4"]
+	argv = ["TOKENIZER_PATH=0,killed,oom,raises", "--seeds", "1,2", "--out", str(out), "--cpu", "4"]
 	assert sweep.main(argv, {}) == 1
 	found = states(out)
 	for seed in (1, 2):
-		assert found["MUON_WD=0", seed] == ("ok", "")
-		assert found["MUON_WD=killed", seed][0] == "failed"
-		assert "signal 9" in found["MUON_WD=killed", seed][1]
-		assert found["MUON_WD=oom", seed] == ("oom", "memory")
-		assert found["MUON_WD=raises", seed][1] == "exit status 1; ValueError: no result"
+		assert found["TOKENIZER_PATH=0", seed] == ("ok", "")
+		assert found["TOKENIZER_PATH=killed", seed][0] == "failed"
+		assert "signal 9" in found["TOKENIZER_PATH=killed", seed][1]
+		assert found["TOKENIZER_PATH=oom", seed] == ("oom", "memory")
+		assert found["TOKENIZER_PATH=raises", seed][1] == "exit status 1; ValueError: no result"
 	shown = capsys.readouterr().out
 	assert shown.count("signal 9") == 2 and "no result" in shown
 	times = {path: path.stat().st_mtime_ns for path in out.rglob("train.log")}
@@ -155,24 +170,26 @@ def test_failures_are_rows_and_nothing_is_run_twice(stub, tmp_path, capsys):
 	# Failed ones run again when asked, the earlier attempt kept aside; good ones never.
 	assert sweep.main([*argv, "--retry"], {}) == 1
 	again = {path: path.stat().st_mtime_ns for path in out.rglob("train.log")}
-	good = out / "MUON_WD=0/seed1/train.log"
+	good = out / "TOKENIZER_PATH=0/seed1/train.log"
 	assert again[good] == times[good]
-	assert (out / "MUON_WD=oom/seed1.cut1/train.log").exists()
+	assert (out / "TOKENIZER_PATH=oom/seed1.cut1/train.log").exists()
 	assert len(again) == 14
 	# A sweep grows by another command in the same folder.
-	assert sweep.main(["MUON_WD=0,1", "--seeds", "1", "--out", str(out), "--cpu"], {}) == 0
-	assert states(out)["MUON_WD=1", 1] == ("ok", "") and len(states(out)) == 9
+	assert sweep.main(["TOKENIZER_PATH=0,1", "--seeds", "1", "--out", str(out), "--cpu"], {}) == 0
+	assert states(out)["TOKENIZER_PATH=1", 1] == ("ok", "") and len(states(out)) == 9
 
 
-def test_at_most_so_many_at_once_each_on_its_own_device(stub, tmp_path):
+def test_at_most_so_many_at_once_each_on_its_own_device(stub, tmp_path, monkeypatch):
 	out = tmp_path / "out"
-	argv = ["MODEL_DIM=1,2,3,4", "--gpus", "0,1,2,3,4", "--ranks", "2", "--out", str(out)]
-	slow = STUB.replace('os.environ.get("MUON_WD", "0")', '"slow"').replace("0.2)", "0.03)")
+	argv = ["XSA_LAST_N=1,2,3,4", "--gpus", "0,1,2,3,4", "--ranks", "2", "--out", str(out)]
+	slow = STUB.replace('os.environ.get("TOKENIZER_PATH", "0")', '"slow"').replace("0.2)", "0.03)")
 	torchrun = tmp_path / "bin" / "torchrun"  # that starts one process of the stub
 	torchrun.parent.mkdir()
 	torchrun.write_text(f'#!/bin/sh\necho "$@" > "$RUN_DIR/torchrun"\nexec {sys.executable} "$3"\n')
 	torchrun.chmod(0o755)
 	(stub / "train_gpt.py").write_text(slow, encoding="utf-8")
+	monkeypatch.setattr(torch.cuda, "device_count", lambda: 6)
+	monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 	plan, args = sweep.parse(argv, {})
 	plan.prepare()
 	for trial in plan.trials:
@@ -180,18 +197,18 @@ def test_at_most_so_many_at_once_each_on_its_own_device(stub, tmp_path):
 		script.write_text(script.read_text().replace("PATH=", f"PATH={torchrun.parent}:"))
 	assert sweep.devices(args) == ["0,1", "2,3"]
 	runner, most = sweep.Runner(plan, sweep.devices(args), None, False), []
-	poll = runner.poll
+	start = runner.start
 
-	def watch():
-		poll()
-		most.append(sorted(running.device for running in runner.running.values()))
+	def watch(trial, device):
+		start(trial, device)
+		most.append(sorted(device for _, device in runner.running.values()))
 
-	runner.poll = watch
+	runner.start = watch
 	runner.run()
 	assert max(most, key=len) == ["0,1", "2,3"]
 	seen = [json.loads(path.read_text()) for path in out.rglob("env.json")]
 	assert sorted(env["CUDA_VISIBLE_DEVICES"] for env in seen) == ["0,1", "0,1", "2,3", "2,3"]
-	asked = (out / "MODEL_DIM=1/seed1337/torchrun").read_text()
+	asked = (out / "XSA_LAST_N=1/seed1337/torchrun").read_text()
 	assert asked == f"--standalone --nproc_per_node=2 {out}/train_gpt.py\n"
 
 
@@ -222,15 +239,14 @@ def until(true, seconds=30):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_sweep_cut_off_goes_on_and_runs_nothing_twice(stub, tmp_path, number):
 	out = tmp_path / "out"
-	argv = ("MUON_WD=slow", "--seeds", "1,2,3", "--cpu", "2")
+	argv = ("TOKENIZER_PATH=slow", "--seeds", "1,2,3", "--cpu", "2")
 	process = start(out, *argv)
 	until(lambda: len(list(out.rglob("events.jsonl"))) == 2)
 	process.send_signal(number)
 	assert process.wait(30) == (5 if number == signal.SIGTERM else -number)
-	if number == signal.SIGKILL:  # its two trials run on without it, and are waited for
-		assert [s for s, _ in states(out).values()].count("cut off") == 2
-	else:
-		assert [s for s, _ in states(out).values()].count("interrupted") == 2
+	# Killed outright, its two trials run on without it, and are waited for.
+	now = "running" if number == signal.SIGKILL else "interrupted"
+	assert [s for s, _ in states(out).values()].count(now) == 2
 	process = start(out, *argv)
 	assert process.wait(60) == 0, process.stdout.read()
 	assert {s for s, _ in states(out).values()} == {"ok"}
@@ -242,7 +258,7 @@ def test_a_sweep_cut_off_goes_on_and_runs_nothing_twice(stub, tmp_path, number):
 
 def test_checkpoints_are_gone_on_with(stub, tmp_path):
 	out = tmp_path / "out"
-	plan, _ = sweep.parse(["MUON_WD=0", "--out", str(out)], {"CHECKPOINT_EVERY": "5"})
+	plan, _ = sweep.parse(["TOKENIZER_PATH=0", "--out", str(out)], {"CHECKPOINT_EVERY": "5"})
 	plan.prepare()
 	folder = plan.folder_of(plan.trials[0])
 	(folder / "train.log").write_text("started\n")  # and cut off
@@ -253,21 +269,29 @@ def test_checkpoints_are_gone_on_with(stub, tmp_path):
 
 def test_hopeless_and_diverging_trials_are_stopped_when_asked(stub, tmp_path):
 	out = tmp_path / "out"
-	argv = ["MUON_WD=0,bad", "--out", str(out), "--cpu"]
+	argv = ["TOKENIZER_PATH=0,bad", "--out", str(out), "--cpu"]
 	assert sweep.main([*argv, "--stop-worse", "1.5"], {}) == 1
-	assert states(out)["MUON_WD=0", 1337] == ("ok", "")
-	status, why = states(out)["MUON_WD=bad", 1337]
+	assert states(out)["TOKENIZER_PATH=0", 1337] == ("ok", "")
+	status, why = states(out)["TOKENIZER_PATH=bad", 1337]
 	assert status == "stopped" and why.startswith(("hopeless: loss 5", "hopeless: loss 6"))
-	assert len(sweep.read_events(out / "MUON_WD=bad/seed1337")) < 40
+	assert len(sweep.read_events(out / "TOKENIZER_PATH=bad/seed1337")) < 40
 	assert sweep.main(argv, {}) == 1  # it stays stopped
-	folder = tmp_path / "diverging"
-	folder.mkdir()
-	for loss, said in ((9.1, "diverged"), (8.9, "")):
-		events = [{"event": "step", "step": 1, "seconds": 0, "train_loss": 7.0}]
-		events.append({"event": "step", "step": 20, "seconds": 1, "train_loss": loss})
-		(folder / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
-		assert sweep.hopeless(folder, [], 2.0).startswith(said)
-		assert bool(sweep.hopeless(folder, [], 2.0)) == bool(said)
+
+
+@pytest.mark.parametrize(
+	("losses", "rivals", "said"),
+	[
+		({1: 7.0, 20: 9.1}, [], "diverged"),
+		({1: 7.0, 20: 8.9}, [], ""),
+		({1: 7.0, 19: 99.0}, [], ""),  # too early to tell
+		({20: 99.0}, [], ""),  # its first was not logged
+		({1: 7.0, 40: 6.0}, [{40: 3.9}], "hopeless: loss 6.000 at step 40, another trial's 3.900"),
+		({1: 7.0, 40: 6.0}, [{40: 4.1}, {50: 1.0}], ""),
+	],
+)
+def test_what_is_hopeless(losses, rivals, said):
+	found = sweep.hopeless(losses, rivals, 2.0)
+	assert found.startswith(said) and bool(found) == bool(said)
 
 
 def test_weights_of_one_sweep_are_repacked_by_another(stub, tmp_path):
@@ -283,9 +307,9 @@ def test_weights_of_one_sweep_are_repacked_by_another(stub, tmp_path):
 
 def test_slurm_array_runs_what_is_due(stub, tmp_path, capsys):
 	out = tmp_path / "an out"
-	argv = ["MUON_WD=0,1,oom", "--out", str(out)]
-	assert sweep.main(["MUON_WD=1", "--out", str(out), "--cpu"], {}) == 0
-	assert sweep.main([*argv, "--slurm", "--gres=gpu:1 --time=20"], {}) == 0
+	argv = ["TOKENIZER_PATH=0,1,oom", "--out", str(out)]
+	assert sweep.main(["TOKENIZER_PATH=1", "--out", str(out), "--cpu"], {}) == 0
+	assert sweep.main([*argv, "--slurm=--gres=gpu:1 --time=20"], {}) == 0
 	assert capsys.readouterr().out.splitlines()[-1] == f"sbatch '{out}/array.sbatch'"
 	script = (out / "array.sbatch").read_text()
 	assert (
@@ -295,20 +319,93 @@ def test_slurm_array_runs_what_is_due(stub, tmp_path, capsys):
 		env = KEPT | {"SLURM_ARRAY_TASK_ID": number}
 		subprocess.run(["bash", str(out / "array.sbatch")], env=env, cwd="/", check=True)
 	assert {name: s for (name, _), (s, _) in states(out).items()} == {
-		"MUON_WD=0": "ok",
-		"MUON_WD=1": "ok",
-		"MUON_WD=oom": "oom",
+		"TOKENIZER_PATH=0": "ok",
+		"TOKENIZER_PATH=1": "ok",
+		"TOKENIZER_PATH=oom": "oom",
 	}
-	assert sweep.main([*argv, "--list"], {}) == 0
+	capsys.readouterr()
+	for how in ("--list", "--slurm"):
+		assert sweep.main([*argv, how], {}) == 2
+		assert "nothing is due" in capsys.readouterr().err
+	assert sweep.main(["TOKENIZER_PATH=1,2", "--out", str(out), "--list"], {}) == 0
 	listed = capsys.readouterr().out.splitlines()
-	assert len(listed) == 3 and listed[0] == f"bash '{out}/MUON_WD=0/seed1337/command.sh'"
+	assert listed == [f"bash '{out}/TOKENIZER_PATH=2/seed1337/command.sh'"]
 
 
-def test_help_has_an_example():
-	done = subprocess.run(
-		[sys.executable, ROOT / "records" / "sweep.py", "--help"], capture_output=True, text=True
-	)
-	assert done.returncode == 0 and "python records/sweep.py XSA_LAST_N=0,11" in done.stdout
+def test_damaged_and_missing_files_are_rows_too(stub, tmp_path, capsys):
+	out = tmp_path / "out"
+	argv = ["TOKENIZER_PATH=0,1,2,3", "--out", str(out), "--cpu"]
+	assert sweep.main(argv, {}) == 0
+	(out / "TOKENIZER_PATH=0/seed1337/result.json").write_text('{"status": "o')
+	(out / "TOKENIZER_PATH=1/seed1337/events.jsonl").write_text('[]\n{"event": \n\xff')
+	(out / "TOKENIZER_PATH=2/seed1337/result.json").unlink()
+	(out / "TOKENIZER_PATH=2/seed1337/output.txt").unlink()
+	shutil.rmtree(out / "TOKENIZER_PATH=3")
+	assert sweep.main(["--out", str(out), "--show"], {}) == 0
+	assert capsys.readouterr().out.count("failed") == 2
+	found = {name: status for (name, _), (status, _) in states(out).items()}
+	assert found == {
+		"TOKENIZER_PATH=0": "failed",
+		"TOKENIZER_PATH=1": "ok",
+		"TOKENIZER_PATH=2": "failed",
+		"TOKENIZER_PATH=3": "waiting",
+	}
+	assert sweep.main(argv, {}) == 1
+	assert states(out)["TOKENIZER_PATH=3", 1337] == ("ok", "")
+
+
+def test_a_trial_that_runs_elsewhere_is_neither_started_nor_moved(stub, tmp_path):
+	out = tmp_path / "out"
+	argv = ["TOKENIZER_PATH=slow", "--out", str(out)]
+	plan, _ = sweep.parse(argv, {})
+	plan.prepare()
+	folder = plan.folder_of(plan.trials[0])
+	by_hand = subprocess.Popen(["bash", folder / "command.sh"], env=KEPT)
+	until(lambda: (folder / "train.log").exists())
+	assert states(out) == {("TOKENIZER_PATH=slow", 1337): ("running", "")}
+	assert sweep.main([*argv, "--slurm"], {}) == 2  # nothing is due
+	assert sweep.main([*argv, "--cpu"], {}) == 0  # waits for it
+	assert by_hand.wait(30) == 0
+	assert states(out) == {("TOKENIZER_PATH=slow", 1337): ("ok", "")}
+	assert not list(out.rglob("*.cut1"))
+
+
+def test_a_trial_killed_whole_is_started_once_by_each_command(stub, tmp_path):
+	out = tmp_path / "out"
+	process = start(out, "TOKENIZER_PATH=slow", "--cpu")
+	folder = out / "TOKENIZER_PATH=slow" / "seed1337"
+	until(lambda: (folder / "env.json").exists())
+	for path in Path("/proc").glob("[0-9]*/environ"):  # as by a system that kills all of it
+		try:
+			mine = f"RUN_DIR={folder}".encode() in path.read_bytes().split(b"\0")
+		except OSError:
+			continue
+		if mine:
+			os.killpg(os.getpgid(int(path.parent.name)), signal.SIGKILL)
+			break
+	assert process.wait(30) == 1
+	assert states(out) == {("TOKENIZER_PATH=slow", 1337): ("cut off", "")}
+	assert not list(out.rglob("*.cut1"))
+
+
+def test_what_holds_for_all_trials_cannot_change(stub, tmp_path, capsys):
+	out = tmp_path / "out"
+	argv = ["TOKENIZER_PATH=0", "--out", str(out), "--cpu"]
+	assert sweep.main(argv, {}) == 0
+	command = out / "TOKENIZER_PATH=0/seed1337/command.sh"
+	before = command.read_text()
+	for more, env in (
+		(["--ranks", "2"], {}),
+		(["--quantize", "elsewhere"], {}),
+		([], {"MUON_WD": "0"}),
+	):
+		assert sweep.main([*argv, *more], env) == 2
+		assert f"--out {out}" in capsys.readouterr().err
+	assert sweep.main(["--out", str(out)], {"MUON_WD": "0"}) == 2
+	assert command.read_text() == before
+	# Further seeds, of the settings as they are, are further trials.
+	assert sweep.main(["--seeds", "1,2", "--out", str(out), "--cpu"], {}) == 0
+	assert set(states(out)) == {("TOKENIZER_PATH=0", 1337), ("base", 1), ("base", 2)}
 
 
 @pytest.mark.slow
@@ -351,7 +448,7 @@ PartitionName=main Nodes=localhost Default=YES
 		subprocess.Popen(["slurmd", "-D", "-N", "localhost"], env=env),
 	]
 	try:
-		argv = ["MUON_WD=0.02,0.04,0.08", "--out", out, "--slurm", "--cpus-per-task=1 --time=5"]
+		argv = ["MUON_WD=0.02,0.04,0.08", "--out", out, "--slurm=--cpus-per-task=1 --time=5"]
 		printed = subprocess.run(
 			[*tool, *argv], env=env, capture_output=True, text=True, check=True
 		)
