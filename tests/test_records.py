@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "records"))
 
 import check
 import sweep
-from runs import read_runs
+from runs import read_runs, read_trial
 
 ENTRIES = sorted(path.parent for path in (ROOT / "records").glob("track_*/*/submission.json"))
 PAGE = (ROOT / "records" / "README.md").read_text(encoding="utf-8")
@@ -90,11 +90,11 @@ def test_a_sweep_killed_half_way_ends_in_table_comparison_and_plot(byte_corpus, 
 	second = subprocess.run(script, env=env, capture_output=True, text=True, timeout=600)
 	assert second.returncode == 1, second.stderr
 	plan = sweep.read_plan(out)
-	states = {(t.name, t.seed): sweep.state(plan.folder_of(t)) for t in plan.trials}
+	states = {(t.name, t.seed): read_trial(plan.folder_of(t)) for t in plan.trials}
 	assert len(states) == 12
-	name, reason = states.pop((victim.parent.name, 1))
-	assert (name, reason.split(";")[0]) == ("failed", "killed by signal 9")
-	assert {status for status, _ in states.values()} == {"ok"}
+	dead = states.pop((victim.parent.name, 1))
+	assert (dead.status, dead.reason.split(";")[0]) == ("failed", "killed by signal 9")
+	assert {run.status for run in states.values()} == {"ok"}
 	table = tool("sweep", "--out", out, "--show", env=env)
 	assert table.stdout.count("killed by signal 9") == 1 and table.stdout.count(" ok ") == 11
 
