@@ -28,20 +28,26 @@ from rich.console import Console
 from rich.markdown import Markdown
 from scipy import optimize, stats
 
-from runs import INCIDENTAL, SCORE_LINES, Run, RunError, read_runs
+from runs import SCORE_LINES, Run, RunError, Score, read_runs
 from train_gpt import VAL_BYTES
 
 BAR, BAR_P = 0.005, 0.01  # a record is better by so many nats a token, shown at such a p
+VAL_TOKENS = 62_021_845  # of the challenge's text in 1,024 pieces, as the bar counts them
 ALPHA, POWER = 0.05, 0.8  # of intervals, and of the smallest difference to be seen
 BASES = ("base", "none")  # names of a sweep's trial that changes nothing
-LEGEND = """\
-Bits per byte: mean +- standard deviation over seeds; differences +- standard error, below 0 is
-better. p: two-sided, of no difference, each row for itself (Holm: adjusted for all rows). visible:
-the smallest true difference that gives p < 0.05 in 80 % of such experiments (noncentral t, the
-standard error taken as it is here)."""
+ALONE = "Bits per byte: mean +- standard deviation over all seeds with a score."
+LEGEND = f"""\
+{ALONE}
+Differences +- standard error, below 0 is better: of a paired t over the seeds that both have, else
+of the two means. p: two-sided, of no difference, each row for itself (Holm: adjusted for all rows).
+visible: the smallest true difference that gives p < 0.05 in 80 % of such experiments (noncentral t,
+the standard error taken as it is here)."""
 BAR_LEGEND = f"""\
 A record is better by {BAR} nats a token at p < {BAR_P}: one-sided, each row for itself; the null is
 that it is better by {BAR} or less."""
+NO_BAR = f"""\
+The bar of a record, {BAR} nats a token, does not apply: it is of the challenge's validation text in
+1,024 pieces, about 2.4 bytes a token, and this is another text or vocabulary."""
 
 Table = list[list[str]]  # rows of cells, the header first
 
@@ -129,6 +135,12 @@ def counted(group: Sequence[Run], score: str) -> list[Run]:
 			f"{have}, of {len(group)}: two are the least; run it under another SEED, or say with "
 			"--against which runs are one group"
 		)
+	one_thing(runs, score)
+	return runs
+
+
+def one_thing(runs: Sequence[Run], score: str) -> None:
+	"""CompareError unless these runs are seeds of one thing."""
 	seeds: dict[int, Path] = {}
 	for run in runs:
 		if run.seed in seeds:
@@ -138,13 +150,21 @@ def counted(group: Sequence[Run], score: str) -> list[Run]:
 			)
 		if run.seed is not None:
 			seeds[run.seed] = run.path
-		for key in sorted({*runs[0].settings, *run.settings} - INCIDENTAL):
-			if (value := run.settings.get(key)) != (first := runs[0].settings.get(key)):
+		one, other = runs[0].choices, run.choices
+		for key in sorted({*one, *other}):
+			if (value := other.get(key)) != (first := one.get(key)):
 				raise CompareError(
 					f"{key.upper()} is {first} in {runs[0].path}, {value} in {run.path}: a group's "
 					"runs may differ in SEED alone; give the other group after --against"
 				)
-	return runs
+	if len(codes := {run.code_sha256: run.path for run in reversed(runs) if run.code_sha256}) > 1:
+		said = ", ".join(f"{path} of sha256 {code[:8]}" for code, path in codes.items())
+		raise CompareError(
+			f"one group of several programs, {said}: run all its seeds with one train_gpt.py, or "
+			"give the other group after --against"
+		)
+	if not all(same_tokens(runs[0], run, score) for run in runs[1:]):
+		raise CompareError(f"two tokenizers in one group, {runs[0].name}; split it")
 
 
 def same_tokens(x: Run, y: Run, score: str) -> bool:
@@ -153,10 +173,9 @@ def same_tokens(x: Run, y: Run, score: str) -> bool:
 	# Scripts cut the end off the challenge's text; of any text a log's rounding loses a little.
 	within = 1e-4 if math.isclose(a.bytes, VAL_BYTES, rel_tol=1e-4) else 1e-7
 	bytes_agree = a.bytes > 0 and math.isclose(a.bytes, b.bytes, rel_tol=within)
-	same = agree = bytes_agree and math.isclose(a.tokens, b.tokens, rel_tol=within)
-	if x.val_sha256 and y.val_sha256:
-		same = x.val_sha256 == y.val_sha256
-	if not same and (agree or not bytes_agree):
+	same = bytes_agree and math.isclose(a.tokens, b.tokens, rel_tol=within)
+	hashes = {run.val_sha256 for run in (x, y)}
+	if not bytes_agree or ("" not in hashes and same != (len(hashes) == 1)):
 		texts = (
 			f"{run.path}: {s.tokens:,} tokens, {s.bytes:,} bytes, sha256 {run.val_sha256[:8] or 0}"
 			for run, s in ((x, a), (y, b))
@@ -172,13 +191,19 @@ def same_tokens(x: Run, y: Run, score: str) -> bool:
 	return same
 
 
+def has_bar(score: Score) -> bool:
+	"""Whether its nats a token are those of the challenge's rule: of its text, in its tokens."""
+	pairs = (score.bytes, VAL_BYTES), (score.tokens, VAL_TOKENS)
+	return all(math.isclose(*pair, rel_tol=1e-4) for pair in pairs)
+
+
 def cautions(runs: Sequence[Run], score: str) -> list[str]:
 	"""What speaks against the runs, or differs between them beside settings."""
 	found = []
 	for run in runs:
 		if failed := [name for name, verdict in run.verdicts.items() if verdict == "FAIL"]:
 			found.append(f"{run.path} is over a limit: {', '.join(failed)}")
-	for name in ("code_sha256", "machine", "ranks"):
+	for name in ("machine", "ranks"):
 		if len({str(value) for run in runs if (value := getattr(run, name))}) > 1:
 			found.append(f"not all runs have the same {name}")
 	if ends := {run.final for run in runs} - {score}:
@@ -193,7 +218,8 @@ def cautions(runs: Sequence[Run], score: str) -> list[str]:
 class Comparison:
 	"""Group a against group b. Differences are a - b: below 0 group a is the better one.
 
-	Where two tokenizers leave only bits per byte, what is of nats is None.
+	Where two tokenizers leave only bits per byte, what is of nats is None; on another text than the
+	challenge's, or in other tokens, what is of the bar.
 	"""
 
 	score: str
@@ -232,22 +258,22 @@ def compare(group_a: Sequence[Run], group_b: Sequence[Run], score: str | None = 
 			)
 		seen[exact] = run.path
 	in_nats = same_tokens(a[0], b[0], score)
-	if not all(same_tokens(side[0], run, score) for side in (a, b) for run in side):
-		raise CompareError(f"two tokenizers in one group, {a[0].name} or {b[0].name}; split it")
 	notes = [*lost(both, score), *cautions([*a, *b], score)]
 	if not in_nats:
 		notes.append("two tokenizers on a text of as many bytes: only bits per byte compare")
-	one, two = a[0].settings, b[0].settings
-	names = sorted({*one, *two} - INCIDENTAL)
-	if not (set(one) - INCIDENTAL and set(two) - INCIDENTAL):
-		names = []
+	codes = [next((x for run in side if (x := run.code_sha256)), "") for side in (a, b)]
+	if all(codes) and codes[0] != codes[1]:
+		said = (f"{side[0].name} has {code[:8]}" for side, code in zip((a, b), codes, strict=True))
+		notes.append(f"two programs, by sha256: {', '.join(said)}")
+	one, two = a[0].choices, b[0].choices
+	names = sorted({*one, *two}) if one and two else []
+	if not names:
 		notes.append("a log without settings: what differs between the groups is not known")
 
 	of_a, of_b = {run.seed: run for run in a}, {run.seed: run for run in b}
 	shared, lone = [seed for seed in of_a if seed in of_b], set(of_a) ^ set(of_b)
-	# A seed that failed on one side is left out of both: a failure must not change the test.
-	failed = {run.seed for run in both if not counts(run, score)}
-	paired = len(shared) >= 2 and lone <= failed and None not in {*of_a, *of_b}
+	# A seed that one side lacks is left out, whatever the reason: that must not choose the test.
+	paired = len(shared) >= 2 and None not in {*of_a, *of_b}
 	if paired:
 		a, b = [of_a[seed] for seed in shared], [of_b[seed] for seed in shared]
 		pair = f"{a[0].name} and {b[0].name}"
@@ -264,6 +290,7 @@ def compare(group_a: Sequence[Run], group_b: Sequence[Run], score: str | None = 
 		)
 	half = stats.t.isf(ALPHA / 2, df) * se
 	nats, nats_se, nats_df, _, bar_p = test("val_loss", -BAR) if in_nats else [None] * 5
+	bar_p = bar_p if in_nats and has_bar(a[0].scores[score]) else None
 	return Comparison(
 		score=score,
 		method="paired t" if paired else "Welch t",
@@ -281,7 +308,7 @@ def compare(group_a: Sequence[Run], group_b: Sequence[Run], score: str | None = 
 		nats_se=nats_se,
 		nats_detectable=detectable(nats_se, nats_df) if in_nats else None,
 		bar_p=bar_p,
-		bar_met=bar_p < BAR_P if in_nats else None,
+		bar_met=None if bar_p is None else bar_p < BAR_P,
 		settings={k: (one.get(k), two.get(k)) for k in names if one.get(k) != two.get(k)},
 		notes=notes,
 	)
@@ -296,28 +323,40 @@ class Row:
 
 	name: str
 	runs: list[Run]
+	score: str  # by name
 	comparison: Comparison | None = None
 	refusal: str = ""
 
+	@property
+	def settings(self) -> dict[str, tuple[Any, Any]]:
+		"""The settings that differ: its own, the base's."""
+		return self.comparison.settings if self.comparison else {}
+
 
 def trials(runs: Sequence[Run]) -> dict[str, list[Run]]:
-	"""The runs by trial: the folder that holds its seeds, or a log's name without the seed."""
+	"""The runs by trial."""
 	groups: dict[str, list[Run]] = {}
 	for run in runs:
-		groups.setdefault(re.sub(r"[-_.]?seed[-_]?\d+", "", run.name) or run.name, []).append(run)
+		groups.setdefault(run.name, []).append(run)
 	return groups
 
 
 def compare_all(groups: dict[str, list[Run]], base: str | None, score: str | None) -> list[Row]:
-	"""A row for each group, the base first; CompareError if none can be compared with it."""
+	"""A row for each group, the base first; CompareError if none can be compared with it.
+
+	A group alone is a row, if its runs are seeds of one thing.
+	"""
 	base = base or next((name for name in BASES if name in groups), next(iter(groups)))
-	if base not in groups or len(groups) < 2:
+	if base not in groups:
 		raise CompareError(
-			f"base {base} of trials {', '.join(groups)}: it takes a --base among them, and another "
-			"trial; give a sweep's folder, or a second group after --against"
+			f"base {base} of trials {', '.join(groups)}: it takes a --base among them, or a second "
+			"group after --against"
 		)
 	score = common_score([run for group in groups.values() for run in group], score)
-	rows = [Row(base, groups[base]), *(Row(name, groups[name]) for name in groups if name != base)]
+	rows = [Row(name, groups[name], score) for name in [base, *(n for n in groups if n != base)]]
+	if len(rows) == 1:
+		one_thing([run for run in groups[base] if counts(run, score)], score)
+		return rows
 	for row in rows[1:]:
 		try:
 			row.comparison = compare(row.runs, groups[base], score)
@@ -336,10 +375,11 @@ def compare_all(groups: dict[str, list[Run]], base: str | None, score: str | Non
 
 def score_table(rows: list[Row]) -> Table:
 	"""What each trial scores, how far that is from the base, and what such data can show."""
-	done = [row.comparison for row in rows if row.comparison]
-	score, several = done[0].score, len(done) > 1
-	head = ["trial", "seeds", f"bpb, {score}", f"less {rows[0].name}", "95 % interval", "p"]
-	table = [[*head, *["p (Holm)"] * several, "visible", "test"]]
+	score, several = rows[0].score, sum(bool(row.comparison) for row in rows) > 1
+	table = [["trial", "seeds", f"bpb, {score}"]]
+	if len(rows) > 1:
+		table[0] += [f"less {rows[0].name}", "95 % interval", "p"]
+		table[0] += [*["p (Holm)"] * several, "visible", "test"]
 	for row in rows:
 		values = [run.scores[score].val_bpb for run in row.runs if counts(run, score)]
 		missing = f" of {len(row.runs)}" if len(values) < len(row.runs) else ""
@@ -353,21 +393,31 @@ def score_table(rows: list[Row]) -> Table:
 	return table
 
 
+def barred(rows: list[Row]) -> bool:
+	"""Whether the bar of a record applies."""
+	return any(row.comparison and row.comparison.bar_met is not None for row in rows)
+
+
 def nats_table(rows: list[Row]) -> Table:
 	"""The differences in nats a token, and whether a trial would be a record over the base."""
-	table = [["trial", f"nats less {rows[0].name}", "visible", f"better by {BAR}", "p"]]
+	table = [["trial", f"nats less {rows[0].name}", "visible"]]
+	if bar := barred(rows):
+		table[0] += [f"better by {BAR}", "p"]
 	for row in rows[1:]:
-		cells = ["not comparable", "", "", ""]
+		cells, met = ["not comparable", ""], ["", ""]
 		if (c := row.comparison) and c.nats_diff is not None:
 			cells = [f"{c.nats_diff:+.5f} +- {c.nats_se:.5f}", f"{c.nats_detectable:.5f}"]
-			cells += ["met" if c.bar_met else "not met", f"{c.bar_p:.2g}"]
-		table.append([row.name, *cells])
+			if bar:
+				met = ["met" if c.bar_met else "not met", f"{c.bar_p:.2g}"]
+		table.append([row.name, *cells, *met * bar])
 	return table
 
 
 def context_table(rows: list[Row]) -> Table:
 	"""What differs in settings, and what it costs: means over the finished seeds."""
-	differ = {key for row in rows if row.comparison for key in row.comparison.settings}
+	differ: dict[str, Any] = {}
+	for row in rows[1:]:
+		differ |= {k: of_base for k, (_, of_base) in row.settings.items()}
 	table = [["trial", "settings", "parameters", "bytes", "ms/step", "training s"]]
 
 	def mean(runs: Sequence[Run], value: Callable[[Run], float]) -> str:
@@ -375,9 +425,9 @@ def context_table(rows: list[Row]) -> Table:
 		return f"{fmean(said):,.{0 if fmean(said) >= 1000 else 1}f}" if said else ""
 
 	for row in rows:
-		keys = sorted(row.comparison.settings if row.comparison else differ)
-		values = [f"{key.upper()}={row.runs[0].settings.get(key, '')}" for key in keys]
-		cells = [row.name, " ".join(values), mean(row.runs, lambda run: run.parameters)]
+		own = differ if row is rows[0] else {k: mine for k, (mine, _) in row.settings.items()}
+		values = " ".join(f"{key.upper()}={own[key]}" for key in sorted(own))
+		cells = [row.name, values, mean(row.runs, lambda run: run.parameters)]
 		cells.append(mean(row.runs, lambda run: run.sizes.get("total", 0)))
 		cells.append(mean(row.runs, lambda run: run.step_ms))
 		table.append([*cells, mean(row.runs, lambda run: run.seconds.get("train", 0))])
@@ -386,8 +436,7 @@ def context_table(rows: list[Row]) -> Table:
 
 def notes_on(rows: list[Row]) -> list[str]:
 	"""What must be known to trust the tables."""
-	score = next(row.comparison.score for row in rows if row.comparison)
-	missing = [note for row in rows for note in lost(row.runs, score)]
+	missing = [note for row in rows for note in lost(row.runs, row.score)]
 	refused = [f"NOT COMPARED: {row.name}: {row.refusal}" for row in rows if row.refusal]
 	found = [note for row in rows if row.comparison for note in row.comparison.notes]
 	return list(dict.fromkeys([*missing, *refused, *found]))
@@ -403,7 +452,8 @@ def markdown(table: Table) -> str:
 def document(rows: list[Row], *more: str) -> str:
 	"""As Markdown: the table of scores, its legend, what is given, and the notes."""
 	notes = "\n".join("- " + re.sub(r"([<`*\[\]])", r"\\\1", note) for note in notes_on(rows))
-	return "\n\n".join(filter(None, [markdown(score_table(rows)), LEGEND, *more, notes])) + "\n"
+	legend = LEGEND if len(rows) > 1 else ALONE
+	return "\n\n".join(filter(None, [markdown(score_table(rows)), legend, *more, notes])) + "\n"
 
 
 def markdown_table(runs: Sequence[Run], base: str | None = None, score: str | None = None) -> str:
@@ -424,13 +474,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 	add("--against", nargs="+", metavar="RUNS", help="the group to compare with")
 	add("--base", metavar="NAME", help="the trial to compare with: base, none, or else the first")
 	add("--score", choices=list(SCORE_LINES), help="default: the last that all runs have")
-	add("--markdown", action="store_true", help="print Markdown")
 	add("--json", action="store_true", help="print JSON")
 	args = parser.parse_args(argv)
+	if args.against and args.base:
+		parser.error("--base names a trial, --against gives another group; take one of them")
 	try:
 		groups = trials(read_runs(args.runs))
 		if args.against:
 			name, args.base = (x[0] + "..." * (len(x) > 1) for x in (args.runs, args.against))
+			if name == args.base:
+				parser.error(f"{name} is on both sides; give a second group after --against")
 			groups = {name: read_runs(args.runs), args.base: read_runs(args.against)}
 		rows = compare_all(groups, args.base, args.score)
 	except (RunError, CompareError) as error:
@@ -440,9 +493,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 		told = [asdict(replace(row, runs=[str(run.path) for run in row.runs])) for row in rows]
 		print(json.dumps(told, indent=2))
 	else:
-		text = document(rows, markdown(nats_table(rows)), BAR_LEGEND, markdown(context_table(rows)))
-		plain = args.markdown or not sys.stdout.isatty()
-		print(text, end="") if plain else Console().print(Markdown(text))
+		in_nats = [markdown(nats_table(rows)), BAR_LEGEND if barred(rows) else NO_BAR]
+		text = document(rows, *in_nats * (len(rows) > 1), markdown(context_table(rows)))
+		print(text, end="") if not sys.stdout.isatty() else Console().print(Markdown(text))
 	return int(any(row.refusal for row in rows))
 
 

@@ -23,7 +23,7 @@ import train_gpt
 
 KINDS = {f.name: f.type for f in fields(train_gpt.Hyperparameters)}
 
-# Settings that say where or how a run went, not what it is.
+# Settings that say where or how a run went, not what it is; of DATA_PATH all but the last name.
 INCIDENTAL = {"run_id", "run_dir", "resume", "seed", "data_path", "tokenizer_path", "preset"}
 
 # The score lines of a log, by our names of the scores.
@@ -79,6 +79,13 @@ class Run:
 		return self.settings.get("seed")
 
 	@property
+	def choices(self) -> dict[str, Any]:
+		"""The settings that say what it is; of DATA_PATH the last name, which says the data."""
+		chosen = {key: value for key, value in self.settings.items() if key not in INCIDENTAL}
+		data = Path(self.settings.get("data_path") or "").name
+		return chosen | ({"data_path": data} if data else {})
+
+	@property
 	def finished(self) -> bool:
 		"""Whether it came to its scores."""
 		return self.status in ("ok", "over a limit")
@@ -117,14 +124,30 @@ def read_run(path: str | Path) -> Run:
 	"""The Run of a folder with result.json, or of a train log; RunError if it is neither."""
 	path = Path(path)
 	try:
-		return read_folder(path) if path.is_dir() else read_log(path)
+		run, (_, seed) = read_folder(path) if path.is_dir() else read_log(path), named(path)
+		told = {} if seed is None else {"seed": seed}
+		return replace(run, settings=told | run.settings)
 	except (OSError, ArithmeticError, ValueError, KeyError, TypeError, AttributeError) as error:
 		raise RunError(f"{path}: not a run: {error or type(error).__name__}") from None
 
 
-def trial_of(folder: Path) -> str:
-	"""The name of a run's trial: the folder that holds its seeds, or its own."""
-	return folder.parent.name if folder.name.startswith("seed") else folder.name
+def named(path: Path) -> tuple[str, int | None]:
+	"""Trial ("" if not said) and seed by the last name of a run's folder or log.
+
+	Such names are seed7, trial_seed7, train_seed7.log, train_trial_seed7.log.
+	"""
+	name, seed = re.fullmatch(
+		r"(.*?)(?:(?:^|[-_.])seed_?(-?\d+))?(?:\.log|\.txt)?", path.name
+	).groups()
+	if path.suffix in (".log", ".txt"):
+		name = re.sub(r"^train(?:[-_.]|$)", "", name)
+	return name, None if seed is None else int(seed)
+
+
+def trial_of(path: Path) -> str:
+	"""The name of a run's trial: as its folder or log says, else of the folder that holds it."""
+	path = path.absolute()
+	return named(path)[0] or (trial_of(path.parent) if path.name else "")
 
 
 def read_folder(path: Path) -> Run:
@@ -230,7 +253,7 @@ def read_log(path: Path) -> Run:
 	}
 	return Run(
 		path=path,
-		name=trial_of(path.parent) if path.name == "train.log" else path.stem,
+		name=trial_of(path),
 		status="failed" if error else status,
 		reason=error[1].strip() if error else "",
 		settings=settings,

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ sys.path.insert(0, str(ROOT / "records"))
 
 import compare as program
 from compare import CompareError, compare, detectable, holm, main, markdown_table, t_test
-from runs import read_run, read_runs
+from runs import named, read_run, read_runs, trial_of
 
 TOKENS, BYTES = 400_000, 1_000_000
 SEEDS = (1337, 42, 7, 2024)
@@ -52,9 +53,11 @@ def put(folder: Path, told: dict) -> Path:
 	return folder
 
 
-def put_log(path: Path, bpb: float, seed: int, stride: int = 64, tokens: int = TOKENS) -> Path:
+def put_log(
+	path: Path, bpb: float, seed: int, stride: int = 64, tokens: int = TOKENS, size: int = BYTES
+) -> Path:
 	"""A log of another script of the challenge."""
-	loss = nats(bpb, tokens)
+	loss = nats(bpb, tokens, size)
 	path.parent.mkdir(parents=True, exist_ok=True)
 	path.write_text(
 		f"seed:{seed}\nval_loader:shards pattern=fineweb_val_*.bin tokens:{tokens}\n"
@@ -77,9 +80,10 @@ def trial(folder: Path, bpbs=BASE, seeds=SEEDS, change=lambda told: None, **sett
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
 	"""A base, a better trial, and one that is neither, whose seed 7 failed."""
-	trial(tmp_path / "base")
-	trial(tmp_path / "better", BETTER, matrix_lr=0.03)
-	trial(tmp_path / "alike", (1.5004, 1.5039, 1.499, 1.5027), matrix_lr=0.025)
+	trial(tmp_path / "base", change=challenge)
+	trial(tmp_path / "better", BETTER, change=challenge, matrix_lr=0.03)
+	alike = (1.5004, 1.5039, 1.499, 1.5027)
+	trial(tmp_path / "alike", alike, change=challenge, matrix_lr=0.025)
 	told = {
 		"status": "nan",
 		"reason": "rank 0:\nloss | is nan at <step> 3",
@@ -95,7 +99,10 @@ def tables(markdown: str) -> list[list[dict[str, str]]]:
 	for block in re.findall(r"(?:^\|.*\|\n?)+", markdown, re.MULTILINE):
 		lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in block.strip().split("\n")]
 		head, rule, *rows = [[cell.strip() for cell in cells] for cells in lines]
-		assert all(re.fullmatch(r"-+:?", cell) for cell in rule)
+		texts = ("trial", "settings")
+		assert rule == [
+			"---" if title in texts else "--:" for title in head
+		]  # figures to the right
 		assert {len(cells) for cells in rows} == {len(head)} == {len(rule)}
 		found.append([dict(zip(head, cells, strict=True)) for cells in rows])
 	return found
@@ -126,8 +133,8 @@ def test_t_tests_are_those_of_scipy(paired, null):
 
 @pytest.mark.parametrize("seeds", [SEEDS, (1, 2, 3, 4)], ids=["paired", "Welch"])
 def test_a_comparison_has_the_figures_of_scipy(tmp_path, seeds):
-	a, b = trial(tmp_path / "a", BETTER, seeds), trial(tmp_path / "b", BASE)
-	paired = seeds == SEEDS
+	a = trial(tmp_path / "a", BETTER, seeds, challenge)
+	b, paired = trial(tmp_path / "b", change=challenge), seeds == SEEDS
 	c = compare(a, b)
 	bpb = [np.array([run.scores["sliding"].val_bpb for run in side]) for side in (a, b)]
 	loss = [np.array([run.scores["sliding"].val_loss for run in side]) for side in (a, b)]
@@ -141,7 +148,7 @@ def test_a_comparison_has_the_figures_of_scipy(tmp_path, seeds):
 		test = stats.ttest_ind(*bpb, equal_var=False)
 		bar = stats.ttest_ind(loss[0] + 0.005, loss[1], equal_var=False, alternative="less")
 	interval = test.confidence_interval(0.95)
-	nats_of = math.log(2) * BYTES / TOKENS
+	nats_of = math.log(2) * program.VAL_BYTES / program.VAL_TOKENS
 	assert (c.method, c.n_a, c.n_b) == ("paired t" if paired else "Welch t", 4, 4)
 	close = {"rel": 1e-12}
 	assert c.bpb_diff == pytest.approx(np.mean(BETTER) - np.mean(BASE), **close)
@@ -160,8 +167,8 @@ def test_a_comparison_has_the_figures_of_scipy(tmp_path, seeds):
 
 def test_the_bar_is_half_a_hundredth_of_a_nat_and_p_below_a_hundredth(tmp_path):
 	"""A gain of 0.005 at the smallest of p's does not do, nor a large one at p = 0.02."""
-	base = trial(tmp_path / "base")
-	per_bpb = nats(1.0)
+	base = trial(tmp_path / "base", change=challenge)
+	per_bpb = nats(1.0, program.VAL_TOKENS, program.VAL_BYTES)
 	for name, gain, noise, met in [
 		("just", 0.005, 1e-7, False),
 		("more", 0.0051, 1e-7, True),
@@ -172,12 +179,28 @@ def test_the_bar_is_half_a_hundredth_of_a_nat_and_p_below_a_hundredth(tmp_path):
 		bpbs = [
 			b - (gain + noise * e) / per_bpb for b, e in zip(BASE, (1, -1, 1.5, -1.5), strict=True)
 		]
-		c = compare(trial(tmp_path / name, bpbs), base)
+		c = compare(trial(tmp_path / name, bpbs, change=challenge), base)
 		assert c.bar_met is met, name
 		assert c.nats_diff == pytest.approx(-gain, abs=1e-9)
 		assert (c.bar_p < 0.01) is met
 		assert c.p < 0.05  # all do differ
-	assert compare(base, trial(tmp_path / "b", BETTER)).bar_p > 0.999
+	assert compare(base, trial(tmp_path / "b", BETTER, change=challenge)).bar_p > 0.999
+
+
+@pytest.mark.parametrize(
+	("tokens", "size"),
+	[(TOKENS, BYTES), (program.VAL_BYTES, program.VAL_BYTES), (program.VAL_TOKENS, BYTES * 25)],
+	ids=["another text", "another vocabulary", "as many tokens"],
+)
+def test_the_bar_is_of_the_challenges_text_and_tokens(tmp_path, capsys, tokens, size):
+	a = trial(tmp_path / "a", BETTER, change=vocabulary(tokens, "7ex7", size))
+	c = compare(a, trial(tmp_path / "none", change=vocabulary(tokens, "7ex7", size)))
+	assert c.nats_diff < 0
+	assert c.bar_p is c.bar_met is None
+	_, in_nats, _ = shown(capsys, tmp_path)
+	assert [*in_nats[0]] == ["trial", "nats less none", "visible"]
+	main([str(tmp_path)])
+	assert "The bar of a record, 0.005 nats a token, does not apply" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("paired", [True, False])
@@ -302,11 +325,19 @@ def test_pairs_are_made_by_seed_whatever_the_order(tmp_path):
 
 
 def test_other_seeds_are_no_pairs(tmp_path):
+	b = trial(tmp_path / "b")
+	none = compare(trial(tmp_path / "none", BETTER, (1, 2, 3, 4)), b)
+	one = compare(trial(tmp_path / "one", BETTER, (1, 2, 3, SEEDS[3])), b)
+	for c in (none, one):
+		assert (c.method, c.n_a, c.n_b) == ("Welch t", 4, 4)
+		assert c.notes == []
+
+
+def test_seeds_of_one_side_alone_are_left_out_and_named(tmp_path):
 	a = trial(tmp_path / "a", BETTER, (*SEEDS[:3], 5))
-	assert compare(a, trial(tmp_path / "b")).method == "Welch t"
-	more = trial(tmp_path / "more", (*BASE, 1.5005), (*SEEDS, 99))
-	c = compare(trial(tmp_path / "c", BETTER), more)
-	assert (c.method, c.n_a, c.n_b) == ("Welch t", 4, 5)
+	c = compare(a, trial(tmp_path / "b"))
+	assert (c.method, c.n_a, c.n_b) == ("paired t", 3, 3)
+	assert c.notes == [f"the pairs of a and b are without seed {seed}" for seed in (5, 2024)]
 
 
 def test_two_pairs_are_the_least(tmp_path):
@@ -326,7 +357,9 @@ def test_a_failed_seed_does_not_change_the_test(sweep):
 	three = [run for run in base if run.seed != 7]
 	good = [run for run in alike if run.finished]
 	assert compare(alike, base).p == compare(good, three).p
-	assert compare(good, base).method == "Welch t"  # nobody says why a seed is missing
+	unsaid = compare(good, base)  # as if the folder of the failed seed were not given
+	assert (unsaid.method, unsaid.p) == ("paired t", compare(alike, base).p)
+	assert unsaid.notes == ["the pairs of alike and base are without seed 7"]
 
 
 def test_of_a_run_without_a_number_only_the_note_remains(tmp_path):
@@ -340,6 +373,19 @@ def test_of_a_run_without_a_number_only_the_note_remains(tmp_path):
 	assert math.isfinite(c.p)
 
 
+def test_groups_that_lost_each_others_seeds_have_no_pairs(tmp_path):
+	def lose(*seeds: int) -> object:
+		return lambda told: told.update(
+			{"status": "failed"} if told["settings"]["seed"] in seeds else {}
+		)
+
+	a = trial(tmp_path / "a", BETTER, change=lose(*SEEDS[:2]))
+	b = trial(tmp_path / "b", change=lose(*SEEDS[2:]))
+	c = compare(a, b)
+	assert (c.method, c.n_a, c.n_b) == ("Welch t", 2, 2)
+	assert not any("pairs" in note for note in c.notes)
+
+
 def test_a_seed_lost_on_both_sides_leaves_pairs(tmp_path):
 	def spoil(told: dict) -> None:
 		if told["settings"]["seed"] == 42:
@@ -351,6 +397,13 @@ def test_a_seed_lost_on_both_sides_leaves_pairs(tmp_path):
 
 
 # ---- What is refused, beside its twin that is not ----
+
+
+def challenge(told: dict) -> None:
+	"""As scored on the challenge's text in its tokens, so that its bar applies."""
+	for score in told["scores"].values():
+		score |= {"tokens": program.VAL_TOKENS, "bytes": program.VAL_BYTES}
+		score["val_loss"] = nats(score["val_bpb"], program.VAL_TOKENS, program.VAL_BYTES)
 
 
 def vocabulary(tokens: int, sha: str, size: int = BYTES) -> object:
@@ -381,6 +434,16 @@ def setting_of_one(told: dict) -> None:
 		told["settings"]["matrix_lr"] = 0.04
 
 
+def data_of_one(told: dict) -> None:
+	corpus = "bench" if told["settings"]["seed"] == 7 else "fineweb10B"
+	told["settings"]["data_path"] = f"/data/{corpus}_sp1024"
+
+
+def program_of_one(told: dict) -> None:
+	if told["settings"]["seed"] == 7:
+		told["code_sha256"] = "07her"
+
+
 REFUSED = {
 	"other text": ({"change": each(val_sha256="07her")}, "different validation data.*sha256 07her"),
 	"other text, other size": (
@@ -390,6 +453,22 @@ REFUSED = {
 	"as many tokens, without a hash": (
 		{"change": vocabulary(TOKENS + 1, "", BYTES + 1)},
 		"400,001 tokens",
+	),
+	"as many bytes and one hash, half the tokens": (
+		{"change": vocabulary(TOKENS // 2, "7ex7")},
+		"different validation data.*200,000 tokens",
+	),
+	"one hash, half the text": (
+		{"change": vocabulary(TOKENS // 2, "7ex7", BYTES // 2)},
+		"different validation data.*200,000 tokens, 500,000 bytes, sha256 7ex7",
+	),
+	"other training data of one run": (
+		{"change": data_of_one},
+		"DATA_PATH is fineweb10B_sp1024 in .*seed1337, bench_sp1024 in .*seed7: .* SEED alone",
+	),
+	"another program of one run": (
+		{"change": program_of_one},
+		"several programs, .*/seed7 of sha256 07her.*, .*/seed1337 of sha256 c0de: run all",
 	),
 	"other stride": ({"change": stride}, "at stride 128.*at 64.*EVAL_STRIDE"),
 	"a setting of one run": (
@@ -476,7 +555,7 @@ def test_two_tokenizers_compare_in_bits_per_byte_alone(tmp_path, capsys):
 	assert any("only bits per byte" in note for note in c.notes)
 	assert c.settings == {"vocab_size": (260, 1024)}
 	_, in_nats, _ = shown(capsys, tmp_path / "bytes", "--against", tmp_path / "base")
-	assert [*in_nats[0].values()][1:] == ["not comparable", "", "", ""]
+	assert [*in_nats[0].values()][1:] == ["not comparable", ""]
 
 
 def test_strides_of_two_tokenizers_are_of_different_units(tmp_path):
@@ -499,7 +578,7 @@ def test_without_a_hash_equal_counts_are_one_text(tmp_path):
 	c = compare(trial(tmp_path / "a", BETTER, change=each(val_sha256="")), base)
 	assert c.nats_diff < 0
 	unknown = trial(tmp_path / "c", BETTER, change=vocabulary(0, "", 0))
-	with pytest.raises(CompareError, match=r"0 tokens, 0 bytes, sha256 0;.*sha256 7ex7;"):
+	with pytest.raises(CompareError, match=r"0 tokens, 0 bytes, sha256 0; score both"):
 		compare(unknown, base)
 	with pytest.raises(CompareError, match="0 tokens, 0 bytes"):
 		compare(unknown, trial(tmp_path / "d", change=vocabulary(0, "", 0)))
@@ -512,20 +591,24 @@ def test_the_end_of_the_challenges_text_may_be_missing(tmp_path):
 	cut = trial(tmp_path / "cut", BETTER, change=vocabulary(tokens - 213, "", size - 519))
 	assert compare(cut, base).nats_diff < 0
 	shorter = trial(tmp_path / "short", BETTER, change=vocabulary(tokens, "", size - 50_000))
-	with pytest.raises(CompareError, match="different validation data"):
-		compare(shorter, base)
+	for sides in ((shorter, base), (base, shorter)):
+		with pytest.raises(CompareError, match="different validation data"):
+			compare(*sides)
 
 
 # ---- Logs ----
 
 
 def test_logs_compare_as_run_folders_do(tmp_path):
+	of = program.VAL_TOKENS, program.VAL_BYTES
 	theirs = [
-		put_log(tmp_path / "theirs" / f"train_seed{s}.log", b, s)
+		put_log(tmp_path / "theirs" / f"train_seed{s}.log", b, s, 64, *of)
 		for s, b in zip(SEEDS, BETTER, strict=True)
 	]
-	c = compare(read_runs(theirs), trial(tmp_path / "base"))
-	good = compare(trial(tmp_path / "good", BETTER), read_runs([tmp_path / "base"]))
+	c = compare(read_runs(theirs), trial(tmp_path / "base", change=challenge))
+	good = compare(
+		trial(tmp_path / "good", BETTER, change=challenge), read_runs([tmp_path / "base"])
+	)
 	assert c.method == "paired t"
 	for name in ("p", "bpb_diff", "bpb_se", "low", "high", "detectable", "nats_diff", "bar_p"):
 		assert getattr(c, name) == pytest.approx(getattr(good, name), rel=1e-4), name
@@ -540,12 +623,20 @@ def test_a_log_at_another_stride_is_refused(tmp_path):
 		compare(read_runs(logs), trial(tmp_path / "b"))
 
 
+def test_an_unsaid_stride_is_no_other_one(tmp_path):
+	logs = [put_log(tmp_path / f"a_seed{s}.log", b, s, stride=0) for s, b in enumerate(BETTER)]
+	base = trial(tmp_path / "b")
+	assert compare(read_runs(logs), base).p == compare(base, read_runs(logs)).p < 0.01
+
+
 def test_runs_without_a_seed_are_no_pairs(tmp_path):
 	a, b = trial(tmp_path / "a", BETTER), trial(tmp_path / "b")
-	for run in (a[0], a[2], b[1], b[3]):
-		del run.settings["seed"]
+	assert a[3].seed == b[3].seed
+	del a[3].settings["seed"], b[3].settings["seed"]  # three pairs would lose a run of each
 	c = compare(a, b)
 	assert (c.method, c.n_a, c.n_b) == ("Welch t", 4, 4)
+	del a[0].settings["seed"], b[1].settings["seed"]
+	assert compare(a, b).p == c.p
 
 
 # ---- What is said ----
@@ -593,7 +684,7 @@ def test_a_sweep_against_its_base(sweep, capsys):
 
 
 def test_what_failed_is_said_under_the_table(sweep, capsys):
-	main([str(sweep), "--markdown"])
+	main([str(sweep)])
 	notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("- ")]
 	assert notes == [
 		f"- NOT COUNTED: {sweep}/alike/seed7: nan: loss | is nan at \\<step> 3",
@@ -642,9 +733,10 @@ def test_over_a_limit_and_other_machines_are_said(tmp_path):
 	c = compare(trial(tmp_path / "a", BETTER, change=change), base)
 	assert c.n_a == 4
 	assert [note for note in c.notes if "seed7 is over a limit: total_bytes" in note]
-	assert {"not all runs have the same code_sha256", "not all runs have the same machine"} < {
-		*c.notes
-	}
+	assert {
+		"two programs, by sha256: a has 07her, b has c0de",
+		"not all runs have the same machine",
+	} < {*c.notes}
 	assert compare(trial(tmp_path / "c", BETTER, change=each(machine={})), base).notes == []
 
 
@@ -661,6 +753,44 @@ def test_the_base_is_base_or_none_or_the_first_or_as_told(tmp_path, capsys):
 	assert main([str(tmp_path), "--base", "d"]) == 2
 	said = capsys.readouterr().err
 	assert "base d of trials b, base, c, none: it takes a --base among them" in said
+
+
+@pytest.mark.parametrize("seeds", [4, 1])
+def test_a_trial_alone_is_a_row(tmp_path, capsys, seeds):
+	runs = trial(tmp_path / "first" / "base", BASE[:seeds], SEEDS[:seeds], challenge)
+	scores, context = shown(capsys, tmp_path / "first")
+	assert scores == [
+		{
+			"trial": "base",
+			"seeds": str(seeds),
+			"bpb, sliding": "1.50140 +- 0.00161" if seeds == 4 else "1.50100",
+		}
+	]
+	assert [*context[0].values()] == ["base", "", "1,518,856", "1,496,907", "121.5", "152.7"]
+	assert markdown_table(runs).endswith("over all seeds with a score.\n")
+	assert main([str(tmp_path), "--json"]) == 0
+	assert json.loads(capsys.readouterr().out)[0]["comparison"] is None
+	put(tmp_path / "first" / "base" / "seed5", result(1.5, 5) | {"code_sha256": "07her"})
+	assert main([str(tmp_path)]) == 2
+	assert "several programs" in capsys.readouterr().err
+
+
+def test_training_data_is_a_setting_its_place_is_not(tmp_path, capsys):
+	trial(tmp_path / "none", data_path="/here/fineweb10B_sp1024")
+	trial(tmp_path / "a", BETTER, data_path="/here/bench_sp1024")
+	trial(tmp_path / "b", [b + 1e-4 for b in BETTER[:3]] + [1.5], data_path="./fineweb10B_sp1024/")
+	_, _, context = shown(capsys, tmp_path)
+	assert [(row["trial"], row["settings"]) for row in context] == [
+		("none", "DATA_PATH=fineweb10B_sp1024"),
+		("a", "DATA_PATH=bench_sp1024"),
+		("b", ""),
+	]
+
+
+def test_the_legend_says_which_seeds_a_mean_is_over(sweep):
+	legend = " ".join(markdown_table(read_runs([sweep])).split())
+	assert "mean +- standard deviation over all seeds with a score." in legend
+	assert "of a paired t over the seeds that both have" in legend
 
 
 def test_two_groups(sweep, capsys):
@@ -685,12 +815,48 @@ def test_logs_in_one_folder_are_trials_by_name(tmp_path, capsys):
 	assert [(row["trial"], row["seeds"]) for row in scores] == [("none", "4"), ("mine", "4")]
 
 
+def test_the_logs_of_an_entry_are_its_arms(tmp_path, capsys):
+	for name, bpbs in (("plain", BETTER), ("none", BASE), ("seed_test", [b + 0.1 for b in BETTER])):
+		for seed, bpb in zip(SEEDS, bpbs, strict=True):
+			put_log(tmp_path / f"train_{name}_seed{seed}.log", bpb, seed)
+	scores, *_ = shown(capsys, tmp_path)
+	assert [row["trial"] for row in scores] == ["none", "plain", "seed_test"]
+
+
+@pytest.mark.parametrize(
+	("path", "trial", "seed"),
+	[
+		("logs/seed_test", "seed_test", None),
+		("logs/base/seed7", "base", 7),
+		("logs/base/seed-7", "base", -7),
+		("logs/base_seed7", "base", 7),
+		("logs/train_x", "train_x", None),
+		("logs/v1.2/seed7", "v1.2", 7),
+		("logs/base/seed7/train.log", "base", None),
+		("2026-03-25_Theirs/train_seed42.log", "2026-03-25_Theirs", 42),
+		("x/train_MUON_WD=0.1+seed_test_seed42.log", "MUON_WD=0.1+seed_test", 42),
+		("x/train_plain.log", "plain", None),
+		("x/training_seed_3.txt", "training", 3),
+		("x/trainseed3.log", "trainseed3", None),
+		("/seed3", "", 3),
+	],
+)
+def test_trial_and_seed_by_name(path, trial, seed):
+	assert (trial_of(Path(path)), named(Path(path))[1]) == (trial, seed)
+
+
+def test_a_log_that_does_not_say_its_seed_has_that_of_its_name(tmp_path):
+	logs = [put_log(tmp_path / f"train_seed{s}.log", 1.5, s) for s in (3, 4)]
+	logs[0].write_text(logs[0].read_text().replace("seed:3", ""))
+	logs[1] = logs[1].rename(tmp_path / "train_seed9.log")
+	assert [read_run(log).seed for log in logs] == [3, 4]
+
+
 @pytest.mark.parametrize(
 	("argv", "says"),
 	[
-		(["base"], "of trials base: .* another trial"),
+		(["base", "--base", "none"], "base none of trials base: .* a second group after --against"),
 		(["nowhere"], "nowhere: no result.json"),
-		(["base", "--against", "base"], "a second group after --against"),
 		(["better", "--against", "base", "--score", "ttt"], "not all runs have the score ttt"),
 		(
 			["lone", "--against", "base"],
@@ -752,13 +918,35 @@ def test_a_terminal_gets_drawn_tables(sweep, capsys, monkeypatch):
 	assert "| ---" not in out
 	assert re.search(r"better +4 +1\.49165 \+- 0\.\d+ +-0\.\d+ \+- 0\.\d+", out)
 	assert "loss | is nan at <step> 3" in out
-	assert main([str(sweep), "--markdown"]) == 0
-	assert "| --- " in capsys.readouterr().out
+
+
+def test_the_program_runs_anywhere(sweep):
+	done = subprocess.run(
+		[sys.executable, ROOT / "records" / "compare.py", "better", "--against", "base"],
+		cwd=sweep,
+		capture_output=True,
+		text=True,
+		check=True,
+	)
+	assert [row["trial"] for row in tables(done.stdout)[0]] == ["base", "better"]
 
 
 def test_help_has_an_example(capsys):
 	with pytest.raises(SystemExit):
 		main(["--help"])
 	out = capsys.readouterr().out
-	assert "python records/compare.py logs/sweep" in out
-	assert "--against" in out
+	assert "\n    python records/compare.py logs/mine --against records/" in out
+
+
+def test_a_group_is_not_compared_with_itself(sweep, capsys):
+	with pytest.raises(SystemExit) as ended:
+		main([str(sweep / "base"), "--against", str(sweep / "base")])
+	assert ended.value.code == 2
+	assert "is on both sides; give a second group after --against" in capsys.readouterr().err
+
+
+def test_a_base_and_another_group_are_one_too_many(sweep, capsys):
+	with pytest.raises(SystemExit) as ended:
+		main([str(sweep / "better"), "--against", str(sweep / "base"), "--base", "none"])
+	assert ended.value.code == 2
+	assert "--base names a trial, --against" in capsys.readouterr().err
