@@ -116,10 +116,15 @@ def counts(run: Run, score: str) -> bool:
 	return run.finished and math.isfinite(run.scores[score].val_loss + run.scores[score].val_bpb)
 
 
+def label(run: Run) -> str:
+	"""A run by trial and seed: tables go into README files, which name no path of a machine."""
+	return f"{run.name} seed {run.seed}"
+
+
 def lost(group: Sequence[Run], score: str) -> list[str]:
 	"""A line for each run that does not count, and why."""
 	return [
-		f"NOT COUNTED: {run.path}: {'no finite score' if run.finished else run.status}"
+		f"NOT COUNTED: {label(run)}: {'no finite score' if run.finished else run.status}"
 		+ (f": {run.reason.splitlines()[-1]}" if run.reason else "")
 		for run in group
 		if not counts(run, score)
@@ -202,7 +207,7 @@ def cautions(runs: Sequence[Run], score: str) -> list[str]:
 	found = []
 	for run in runs:
 		if failed := [name for name, verdict in run.verdicts.items() if verdict == "FAIL"]:
-			found.append(f"{run.path} is over a limit: {', '.join(failed)}")
+			found.append(f"{label(run)} is over a limit: {', '.join(failed)}")
 	for name in ("machine", "ranks"):
 		if len({str(value) for run in runs if (value := getattr(run, name))}) > 1:
 			found.append(f"not all runs have the same {name}")

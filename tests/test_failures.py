@@ -686,7 +686,7 @@ def test_check_says_whether_all_is_ready_and_leaves_nothing(bad, env, monkeypatc
 		assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
 		return
 	assert re.fullmatch(rf"check:ok code:{PROGRAM.stat().st_size} bytes disk:\d+ MiB", lines[-1])
-	assert lines[-2].startswith("device:")
+	assert lines[-3].startswith("device:")
 	for start_of in ("val_bpb:enabled", "val_loader:shards", "train_loader:dataset"):
 		assert [line for line in lines if line.startswith(start_of)], start_of
 
