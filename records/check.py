@@ -23,26 +23,34 @@ sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
 import figures
 import program
-from figures import BEGIN, END, FIGURES, LOG_NAME, NEEDS, PROGRAM, RECORD, TEXT, TRACKS
-from runs import INCIDENTAL, Run, train_gpt
+from figures import BEGIN, END, FIGURES, LOG_NAME, NEEDS, NON_RECORD, PROGRAM, RECORD, TEXT
+from runs import INCIDENTAL, Run, starts_of, train_gpt
 
 RECORD_SEEDS = 3
 RECORD_RANKS, RECORD_GPU = 8, "H100"
-# An absolute path of two names or more: it may say whose machine it is of.
+# All that a folder may hold.
+FILES = re.compile(
+	r"train_gpt\.py|README\.md|submission\.json|requirements\.txt|train\S*\.log|\S+\.(?:png|svg)"
+)
+ABOUT = "author", "github_id", "name", "blurb", "date", "track"
+# An absolute path of two names or more: it may say whose machine it is of. In quotes with spaces.
 MACHINE_PATH = re.compile(
+	r"(?<=\")/[^\"\n/]+/[^\"\n]+(?=\")|(?<=')/[^'\n/]+/[^'\n]+(?=')|"
 	r"(?<![\w./\\])(?:~\w*)?(?:/[^\s/:;,'\"()<>|]+){2,}|\b[A-Za-z]:\\[^\s:'\"]+"
 )
 UNPROVEN = """\
-not proven: that the runs took place, on that hardware; which text was scored, but for its bytes;
-that the program does at full size as at the tiny one (no network, weights that no validation text
-changes); that a score comes before learning from its text."""
+not proven: that the runs took place, on that hardware; which text was scored, but for its bytes,
+and those only of the challenge's corpus, or where a log proves all of them; what a program hides
+from the rules for its source, which can be evaded; that it does at full size as at the tiny one (no
+network, weights that no validation text changes); that a score comes before learning from its
+text."""
 
 
 class Check:
 	"""A submission folder and what is wrong with it; a method for each part of the check."""
 
 	def __init__(self, folder: Path) -> None:
-		self.folder, self.count = folder, 0
+		self.folder = folder
 		self.runs, self.faults = figures.read_logs(folder)
 		self.arms = figures.arms_of(self.runs)
 		self.size, self.code, path = 0, "", folder / PROGRAM
@@ -59,15 +67,13 @@ class Check:
 		self.done = figures.scored(self.arms.get(self.main, []))
 
 	def expect(self, holds: object, file: str, found: object, needed: object) -> None:
-		"""Count a check, and keep the fault."""
-		self.count += 1
+		"""Keep the fault, if it is one."""
 		if not holds:
 			self.faults.append(" ".join(f"{file}: {found}; needed: {needed}".split()))
 
 	def parsed(self, name: str, parse: Callable[[str], Any], by: str = "") -> Any:
 		"""A file as `parse` reads it, or None."""
 		try:
-			self.count += 1
 			return parse((self.folder / name).read_text(encoding="utf-8"))
 		except Exception as error:  # whatever a strange file raises
 			fault = error.strerror if isinstance(error, OSError) else error
@@ -77,14 +83,18 @@ class Check:
 		"""That names fit, and nothing is there that should not be."""
 		self.expect(self.runs, "train_seed<N>.log", "none", "one for each seed")
 		for path in sorted(self.folder.iterdir()):
-			code = path.suffix in (".py", ".pyc", ".so") and path.name != PROGRAM
-			self.expect(not code, path.name, "code beside the program", f"all in {PROGRAM}")
-			if path.suffix in (".log", ".md", ".json", ".txt"):
+			plain = path.is_file() and not path.is_symlink()
+			self.expect(plain, path.name, "no plain file", "files alone")
+			self.expect(
+				FILES.fullmatch(path.name), path.name, "beside the program", "logs, pictures"
+			)
+			if plain and path.suffix in (".log", ".md", ".json", ".txt"):
 				found = MACHINE_PATH.search(path.read_text(encoding="utf-8", errors="replace"))
 				self.expect(not found, path.name, found and found[0], "no path of a machine")
 		track, name = self.told.get("track"), f"{self.told.get('date')}_{self.told.get('name')}"
 		at = self.folder.resolve()
-		self.expect(at.parent.name in TRACKS, "folder", f"in {at.parent.name}", " or ".join(TRACKS))
+		tracks = RECORD, NON_RECORD
+		self.expect(at.parent.name in tracks, "folder", f"in {at.parent.name}", " or ".join(tracks))
 		self.expect(at.parent.name == f"track_{track}", FIGURES, f"track {track}", at.parent.name)
 		self.expect(at.name == name, "folder", at.name, f"{name}, by {FIGURES}")
 
@@ -98,7 +108,10 @@ class Check:
 			seeds = set(re.findall(r"\bseed:(\d+)", text)) or {*["not told"] * run.finished}
 			self.expect(seeds <= of_name, file, f"seed {' '.join(seeds)}", " ".join(of_name))
 			if run in figures.scored([run]):
-				self.log(run, text)
+				*before, last = starts_of(text)
+				self.log(run, last)
+				if "model_dim" in run.settings:  # of our program
+					self.own_log(run, last, (before or [last])[0])
 			else:
 				found = f"{run.status}: {figures.why(run)}"
 				self.expect(run.name != self.main, file, found, "a score")
@@ -133,8 +146,71 @@ class Check:
 		told, of_lines = figures.eval_seconds(run), figures.eval_seconds(replace(run, seconds={}))
 		found = f"{told:.1f} s of scoring"
 		self.expect(of_lines <= told + rounding, file, found, f"{of_lines:.1f}, as of its scores")
-		if "model_dim" in run.settings:  # of our program
-			self.expect(len(run.verdicts) == 3, file, f"limits: {run.verdicts}", "three verdicts")
+
+	def own_log(self, run: Run, text: str, first: str) -> None:
+		"""That what a log of our program says twice is the same; `first` is its first start."""
+		file, settings = run.path.name, run.settings
+		self.expect(len(run.verdicts) == 3, file, f"limits: {run.verdicts}", "three verdicts")
+		cap = settings.get("max_wallclock_seconds") or math.inf
+		limits = {
+			"eval_seconds": (figures.eval_seconds(run), train_gpt.EVAL_SECONDS_LIMIT),
+			"total_bytes": (run.sizes.get("total", -1), train_gpt.BYTES_LIMIT),
+			"train_seconds": (figures.train_seconds(run), cap),
+		}
+		lines = re.findall(r"^limit:(\w+) (\S+) of (\S+) (\w+)$", text, re.MULTILINE)
+		for name, *said, verdict in lines:
+			found, most = (float(number.replace(",", "")) for number in said)
+			value, allowed = limits.get(name, (math.nan, math.nan))
+			right = math.isclose(found, value, rel_tol=0, abs_tol=0.051) and most == allowed
+			right = right and (verdict == "PASS" or found >= most)
+			right = right and (verdict == "FAIL" or found <= most)
+			found = f"limit:{name} {' of '.join(said)} {verdict}"
+			self.expect(right, file, found, f"{value:,} of {allowed:,}")
+		packed = re.findall(r"^size: (\d+) bytes packed", text, re.MULTILINE)
+		right = packed and int(packed[-1]) == run.sizes.get("model")
+		found = f"size: {packed[-1] if packed else 'no'} bytes packed"
+		self.expect(right, file, found, f"{run.sizes.get('model')}, as Serialized model")
+		planned, every = settings.get("iterations"), settings.get("train_log_every")
+		totals = {int(n) for n in re.findall(r"^step:\d+/(\d+) ", text, re.MULTILINE)}
+		self.expect(totals <= {planned}, file, f"steps of {totals}", f"{planned}, by ITERATIONS")
+		early = re.findall(r"^stopping_early: .* step:(\d+)/", text, re.MULTILINE)
+		end = int(early[-1]) if early else planned
+		self.expect(run.steps == end, file, f"{run.steps} steps", f"{end}, where it ended")
+		resumed = re.search(r"^resume: step (\d+)", first, re.MULTILINE)
+		began = int(resumed[1]) if resumed else 0
+		steps = {
+			n for n in range(began + 1, run.steps + 1) if n <= 10 or (every and n % every == 0)
+		}
+		lost = sorted(steps - {step for step, *_ in run.curve})
+		self.expect(not lost, file, f"no line of steps {lost[:10]}", "each step it logged")
+		of_text = run.scores[run.final].bytes
+		told = re.findall(r"^warning: (\d+) bytes of validation text", text, re.MULTILINE)
+		proven = re.findall(r"^byte_table:proven against (\d+)", text, re.MULTILINE)
+		tokens, exact, needed = run.scores[run.final].tokens, 1e-7, of_text
+		if settings.get("corpus") == "fineweb10B":
+			needed = int(told[-1]) if told else train_gpt.VAL_BYTES
+			exact = exact if told else 1e-4
+		elif proven and tokens < train_gpt.PROOF_TOKENS:
+			needed = int(proven[-1])
+		right = math.isclose(of_text, needed, rel_tol=exact, abs_tol=1)
+		self.expect(right, file, f"scores of {of_text} bytes of text", needed)
+		if settings.get("vocab_size") == train_gpt.BYTE_VOCAB:
+			found = f"scores of {of_text} bytes of text"
+			self.expect(of_text <= tokens, file, found, f"at most {tokens}, a byte each")
+
+	def one_text(self) -> None:
+		"""That all runs were scored on the same text, by its tokens and bytes."""
+		runs = figures.scored(self.runs)
+		scores = [(f"{run.path.name} {name}", s) for run in runs for name, s in run.scores.items()]
+		tokens = {name: score.tokens for name, score in scores}
+		found = f"tokens {tokens}"
+		self.expect(len({*tokens.values()}) < 2, "train_seed<N>.log", found, "one, as of one text")
+		ratios = {name: s.val_loss / s.val_bpb if s.val_bpb else 0 for name, s in scores}
+		alike = not ratios or max(ratios.values()) <= min(ratios.values()) * (1 + 1e-6)
+		found = f"nats a bit {ratios}"
+		self.expect(alike, "train_seed<N>.log", found, "one, as of one text")
+		texts = {str(value) for key, value in flat(self.told).items() if key.endswith("val_sha256")}
+		self.expect(len(texts) < 2, FIGURES, f"val_sha256 {sorted(texts)}", "one, as of one text")
 
 	def arms_alike(self) -> None:
 		"""That the runs of an arm differ by their seeds alone."""
@@ -143,13 +219,6 @@ class Check:
 			self.expect(
 				len({*seeds}) == len(seeds), arm[0].path.name, f"seeds {seeds}", "each once"
 			)
-			ratios = {
-				f"{run.path.name} {name}": score.val_loss / score.val_bpb if score.val_bpb else 0
-				for run in figures.scored(arm)
-				for name, score in run.scores.items()
-			}
-			alike = not ratios or max(ratios.values()) <= min(ratios.values()) * (1 + 1e-6)
-			self.expect(alike, arm[0].path.name, f"nats a bit {ratios}", "one, as of one text")
 			for run in arm[1:]:
 				pairs = {name: (run.settings.get(name), of) for name, of in arm[0].settings.items()}
 				other = {k: v for k, v in pairs.items() if v[0] != v[1] and k not in INCIDENTAL}
@@ -178,11 +247,14 @@ class Check:
 
 	def submission(self) -> None:
 		"""submission.json: that it says who and what, and each figure as the logs have it."""
-		for key in ("author", "github_id", "name", "blurb", "date", "track"):
+		for key in ABOUT:
 			value = self.told.get(key)
 			self.expect(
 				isinstance(value, str) and value.strip(), FIGURES, f"{key}: {value}", "text"
 			)
+		blurb = str(self.told.get("blurb"))
+		hides = re.search(r"\n|<[a-zA-Z!/]", blurb)
+		self.expect(not hides, FIGURES, f"blurb: {blurb}", "one line without marks")
 		day = str(self.told.get("date"))
 		try:
 			right = str(date.fromisoformat(day)) == day
@@ -196,10 +268,17 @@ class Check:
 		told = flat(self.told)
 		for key, value in needed.items():
 			found = told.get(key, "missing")
-			same = value is None or (type(found) is type(value) and found == value)
-			self.expect(same, FIGURES, f"{key}: {found}", f"{value}, by the logs")
+			same = type(found) is type(value) and found == value
+			self.expect(
+				same,
+				FIGURES,
+				f"{key}: {found}",
+				f"{'null' if value is None else value}, by the logs",
+			)
+		known = {*needed, *ABOUT}
 		for key in (key for key in needed if key.endswith(".val_bpb")):
 			at = key.removesuffix("val_bpb")
+			known |= {f"{at}code_sha256", f"{at}val_sha256"}
 			found = told.get(f"{at}code_sha256")
 			self.expect(
 				found == self.code,
@@ -212,15 +291,21 @@ class Check:
 			self.expect(
 				right, FIGURES, f"{at}val_sha256: {found}", "the SHA-256 of the text scored"
 			)
-		for key in sorted(told.keys() - needed.keys()):
-			known = not re.match(r"(arms|seed_results)\.", key) or key.endswith("_sha256")
-			self.expect(known, FIGURES, f"{key}: {told[key]}", "only what the logs have")
+		for key in sorted(told.keys() - known):
+			self.expect(False, FIGURES, f"{key}: {told[key]}", "only what the logs have")
 
 	def readme(self) -> None:
 		"""README: that its figures are those made of the logs, and what it shows is there."""
 		text = self.parsed(TEXT, str) or ""
 		found = re.search(f"{re.escape(BEGIN)}.*{re.escape(END)}", text, re.DOTALL)
 		self.expect(found, TEXT, "no block of figures", f"{BEGIN} ... {END}")
+		head = f"# {self.told.get('name')}\n\n{self.told.get('blurb')}\n\n{BEGIN}\n"
+		first = text.partition(BEGIN)[0]
+		self.expect(text.startswith(head), TEXT, f"first {first!r:.200}", "name, blurb, figures")
+		results = re.findall(
+			r"^[ >]*#+ *(?:results|scores?)\b.*", text, re.MULTILINE | re.IGNORECASE
+		)
+		self.expect(len(results) < 2, TEXT, f"headings {results}", "one")
 		if found and self.done:
 			needed = figures.block(self.runs, self.main, self.base).splitlines()
 			for a, b in zip_longest(found[0].splitlines(), needed, fillvalue="no line"):
@@ -260,7 +345,7 @@ def flat(told: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 	"""A tree of figures by dotted keys."""
 	leaves = {}
 	for key, value in told.items():
-		inner = isinstance(value, dict)
+		inner = isinstance(value, dict) and value
 		leaves |= flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
 	return leaves
 
@@ -278,8 +363,13 @@ def losses(run: Run) -> list[float]:
 def check(folder: Path, run: bool = True) -> Check:
 	"""The folder checked; without `run`, nothing of its program is run."""
 	found = Check(folder)
-	parts = [found.files, found.logs, found.arms_alike, found.record, found.submission]
-	parts += [found.readme, found.source, *[found.imports, found.runs_alone] * run]
+	parts = [found.files, found.logs, found.arms_alike, found.one_text, found.record]
+	parts += [
+		found.submission,
+		found.readme,
+		found.source,
+		*[found.imports, found.runs_alone] * run,
+	]
 	for part in parts:
 		try:
 			part()
@@ -305,7 +395,8 @@ def main(argv: list[str]) -> int:
 		print(f"error: {args.folder}: no folder", file=sys.stderr)
 		return 2
 	found = check(args.folder, not args.no_run)
-	print("\n".join(found.faults or [f"ok: {found.count} checks"]))
+	ran = "nothing of it was run" if args.no_run else "it was imported and run twice"
+	print("\n".join(found.faults or [f"ok: files, logs, figures, rules, source of program; {ran}"]))
 	print(UNPROVEN)
 	return int(bool(found.faults))
 

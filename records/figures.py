@@ -16,19 +16,18 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
-from runs import Run, RunError, command_of, read_run, train_gpt
+from runs import Run, RunError, Score, command_of, read_run, train_gpt
 
 TRAIN_SECONDS_LIMIT = 600.0  # the challenge's
-TRACKS = RECORD, _ = "track_10min_16mb", "track_non_record_16mb"
+RECORD, NON_RECORD = "track_10min_16mb", "track_non_record_16mb"
 PROGRAM, FIGURES, NEEDS, TEXT = "train_gpt.py", "submission.json", "requirements.txt", "README.md"
 LOG_NAME = re.compile(r"train(?:_(?P<arm>.+?))??(?:_seed(?P<seed>\d+))?\.log")
 BEGIN = "<!-- Figures: made of the logs by records/submit.py, compared by records/check.py. -->"
 END = "<!-- End of figures. -->"
-FORMS = "loss", "bpb"
 COLUMNS = (
-	"arm, seed, bpb, nats, bpb before int6, bpb plain, steps, ms/step, training s, scoring s, "
+	*("arm", "seed", "bpb", "nats", "bpb before int6", "bpb plain", "steps", "ms/step"),
+	*("training s", "scoring s", "model bytes", "all bytes"),
 )
-COLUMNS += "model bytes, all bytes"
 SCORED = {
 	"plain": "in windows side by side",
 	"sliding": "by a sliding window of stride {}",
@@ -101,9 +100,12 @@ def over(values: Iterable[float | None], of: Callable[..., float] = statistics.f
 	return round(value, 8) if math.isfinite(value) else None
 
 
-def score_figures(scores: list[Any], keys: str = "val_{}", **how: Any) -> dict[str, Any]:
-	"""Both forms of some runs' scores."""
-	return {keys.format(x): over((getattr(s, f"val_{x}") for s in scores), **how) for x in FORMS}
+def score_figures(scores: list[Score]) -> dict[str, Any]:
+	"""Both forms of some runs' scores: their means."""
+	return {
+		"val_loss": over(s.val_loss for s in scores),
+		"val_bpb": over(s.val_bpb for s in scores),
+	}
 
 
 def run_figures(run: Run) -> dict[str, Any]:
@@ -118,14 +120,23 @@ def submission(runs: list[Run], main: str, base: str) -> dict[str, Any]:
 	"""The figures of submission.json: means for scores of the main arm, the most for all else."""
 	arms = {name: {str(r.seed): run_figures(r) for r in arm} for name, arm in arms_of(runs).items()}
 	done = scored(run for run in runs if run.name == main)
+	if not done:
+		reasons = [f"{run.path.name}: {run.status}: {why(run)}" for run in runs if run.name == main]
+		raise ValueError(f"no log tells a score: {'; '.join(reasons)}")
 	largest = max(done, key=lambda run: run.sizes.get("total", 0))
 	finals = [run.scores[run.final] for run in done]
 	before, plain = ([r.scores[s] for r in done if s in r.scores] for s in ("float", "plain"))
+	spread = {}
+	if len(finals) > 1:
+		spread["val_loss_std"] = over((s.val_loss for s in finals), statistics.stdev)
+		spread["val_bpb_std"] = over((s.val_bpb for s in finals), statistics.stdev)
 	return {
 		**score_figures(finals),
-		**(score_figures(finals, "val_{}_std", of=statistics.stdev) if len(finals) > 1 else {}),
-		**score_figures(before, "pre_quant_val_{}"),
-		**score_figures(plain, "int6_zstd_val_{}"),
+		**spread,
+		"pre_quant_val_loss": over(s.val_loss for s in before),
+		"pre_quant_val_bpb": over(s.val_bpb for s in before),
+		"int6_zstd_val_loss": over(s.val_loss for s in plain),
+		"int6_zstd_val_bpb": over(s.val_bpb for s in plain),
 		"bytes_total": largest.sizes.get("total"),
 		"bytes_code": largest.sizes.get("code"),
 		"bytes_model_int6_zstd": largest.sizes.get("model"),
@@ -157,7 +168,8 @@ def block(runs: list[Run], main: str, base: str) -> str:
 		from compare import markdown_table
 
 		try:
-			lines += [markdown_table(runs, base, done[0].final).strip(), ""]
+			logs = [replace(run, path=Path(run.path.name)) for run in runs]  # wherever they lie
+			lines += [markdown_table(logs, base, done[0].final).strip(), ""]
 		except ValueError as error:  # as where an arm has one seed
 			lines += [f"The arms are not compared: {str(error).splitlines()[0]}.", ""]
 	lines += [*runs_table(runs), "", *limits_table(done), "", "## Commands", ""]
@@ -179,8 +191,7 @@ def machine_of(run: Run) -> str:
 
 def runs_table(runs: list[Run]) -> list[str]:
 	"""A row for every run; of one without a score, the reason."""
-	names = COLUMNS.split(", ")
-	rows = [f"| {' | '.join(names)} |", "|---|" + "--:|" * (len(names) - 1)]
+	rows = [f"| {' | '.join(COLUMNS)} |", "|---|" + "--:|" * (len(COLUMNS) - 1)]
 	for run in runs:
 		cells = [run.name or "all", str(run.seed)]
 		if run in scored([run]):
@@ -192,7 +203,7 @@ def runs_table(runs: list[Run]) -> list[str]:
 			cells += [f"{eval_seconds(run):.1f}"]
 			cells += [f"{sizes.get(name, math.nan):,}" for name in ("model", "total")]
 		else:
-			cells += [f"{run.status}: {why(run)}".replace("|", "\\|"), *[""] * (len(names) - 3)]
+			cells += [f"{run.status}: {why(run)}".replace("|", "\\|"), *[""] * (len(COLUMNS) - 3)]
 		rows.append(f"| {' | '.join(cells)} |")
 	return rows
 

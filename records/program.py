@@ -25,24 +25,27 @@ from runs import train_gpt
 
 Expect = Callable[[object, str, object, object], None]
 
-# Modules and calls that a program has no need for, and what it needs instead.
-MODULES = {
-	"no network": "aiohttp asyncio boto3 datasets ftplib gdown http httpx huggingface_hub paramiko "
-	"requests smtplib socket socketserver ssl telnetlib transformers urllib urllib3 wandb xmlrpc",
-	"no other program, for it might use the network": "multiprocessing pty subprocess",
-	"code that can be read": "base64 builtins code codeop ctypes importlib marshal pickle runpy",
+# All modules that a program may import; those not of Python must be in requirements.txt as well.
+MODULES = (
+	"__future__ argparse bisect collections contextlib copy dataclasses datetime difflib enum "
+	"flash_attn_interface functools gc glob hashlib heapq io itertools json lzma math numpy os "
+	"pathlib platform random re sentencepiece shutil signal statistics string struct sys textwrap "
+	"threading time torch traceback typing uuid warnings zlib zstandard"
+)
+OPTIONAL = "flash_attn_interface"  # it can do without
+# Names that a program has no need for, and what it needs instead.
+NAMES = {
+	"no network": r"hub|model_zoo|load_url|\w*download\w*|from_pretrained|load_dataset|genfromtxt|"
+	r"\w*_from_url|url\w+|_?socket|requests|http",
+	"no other program, for it might use the network": r"exec[lv]\w*|fork\w*|popen|posix_spawn\w*|"
+	r"spawn\w*|startfile|subprocess|system",
+	"code that can be read": r"compile|eval|exec|globals|locals|jit|load|load_inline|"
+	r"load_library|cpp_extension|allow_pickle|ctypes|importlib|pickle|marshal|builtins|"
+	r"(?!__(?:annotations|doc|file|init|main|metadata|name|version)__)__\w+__",
 }
-CALLS = {
-	"no network": "download_url_to_file from_pretrained hf_hub_download load_dataset "
-	"load_state_dict_from_url snapshot_download urlopen urlretrieve",
-	"no other program, for it might use the network": "execv execve execvp popen posix_spawn "
-	"spawnl spawnv system",
-	"code that can be read": "__import__ compile eval exec",
-}
-METHODS = {"compile", "eval"}  # harmless as such
-OPTIONAL = {"flash_attn", "flash_attn_interface"}  # modules that it can do without
+VARIABLES, METHODS = {"load"}, {"compile", "eval"}  # harmless as such
+REQUIREMENT = re.compile(r"[A-Za-z][\w.-]*(?:,?(?:[=~]=|[<>]=?)\d[\w.+]*)+")
 READ_VAL = {"load_data", "evaluate", "finish"}  # the last for its hash
-PACKED = 1000  # characters without a space that are no text
 
 # A model of which a run takes seconds; of bytes, so that no tokenizer is needed.
 TINY = (
@@ -99,6 +102,22 @@ print(json.dumps(told))
 """
 
 
+def used(node: ast.AST) -> set[str]:
+	"""The names that are used here: of a variable, an attribute, a module's part, or as text."""
+	if isinstance(node, ast.Attribute):
+		return {node.attr} - METHODS
+	if isinstance(node, ast.ImportFrom):
+		return {*str(node.module).split(".")[1:], *(alias.name for alias in node.names)}
+	if isinstance(node, ast.Import):
+		return {part for alias in node.names for part in alias.name.split(".")[1:]}
+	if isinstance(node, ast.keyword):
+		return {str(node.arg)}
+	if isinstance(node, ast.Constant) and isinstance(node.value, str):
+		return {node.value} - METHODS
+	read = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+	return {node.id} - VARIABLES if read else set()
+
+
 def imported(node: ast.AST) -> list[str]:
 	"""The modules of an import statement."""
 	if isinstance(node, ast.Import):
@@ -108,47 +127,41 @@ def imported(node: ast.AST) -> list[str]:
 	return []
 
 
-def used(node: ast.AST) -> set[str]:
-	"""The names that are read here: of a variable, an attribute, or out of a module."""
-	if isinstance(node, ast.Attribute):
-		return {node.attr} - METHODS
-	if isinstance(node, ast.ImportFrom):
-		return {alias.name for alias in node.names}
-	return {node.id} if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) else set()
-
-
 def check_source(expect: Expect, tree: ast.Module, needs: str) -> None:
 	"""What it imports and calls, whether all of it can be read, and who sees validation data."""
-	listed = {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in needs.splitlines()}
-	known = listed | OPTIONAL | sys.stdlib_module_names
-	modules, calls = (
-		{name: needed for needed, names in table.items() for name in names.split()}
-		for table in (MODULES, CALLS)
-	)
-	faults, imports = [], {}
+	lines = [line.partition(" #")[0].strip() for line in needs.splitlines()]
+	lines = [line for line in lines if line and not line.startswith("#")]
+	for line in lines:
+		expect(REQUIREMENT.fullmatch(line), NEEDS, line, "a plain name with a version")
+	listed = {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in lines}
+	installed = listed | {OPTIONAL} | sys.stdlib_module_names
+	modules = MODULES.split()
 	for node in ast.walk(tree):
 		at = f"line {getattr(node, 'lineno', 0)}:"
 		for name in imported(node):
-			imports.setdefault(name, at)
-		faults += [(f"{at} {name}", calls[name]) for name in used(node) & calls.keys()]
-		if isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes)):
-			longest = max(map(len, node.value.split()), default=0)
-			if longest >= PACKED:
-				faults.append((f"{at} {longest} characters without a space", "code to be read"))
-	for name, at in imports.items():
-		needed = modules.get(name, f"modules of Python or of {NEEDS}")
-		expect(name in known and name not in modules, PROGRAM, f"{at} import {name}", needed)
-	for name, body, text in functions(tree):
-		sees = re.search(r"\bdata\.val\b|fineweb_val|'val'", text)
-		if sees and name not in READ_VAL:
-			faults.append((f"{name} reads {sees[0]}", f"nobody to, but {sorted(READ_VAL)}"))
-		if name == "main" and all(is_idle(statement) for statement in body):
-			faults.append(("main does nothing", "a program"))
+			expect(name in modules, PROGRAM, f"{at} import {name}", "modules that a program needs")
+			expect(name in installed, PROGRAM, f"{at} import {name}", f"modules of {NEEDS}")
+		for name in used(node):
+			for needed, pattern in NAMES.items():
+				expect(not re.fullmatch(pattern, name), PROGRAM, f"{at} {name}", needed)
+		address = isinstance(node, ast.Constant) and "://" in str(node.value)
+		expect(not address, PROGRAM, f"{at} an address", "no network")
+		loaded = isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.modules"
+		expect(not loaded, PROGRAM, f"{at} sys.modules", "code that can be read")
+	defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+	for node in tree.body:
+		name = getattr(node, "name", "the module")
+		if not (isinstance(node, ast.FunctionDef) and name in READ_VAL):
+			for text in dict.fromkeys(filter(None, map(sees_val, ast.walk(node)))):
+				needed = f"nobody to, but {sorted(READ_VAL)}"
+				expect(False, PROGRAM, f"{name} reads {text}", needed)
+		if name == "main":
+			idle = all(map(is_idle, node.body))
+			expect(not idle, PROGRAM, "main does nothing", "a program")
+	for name in READ_VAL & {*defined}:
+		expect(defined.count(name) == 1, PROGRAM, f"{name} is there again", "one")
 	guards = [ast.unparse(node.test) for node in tree.body if isinstance(node, ast.If)]
 	expect("__name__ == '__main__'" in guards, PROGRAM, "no guard", "if __name__ == '__main__'")
-	expect(not faults, PROGRAM, *(faults[0] if faults else ("", "")))
-	for found, needed in faults[1:]:
-		expect(False, PROGRAM, found, needed)
 
 
 def is_idle(node: ast.stmt) -> bool:
@@ -157,12 +170,20 @@ def is_idle(node: ast.stmt) -> bool:
 	return constant or isinstance(node, (ast.Pass, ast.Raise))
 
 
-def functions(tree: ast.Module) -> Iterator[tuple[str, list[ast.stmt], str]]:
-	"""Name, statements and text of each function of the module and its classes."""
-	for node in tree.body:
-		for inner in node.body if isinstance(node, ast.ClassDef) else [node]:
-			if isinstance(inner, ast.FunctionDef):
-				yield inner.name, inner.body, ast.unparse(inner)
+def sees_val(node: ast.AST) -> str:
+	"""What here takes the validation split out of `data`, or opens it; "" if nothing does."""
+	if isinstance(node, ast.Constant) and isinstance(node.value, str):
+		sees = node.value == "val" or "fineweb_val" in node.value
+	elif isinstance(node, ast.Attribute):
+		sees = node.attr == "val" or re.fullmatch(r"data\._\w+", ast.unparse(node))
+	elif isinstance(node, ast.Subscript):
+		sees = ast.unparse(node.value) == "data" and not isinstance(node.slice, ast.Slice)
+	elif isinstance(node, (ast.Assign, ast.Starred, ast.For)):
+		value = node.iter if isinstance(node, ast.For) else node.value
+		sees = ast.unparse(value) == "data"
+	else:
+		sees = False
+	return ast.unparse(node).splitlines()[0] if sees else ""
 
 
 def run(folder: Path, hook: Path, *command: str, **settings: str) -> tuple[int, list[str]]:
@@ -191,11 +212,12 @@ def run(folder: Path, hook: Path, *command: str, **settings: str) -> tuple[int, 
 
 @contextmanager
 def copied(folder: Path) -> Iterator[tuple[Path, Path]]:
-	"""A copy of the folder to run in, and one that holds what Python runs at its start."""
+	"""A folder of its program alone to run in, and one of what Python runs at its start."""
 	with tempfile.TemporaryDirectory() as name:
 		copy, hook = Path(name, "copy"), Path(name, "hook")
-		shutil.copytree(folder, copy)
+		copy.mkdir()
 		hook.mkdir()
+		shutil.copyfile(folder / PROGRAM, copy / PROGRAM)
 		(hook / "sitecustomize.py").write_text(NO_NETWORK, encoding="utf-8")
 		yield copy, hook
 

@@ -5,6 +5,7 @@ lines, so it reads the logs of the challenge's other scripts too, as far as they
 """
 
 import fcntl
+import itertools
 import json
 import math
 import re
@@ -205,9 +206,28 @@ def world_size(folder: Path) -> int:
 	return int((re.findall(r"^world_size:(\d+)", log, re.MULTILINE) or [1])[-1])
 
 
+def starts_of(log: str) -> list[str]:
+	"""The parts of a log, one for each start of its run: RESUME=auto goes on in the same log."""
+	at = [found.start() for found in re.finditer(r"^[^:\n]*\btrain\.log$", log, re.MULTILINE)]
+	return [log[a:b] for a, b in itertools.pairwise([0, *at[1:], len(log)])]
+
+
+def steps_of(starts: Iterable[str]) -> list[tuple[str, str, str]]:
+	"""Step, loss and milliseconds of each logged step, less those that a later start did again."""
+	steps: list[tuple[str, str, str]] = []
+	for text in starts:
+		line = r"^step:(\d+)/\d+ train_loss:(\S+).* train_time:(\d+)ms"
+		own = re.findall(line, text, re.MULTILINE)
+		resumed = re.search(r"^resume: step (\d+)", text, re.MULTILINE)
+		if own or resumed:
+			kept = int(resumed[1]) if resumed else 0
+			steps = [step for step in steps if int(step[0]) <= kept] + own
+	return steps
+
+
 def read_log(path: Path) -> Run:
-	"""The Run of a train log; what stands before the last start in it is left out."""
-	text = path.read_text(encoding="utf-8", errors="replace")
+	"""The Run of a train log: its last start, and the earlier steps that this went on from."""
+	*before, text = starts_of(path.read_text(encoding="utf-8", errors="replace"))
 
 	def number(pattern: str, kind: Callable[[str], Any] = float) -> Any:
 		"""The last such number of the log, or None."""
@@ -241,7 +261,7 @@ def read_log(path: Path) -> Run:
 				number(rf"^{line} .*stride:(\d+)", int) or 0,
 				(number(rf"^{line} .*eval_time:(\d+)ms") or math.nan) / 1000,
 			)
-	steps = re.findall(r"^step:(\d+)/\d+ train_loss:(\S+).* train_time:(\d+)ms", text, re.MULTILINE)
+	steps = steps_of([*before, text])
 	ends = re.findall(r"^step:(\d+)/\d+ .*train_time:(\d+)ms step_avg:(\S+)ms", text, re.MULTILINE)
 	verdicts = dict(re.findall(r"^limit:(\w+) .* (PASS|FAIL)$", text, re.MULTILINE))
 	error = re.search(r"^error: (.*)", text, re.MULTILINE | re.DOTALL)

@@ -26,9 +26,10 @@ from check import MACHINE_PATH, faults_of
 from figures import (
 	FIGURES,
 	NEEDS,
+	NON_RECORD,
 	PROGRAM,
+	RECORD,
 	TEXT,
-	TRACKS,
 	arms_of,
 	block,
 	read_logs,
@@ -104,10 +105,10 @@ def disagreements(runs: list[Run]) -> list[str]:
 	if len(set(codes.values())) != 1:
 		of = {code[:8]: str(path) for path, code in codes.items()}
 		faults.append(f"{PROGRAM}: {len(of)} of them, {of}; needed: the same in all runs")
+	texts = {run.val_sha256[:8] for run in scored(runs)}
+	if len(texts) > 1:
+		faults.append(f"validation data {sorted(texts)}; needed: the same in all runs")
 	for name, arm in arms_of(runs).items():
-		texts = {run.val_sha256[:8] for run in scored(arm)}
-		if len(texts) > 1:
-			faults.append(f"{name}: validation data {sorted(texts)}; needed: the same in all runs")
 		if len({run.seed for run in arm}) < len(arm):
 			faults.append(f"{name}: seeds {[run.seed for run in arm]}; needed: each once")
 	for run in scored(runs):
@@ -200,7 +201,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 	parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, or that hold some")
 	for name in ("name", "author", "github-id", "blurb"):
 		parser.add_argument(f"--{name}", required=True)
-	parser.add_argument("--track", choices=TRACKS, default=TRACKS[1])
+	parser.add_argument("--track", choices=(RECORD, NON_RECORD), default=NON_RECORD)
 	parser.add_argument("--main", help="the arm of the headline")
 	parser.add_argument("--base", help="the arm that others are compared with (default: --main)")
 	parser.add_argument("--date", default=str(date.today()), help="YYYY-MM-DD (default: today)")

@@ -1,5 +1,6 @@
 """records/check.py: faults planted in good folders, one by one, are found and named."""
 
+import ast
 import json
 import re
 import runpy
@@ -14,6 +15,7 @@ from test_submit import as_of_a_record, edit, made
 sys.path.insert(0, str(ROOT / "records"))
 
 import check
+import figures
 import program
 
 GUARD = '\nif __name__ == "__main__":\n'
@@ -53,7 +55,7 @@ def test_a_good_folder_passes_whole(study, capsys):
 	before = {path: path.read_bytes() for path in study.rglob("*")}
 	assert check.main([str(study)]) == 0
 	said = capsys.readouterr().out
-	assert re.match(r"ok: \d{3} checks\nnot proven: ", said)
+	assert re.match(r"ok: files, .*; it was imported and run twice\nnot proven: ", said)
 	assert {path: path.read_bytes() for path in study.rglob("*")} == before
 
 
@@ -151,6 +153,51 @@ def oversize(folder):
 	size = 16_000_001 - (folder / "train_gpt.py").stat().st_size
 	edit(path, r"^(Serialized model int6\+zstd:) \d+", rf"\1 {size}")
 	edit(path, r"^(Total submission size int6\+zstd:) \d+", r"\1 16000001")
+	edit(path, r"^size: \d+", f"size: {size}")
+	edit(path, r"^limit:total_bytes .*", "limit:total_bytes 16,000,001 of 16,000,000 FAIL")
+
+
+def every_log(pattern, text):
+	"""A plant: the same change of all logs, and all figures made of them again."""
+
+	def plant(folder):
+		for path in folder.glob("*.log"):
+			new = re.sub(pattern, text, path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+			path.write_text(new, encoding="utf-8")
+		runs, _ = figures.read_logs(folder)
+		told = figures.submission(runs, "", "")
+		path = folder / "submission.json"
+		values = json.loads(path.read_text(encoding="utf-8"))
+		for seed, of_seed in told["seed_results"].items():
+			kept = {k: v for k, v in values["seed_results"][seed].items() if k.endswith("_sha256")}
+			of_seed |= kept
+		path.write_text(json.dumps(values | told), encoding="utf-8")
+		made_again = figures.block(runs, "", "")
+		readme = folder / "README.md"
+		old = readme.read_text(encoding="utf-8")
+		head, tail = old.partition(figures.BEGIN)[0], old.partition(figures.END)[2]
+		readme.write_text(f"{head}{made_again}{tail}", encoding="utf-8")
+
+	return plant
+
+
+def better(found):
+	"""A score line whose bits per byte are a tenth less."""
+	return f"{found[1]}{float(found[2]) * 0.9:.{len(found[2].partition('.')[2])}f}"
+
+
+def linked(folder):
+	(folder.parent / "elsewhere.py").write_bytes((folder / PROGRAM).read_bytes())
+	(folder / PROGRAM).unlink()
+	(folder / PROGRAM).symlink_to(folder.parent / "elsewhere.py")
+
+
+def hidden(folder):
+	"""The true figures where no one looks, others where one does."""
+	path = folder / README
+	text = path.read_text(encoding="utf-8")
+	text = text.replace(figures.BEGIN, f"## Results\n\n1.0 bpb\n\n<details>\n{figures.BEGIN}")
+	path.write_text(text, encoding="utf-8")
 
 
 def renamed(name):
@@ -187,6 +234,53 @@ PLANTS = {
 		"study",
 		told_of("42", val_loss=2.0),
 		rf"{JSON}: seed_results.42.val_loss: 2.0; needed: 2\.\d+",
+	),
+	"a claim more": ("study", told(claimed=1.0), rf"{JSON}: claimed: 1.0; needed: only what the"),
+	"an empty claim": ("study", told(claims={}), rf"{JSON}: claims: {{}}; needed: only what the"),
+	"hardware that no log tells": (
+		"study",
+		lambda folder: (
+			every_log("^device:.* dtype:.*$", "")(folder),
+			told(hardware="H100")(folder),
+		),
+		rf"{JSON}: hardware: H100; needed: null, by the logs",
+	),
+	"texts that differ": (
+		"study",
+		told_of("7", val_sha256="ab" * 32),
+		rf"{JSON}: val_sha256 \['.*', '.*'\]; needed: one",
+	),
+	"a blurb that hides": (
+		"study",
+		told(blurb="Small. <details>"),
+		rf"{JSON}: blurb: Small. <details>; needed: one line without marks",
+	),
+	"results before the figures": ("study", hidden, rf"{README}: first '.*'; needed: name, blurb"),
+	"results after the figures": (
+		"study",
+		change(README, "^## Files", "## Results\n\n1.0 bpb\n\n## Files"),
+		rf"{README}: headings \['## Results', '## Results'\]; needed: one",
+	),
+	"all scores a tenth less": (
+		"study",
+		every_log(r"^(.*val_bpb:)(\d+\.\d+)", better),
+		rf"{SEED7}: scores of \d+ bytes of text; needed: \d+",
+	),
+	"all scores a tenth less, of another corpus": (
+		"study",
+		lambda folder: [
+			every_log(r"^(.*val_bpb:)(\d+\.\d+)", better)(folder),
+			every_log("^corpus:fineweb10B ", "corpus:other ")(folder),
+		],
+		rf"{SEED7}: scores of \d+ bytes of text; needed: at most \d+, a byte each",
+	),
+	"bytes that are proven": (
+		"study",
+		lambda folder: [
+			every_log("^corpus:fineweb10B ", "corpus:other ")(folder),
+			every_log(r"^val_loader:", r"byte_table:proven against 3000 bytes of\n\g<0>")(folder),
+		],
+		rf"{SEED7}: scores of \d+ bytes of text; needed: 3000",
 	),
 	"a score of another arm": (
 		"several",
@@ -289,7 +383,7 @@ PLANTS = {
 	"a score of other text": (
 		"study",
 		change(SEED7, r"^(DIAGNOSTIC post_ema_exact .* val_bpb:\d\.\d{5})\d", r"\g<1>"),
-		rf"{SEED7}: nats a bit .*; needed: one, as of one text",
+		"train_seed<N>.log: nats a bit .*; needed: one, as of one text",
 	),
 	"NaN score": (
 		"study",
@@ -320,6 +414,41 @@ PLANTS = {
 		"study",
 		change(SEED7, r"^Code size: \d+", "Code size: 80000"),
 		rf"{SEED7}: Code size: 80000; needed: \d+, of train_gpt.py",
+	),
+	"packed bytes": (
+		"study",
+		change(SEED7, r"^size: \d+", "size: 1000"),
+		rf"{SEED7}: size: 1000 bytes packed; needed: \d+, as Serialized",
+	),
+	"bytes of a limit": (
+		"study",
+		change(SEED7, r"^(limit:total_bytes) \S+", r"\1 1,000"),
+		rf"{SEED7}: limit:total_bytes 1,000 of 16,000,000 PASS; needed: \S+ of 16,000,000",
+	),
+	"a limit that is none": (
+		"study",
+		change(SEED7, r"^(limit:total_bytes \S+ of) \S+", r"\1 99,000,000"),
+		rf"{SEED7}: limit:total_bytes \S+ of 99,000,000 PASS; needed: ",
+	),
+	"more steps than there were": (
+		"study",
+		change(SEED7, r" iterations:6 ", " iterations:9000 "),
+		rf"{SEED7}: steps of .6.; needed: 9000, by ITERATIONS",
+	),
+	"an end too early": (
+		"study",
+		change(SEED7, r"^step:6/6 val", "step:5/6 val"),
+		rf"{SEED7}: 5 steps; needed: 6, where it ended",
+	),
+	"steps that are not shown": (
+		"study",
+		change(SEED7, r"^step:2/6 .*\nstep:3/6 .*\n", ""),
+		rf"{SEED7}: no line of steps \[2, 3\]; needed: each",
+	),
+	"other tokens": (
+		"study",
+		change(SEED7, r"^(val_loader:.* tokens:)\d+", r"\g<1>3998"),
+		"train_seed<N>.log: tokens {.*}; needed: one, as of one text",
 	),
 	"the sum of bytes": (
 		"study",
@@ -382,17 +511,17 @@ PLANTS = {
 	"requirement missing": (
 		"study",
 		change("requirements.txt", r"^zstandard.*\n", ""),
-		rf"{PROGRAM}: line \d+: import zstandard; needed: modules of Python or of requirements.txt",
+		rf"{PROGRAM}: line \d+: import zstandard; needed: modules of requirements.txt",
 	),
 	"network": (
 		"study",
 		code("import urllib.request"),
-		rf"{PROGRAM}: line \d+: import urllib; needed: no ",
+		rf"{PROGRAM}: line \d+: import urllib; needed: modules that a program needs",
 	),
 	"network in a function": (
 		"study",
 		code("def fetch():\n\tfrom huggingface_hub import snapshot_download"),
-		rf"{PROGRAM}: line \d+: import huggingface_hub; needed: no network",
+		rf"{PROGRAM}: line \d+: import huggingface_hub; needed: modules that",
 	),
 	"download": (
 		"study",
@@ -414,18 +543,31 @@ PLANTS = {
 		code("exec(__import__('base64').b64decode('cGFzcw=='))"),
 		rf"{PROGRAM}: line \d+: exec; needed: code that can be read",
 	),
-	"packed data": (
-		"study",
-		code(f"PACKED = '{'x' * 1000}'"),
-		rf"{PROGRAM}: line \d+: 1000 characters without a space",
-	),
 	"Python 3.12": ("study", code("type Alias = int"), rf"{PROGRAM}: .* by Python 3.10"),
 	"a module of its own": (
 		"study",
 		code("import helpers"),
-		rf"{PROGRAM}: line \d+: import helpers; needed: modules of Python or",
+		rf"{PROGRAM}: line \d+: import helpers; needed: modules that",
 	),
-	"code beside it": ("study", beside("helpers.py", ""), "helpers.py: code beside the program"),
+	"code beside it": ("study", beside("helpers.py", ""), "helpers.py: beside the program"),
+	"weights beside it": ("study", beside("weights.bin", "x"), "weights.bin: beside the program"),
+	"paths beside it": ("study", beside("a.pth", "import a"), "a.pth: beside the program"),
+	"a folder beside it": (
+		"study",
+		lambda folder: (folder / "lib.png").mkdir(),
+		"lib.png: no plain file; needed: files alone",
+	),
+	"a link": ("study", linked, rf"{PROGRAM}: no plain file; needed: files alone"),
+	"a requirement from elsewhere": (
+		"study",
+		change("requirements.txt", r"\Z", "my-weights @ https://example.org/x.whl\n"),
+		"requirements.txt: my-weights @ .*; needed: a plain name with a version",
+	),
+	"scoring that is there again": (
+		"study",
+		code("def evaluate(*told):\n\treturn told[1].val"),
+		rf"{PROGRAM}: evaluate is there again; needed: one",
+	),
 	"placeholder": (
 		"study",
 		code("def main(argv, env):\n\t'''Soon.'''\n\traise NotImplementedError"),
@@ -502,6 +644,66 @@ def test_a_planted_fault_is_named(request, copy, name):
 	assert any(re.match(expected, fault) for fault in faults), "\n".join(faults)
 	assert all("\n" not in fault and "; needed: " in fault for fault in faults)
 	assert not any("what can be checked" in fault for fault in faults), "\n".join(faults)
+
+
+SOURCES = {
+	"os.execlp('curl', 'x')": "execlp",
+	"os.spawnlp(0, 'curl', 'x')": "spawnlp",
+	"os.fork()": "fork",
+	"getattr(os, 'system')('curl')": "system",
+	"vars(os)['system']('curl')": "system",
+	"import _socket": "import _socket",
+	"import _posixsubprocess": "import _posixsubprocess",
+	"import imaplib": "import imaplib",
+	"import webbrowser": "import webbrowser",
+	"import operator": "import operator",
+	"torch.hub.load('a', 'b')": "hub",
+	"import torch.hub as a": "hub",
+	"from torch.hub import x": "hub",
+	"torch.utils.model_zoo.load_url('a')": "load_url",
+	"np.genfromtxt('a')": "genfromtxt",
+	"DATA = 'http' + '://example.org'": "an address",
+	"DATA = b'ftp://example.org'": "an address",
+	"from torch.utils.cpp_extension import load_inline": "load_inline",
+	"torch.ops.load_library('a.bin')": "load_library",
+	"torch.load('a', weights_only=False)": "load",
+	"np.load('a', allow_pickle=True)": "allow_pickle",
+	"torch.jit.load('a')": "jit",
+	"__builtins__.exec('a')": "__builtins__",
+	"partial.__globals__": "__globals__",
+	"getattr(partial, '__globals__')": "__globals__",
+	"import types": "import types",
+	"sys.modules": "sys.modules",
+}
+READERS = {
+	"def f(data):\n\td = data\n\treturn d.val": "f reads d.val",
+	"def f(data):\n\tx, *_ = data": r"f reads x, \*_ = data",
+	"def f(data):\n\treturn data[0]": r"f reads data\[0\]",
+	"def f(data):\n\tfor x in data:\n\t\tpass": "f reads for x in data:",
+	"def f(data):\n\treturn [*data]": r"f reads \*data",
+	"def f(data):\n\treturn data._asdict()": "f reads data._asdict",
+	"def f(data):\n\treturn getattr(data, 'val')": "f reads 'val'",
+	"f = lambda data: data.val": "the module reads data.val",
+	"async def f(data):\n\treturn data.val": "f reads data.val",
+	"DATA = Data(0, 0, 0).val": r"the module reads Data\(0, 0, 0\).val",
+	"class A:\n\tdef evaluate(self, data):\n\t\treturn data.val": "A reads data.val",
+}
+
+
+@pytest.mark.parametrize("text", [*SOURCES, *READERS])
+def test_source_rules(text):
+	"""Plain ways around each rule."""
+	expected = rf"line \d+: {SOURCES[text]}; " if text in SOURCES else f"{READERS[text]}; "
+	tree = ast.parse(f"{text}\n{(ROOT / PROGRAM).read_text(encoding='utf-8')}")
+	needs = "torch==2.0\nnumpy>=2.0,<3\nsentencepiece>=0.2,<0.3\nzstandard>=0.23\n"
+	faults = faults_of(lambda expect, _: program.check_source(expect, tree, needs), None)
+	assert any(re.match(f"{PROGRAM}: {expected}", fault) for fault in faults), faults
+
+
+def test_its_own_source_has_no_fault():
+	tree = ast.parse((ROOT / PROGRAM).read_text(encoding="utf-8"))
+	needs = (ROOT / "requirements.txt").read_text(encoding="utf-8").partition("# data/")[0]
+	assert not faults_of(lambda expect, _: program.check_source(expect, tree, needs), None)
 
 
 def test_all_faults_at_once(study, copy, capsys):
@@ -605,6 +807,18 @@ def test_runs(tmp_path, monkeypatch, text, expected):
 	assert len(faults) == len(expected), faults
 	for fault, start in zip(faults, expected, strict=True):
 		assert fault.startswith(f"train_gpt.py: {start}"), fault
+
+
+def test_it_runs_without_what_lies_beside_it(tmp_path):
+	(tmp_path / "weights.png").write_text("1.0", encoding="utf-8")
+	(tmp_path / PROGRAM).write_text("print(open('weights.png').read())", encoding="utf-8")
+	(fault,) = faults_of(program.check_run, tmp_path)
+	assert "a tiny run: status 1, FileNotFoundError" in fault
+
+
+def test_what_was_not_run_is_said(study, capsys):
+	assert check.main([str(study), "--no-run"]) == 0
+	assert "; nothing of it was run\n" in capsys.readouterr().out
 
 
 def test_the_command_line(study, copy, capsys, monkeypatch):

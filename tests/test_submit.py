@@ -2,15 +2,17 @@
 
 import importlib.util
 import json
+import os
 import re
 import runpy
 import shutil
+import signal
 import sys
 import types
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TINY
 
 import train_gpt as tg
 
@@ -65,6 +67,7 @@ def as_of_a_record(runs, to):
 		score = read_run(log).scores["plain"]
 		tokens = round(score.tokens / score.bytes * tg.VAL_BYTES)
 		edit(log, r"^(val_loader:.*) tokens:\d+", rf"\1 tokens:{tokens}")
+		edit(log, r"^warning: \d+ bytes of validation text.*\n", "")
 		edit(log, r"^world_size:1", "world_size:8")
 		edit(log, r"^device:\S+ dtype", "device:NVIDIA H100 80GB HBM3 dtype")
 	return to
@@ -156,6 +159,11 @@ def test_logs_keep_all_but_paths(finished, tmp_path):
 			"pattern=/home/me/data/sp1024/fineweb_*.bin tokens:9",
 			"pattern=.../fineweb_*.bin tokens:9",
 		),
+		(
+			'  File "/home/my name/a b/x.py", line 3, "/a"',
+			'  File ".../x.py", line 3, "/a"',
+		),
+		("[Errno 2] None: '/home/my name/x y'", "[Errno 2] None: '.../x y'"),
 		("~/logs/a and C:\\Users\\me\\x.py", ".../a and .../x.py"),
 		("step:1/20 train_loss:5.5 train_time:3ms", None),
 		("a and/or b, 3 / 4 / 5, https://example.org/a/b ./data/x/y.bin", None),
@@ -270,8 +278,9 @@ def test_size_and_the_tracks(finished, tmp_path, size, status):
 	sizes |= {"model": size - sizes["code"], "total": size}
 	edit(log, r"^(Serialized model int6\+zstd:) \d+", rf"\1 {sizes['model']}")
 	edit(log, r"^(Total submission size int6\+zstd:) \d+", rf"\1 {size}")
-	if status:
-		edit(log, r"^(limit:total_bytes) .*", rf"\1 {size:,} of 16,000,000 FAIL")
+	edit(log, r"^size: \d+", f"size: {sizes['model']}")
+	verdict = "FAIL" if status else "PASS"
+	edit(log, r"^(limit:total_bytes) .*", rf"\1 {size:,} of 16,000,000 {verdict}")
 	changed = tg_result(runs / "seed7") | {"bytes": sizes}
 	changed["status"] = "over a limit" if status else "ok"
 	result.write_text(json.dumps(changed), encoding="utf-8")
@@ -317,7 +326,7 @@ def same_seed(runs):
 
 FAULTS = {
 	other_code: r"train_gpt.py: 2 of them.*needed: the same",
-	other_data: r"tiny: validation data \['\w+', 'beef\w+'\].*needed: the same",
+	other_data: r"validation data \['\w+', 'beef\w+'\].*needed: the same",
 	other_settings: r"train_seed42.log: \{'matrix_lr': \(0.02, 0.025\)\}; needed: the settings of",
 	unfinished: r"train_seed7.log: cut off: its log ends too early; needed: a score",
 	other_result: r"seed7: result.json has 7, its log 6",
@@ -340,7 +349,7 @@ def test_all_reasons_at_once(finished, tmp_path, capsys):
 	other_code(runs)
 	other_data(runs)
 	reasons = refused(capsys, tmp_path / "out", runs)
-	assert len(reasons) == 3
+	assert len(reasons) == 4
 	for text in ("train_gpt.py: 2 of them", "validation data", "is there; needed: another --name"):
 		assert any(text in reason for reason in reasons), text
 
@@ -373,3 +382,49 @@ def test_the_command_line(finished, tmp_path, capsys, monkeypatch):
 		runpy.run_path(str(ROOT / "records/submit.py"), run_name="__main__")
 	assert ended.value.code == 0
 	assert capsys.readouterr().out.splitlines()[1].startswith("next: python records/check.py ")
+
+
+def test_a_resumed_run(finished, byte_corpus, tmp_path, monkeypatch):
+	"""Stopped by a signal and gone on with: a run with a score, each step told once."""
+	runs, seed = shutil.copytree(finished / "tiny", tmp_path / "tiny"), tmp_path / "tiny/seed7"
+	settings = read_run(seed).settings
+	shutil.rmtree(seed)
+	env = {name.upper(): str(value) for name, value in TINY.items()}
+	env |= {"NUM_LAYERS": "2", "ITERATIONS": "6", "DATA_PATH": str(byte_corpus), "SEED": "7"}
+	env |= {"RUN_DIR": str(seed), "RESUME": "auto", "CHECKPOINT_EVERY": "2"}
+	train_step, steps = tg.train_step, []
+
+	def signalled(*arguments):
+		steps.append(0)
+		if len(steps) == 4:
+			os.kill(os.getpid(), signal.SIGTERM)
+		return train_step(*arguments)
+
+	with monkeypatch.context() as patch:
+		patch.setattr(tg, "train_step", signalled)
+		assert tg.main([], env) == 5
+	log = seed / "train.log"
+	stopped = read_run(log)
+	assert (stopped.status, [step for step, *_ in stopped.curve]) == ("failed", [1, 2, 3, 4])
+	# As a kill after the checkpoint leaves it: a step more, which the next start does again.
+	again = "step:5/6 train_loss:9.0000 train_time:9ms step_avg:1.00ms\n"
+	log.write_text(log.read_text(encoding="utf-8") + again, encoding="utf-8")
+	assert tg.main([], env) == 0
+	run = read_run(log)
+	assert (run.status, run.steps, run.reason) == ("ok", 6, "")
+	assert [step for step, *_ in run.curve] == [1, 2, 3, 4, 5, 6]
+	assert all(loss < 9 for _, _, loss in run.curve)
+	assert run.settings["matrix_lr"] == settings["matrix_lr"]
+	for path in runs.glob("seed[41]*/train.log"):  # what the others were told
+		edit(path, " checkpoint_every:0 ", " checkpoint_every:2 ")
+	folder = made(tmp_path / "out", runs)
+	assert "resume: step 4, " in (folder / "train_seed7.log").read_text(encoding="utf-8")
+
+
+def test_logs_without_a_score(finished, tmp_path, capsys):
+	"""Though result.json tells one."""
+	runs = shutil.copytree(finished / "tiny", tmp_path / "tiny")
+	for log in runs.rglob("train.log"):
+		log.write_text(log.read_text(encoding="utf-8").partition("DIAGNOSTIC")[0])
+	(reason,) = refused(capsys, tmp_path / "out", runs)
+	assert reason.startswith("error: no log tells a score: train_seed7.log: cut off: ")
