@@ -353,7 +353,7 @@ def test_a_failed_seed_does_not_change_the_test(sweep):
 	for c in (compare(alike, base), compare(base, alike)):
 		assert (c.method, c.n_a, c.n_b) == ("paired t", 3, 3)
 		assert sum("are without seed 7" in note for note in c.notes) == 1
-		assert sum("alike/seed7: nan: loss | is nan at <step> 3" in note for note in c.notes) == 1
+		assert sum("alike seed 7: nan: loss | is nan at <step> 3" in note for note in c.notes) == 1
 	three = [run for run in base if run.seed != 7]
 	good = [run for run in alike if run.finished]
 	assert compare(alike, base).p == compare(good, three).p
@@ -369,7 +369,7 @@ def test_of_a_run_without_a_number_only_the_note_remains(tmp_path):
 
 	c = compare(trial(tmp_path / "a", BETTER, change=spoil), trial(tmp_path / "b"))
 	assert c.n_a == c.n_b == 3
-	assert any(re.search("seed42: no finite score", note) for note in c.notes)
+	assert any(re.search("seed 42: no finite score", note) for note in c.notes)
 	assert math.isfinite(c.p)
 
 
@@ -687,7 +687,7 @@ def test_what_failed_is_said_under_the_table(sweep, capsys):
 	main([str(sweep)])
 	notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("- ")]
 	assert notes == [
-		f"- NOT COUNTED: alike seed 7: nan: loss | is nan at \\<step> 3",
+		"- NOT COUNTED: alike seed 7: nan: loss | is nan at \\<step> 3",
 		"- the pairs of alike and base are without seed 7",
 	]
 
@@ -718,8 +718,8 @@ def test_a_trial_not_yet_run_or_killed_is_shown(sweep, capsys):
 	]
 	main([str(sweep)])
 	out = capsys.readouterr().out
-	assert f"NOT COUNTED: base seed 99: cut off" in out
-	assert f"NOT COUNTED: better seed 99: waiting" in out
+	assert "NOT COUNTED: base seed 99: cut off" in out
+	assert "NOT COUNTED: better seed 99: waiting" in out
 	assert read_runs([sweep / "base" / "seed99"])[0].seed == 99
 	assert read_runs([sweep / "better" / "seed99"])[0].seed == 99
 
