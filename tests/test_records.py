@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "records"))
 
 import check
 import sweep
+from compare import markdown_table
 from runs import read_runs, read_trial
 
 ENTRIES = sorted(path.parent for path in (ROOT / "records").glob("track_*/*/submission.json"))
@@ -148,3 +149,12 @@ def test_every_entry_is_without_fault(folder):
 def test_every_entry_runs(folder, tmp_path):
 	done = tool("check", shutil.copytree(folder, tmp_path / folder.parent.name / folder.name))
 	assert done.returncode == 0, done.stdout
+
+
+def test_the_tables_of_our_runs_are_those_of_compare():
+	tables = re.findall(r"<!-- table of (\S+) -->\n(.*?)<!-- end -->", PAGE, re.DOTALL)
+	assert sorted(name for name, _ in tables) == [
+		str(x.relative_to(ROOT / "records")) for x in ENTRIES
+	]
+	for name, text in tables:
+		assert text == markdown_table(read_runs([ROOT / "records" / name]))
