@@ -97,7 +97,7 @@ part() { # NAME SECONDS LOG COMMAND...: run it in the time there is, keep its lo
 export OUT=$out
 export -f setup train
 : >"$out/summary.txt"
-part setup 90 summary.txt bash -c setup
+part setup 120 summary.txt bash -c setup
 for name in $parts; do
 	rm -f "$out/$name.log" "$out/$name.json"
 	case $name in

@@ -56,8 +56,8 @@ def about(name):
 
 def surroundings(scale, rt, quick):
 	"""Device, versions, command and date of a report."""
-	versions = {"python": platform.python_version()}
-	for package in ("torch", "numpy", "zstandard", "triton"):
+	versions = {"python": platform.python_version(), "torch": torch.__version__}
+	for package in ("numpy", "zstandard", "triton"):
 		try:
 			versions[package] = version(package)
 		except PackageNotFoundError:
