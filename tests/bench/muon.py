@@ -1,62 +1,45 @@
-"""Muon's step at the shapes of 11 layers: stacked, matrix by matrix, and torch.optim.Muon.
-
-    python tests/bench/muon.py [--rounds 5]
-
-All three take turns in one process, so that a noisy machine hits them alike; medians are told.
-"""
-
-import argparse
-import statistics
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
+"""Muon: stacks of matrices against one after another, and PyTorch's own."""
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import train_gpt as tg
 
+from . import reference
+from .harness import Table, equal, in_turns, random_model, rows_of, tolerance
 
-def main() -> None:
-	"""Time a step of each and print a table."""
-	parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-	parser.add_argument("--rounds", type=int, default=5)
-	rounds = parser.parse_args().rounds
-	device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-	dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-	model = tg.GPT(tg.Hyperparameters()).to(device)
+
+def muon(scale, rt):
+	"""A step of Muon and its Newton-Schulz iterations, stacked and matrix by matrix."""
+	h = scale.h(scale.matrices)
+	model = random_model(h, rt)
 	roles = tg.parameter_roles(model)
 	matrices = [p for name, p in model.named_parameters() if roles[name] == "matrix"]
 	for p in matrices:
 		p.grad = torch.randn_like(p)
-	stacked = tg.Muon(matrices, 0.04, 5, dtype)
-	in_bf16 = tg.Muon(matrices, 0.04, 5, torch.bfloat16)
-	single = [tg.Muon([p], 0.04, 5, dtype) for p in matrices]
-	steps: dict[str, Callable[[], object]] = {
-		"stacked, 4 shapes": lambda: stacked.step(0.0, 0.95),
-		"stacked, bfloat16": lambda: in_bf16.step(0.0, 0.95),
-		"matrix by matrix": lambda: [muon.step(0.0, 0.95) for muon in single],
+	given = h.muon_wd, h.muon_backend_steps
+	stacked, in_bf16 = (tg.Muon(matrices, *given, dtype) for dtype in (rt.dtype, torch.bfloat16))
+	single = [tg.Muon([p], *given, rt.dtype) for p in matrices]
+	stacks = [torch.stack([p.grad for p in stack]).to(rt.dtype) for stack in stacked.stacks]
+
+	def in_stacks():
+		return [tg.newton_schulz(stack, h.muon_backend_steps) for stack in stacks]
+
+	def looped():
+		return [reference.newton_schulz(m, h.muon_backend_steps) for s in stacks for m in s]
+
+	one, other = (torch.cat([x.flatten() for x in way()]) for way in (in_stacks, looped))
+	equal(one, other, tolerance(rt, 1e-3, 5e-2), "Newton-Schulz, stacked and not")
+	steps = {
+		"step, stacked": lambda: stacked.step(0.0, 0.95),
+		"step, matrix by matrix": lambda: [muon.step(0.0, 0.95) for muon in single],
 	}
+	if rt.dtype != torch.bfloat16:
+		steps["step, stacked, bfloat16"] = lambda: in_bf16.step(0.0, 0.95)
 	if hasattr(torch.optim, "Muon"):
-		theirs = torch.optim.Muon(matrices, lr=0.0, weight_decay=0.04, momentum=0.95)
-		steps["torch.optim.Muon"] = theirs.step
-	seconds: dict[str, list[float]] = {name: [] for name in steps}
-	for _ in range(rounds + 1):
-		for name, step in steps.items():
-			began = time.perf_counter()
-			step()
-			if device.type == "cuda":
-				torch.cuda.synchronize()
-			seconds[name].append(time.perf_counter() - began)
-	print(f"{len(matrices)} matrices, {device}, {dtype}, torch {torch.__version__}")
-	first = statistics.median(seconds["stacked, 4 shapes"][1:])
-	for name, times in seconds.items():
-		times = times[1:]  # the first round warms up
-		low, middle, high = min(times), statistics.median(times), max(times)
-		print(f"{name:20} median {middle:.3f} s ({low:.3f} to {high:.3f}), {middle / first:.2f} x")
-
-
-if __name__ == "__main__":
-	main()
+		theirs = torch.optim.Muon(matrices, lr=0.0, weight_decay=h.muon_wd, momentum=0.95)
+		steps["step, torch.optim.Muon, bfloat16"] = theirs.step
+	iterations = {"Newton-Schulz, stacked": in_stacks, "Newton-Schulz, matrix by matrix": looped}
+	rows = rows_of(in_turns(steps, scale.rounds, rt.now, calls=scale.calls))
+	rows += rows_of(in_turns(iterations, scale.rounds, rt.now, calls=scale.calls))
+	shapes = ", ".join(f"{len(s)} of {s.size(1)} x {s.size(2)}" for s in stacks)
+	return Table(f"{len(matrices)} matrices in {len(stacks)} stacks: {shapes}; {rt.dtype}", rows)

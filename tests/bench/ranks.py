@@ -1,79 +1,108 @@
 """What it costs to average gradients: one flat all-reduce against DistributedDataParallel.
 
-    torchrun --standalone --nproc_per_node=2 tests/bench/ranks.py [--rounds 7] [--compile]
+    torchrun --standalone --nproc_per_node=2 -m tests.bench.ranks [--rounds 7] [--compile]
 
 Backward alone, backward and one all-reduce of all gradients at once, and backward under PyTorch's
-DDP (buckets of 25 MB, overlapped) take turns in one process; rank 0 prints medians. With --compile
-each forward is compiled; DDP then splits the graph at its buckets.
+DDP (buckets of 25 MB, overlapped) take turns in one process. With --compile each forward is
+compiled; DDP then splits the graph at its buckets.
 """
 
 import argparse
-import statistics
+import json
+import os
+import subprocess
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import train_gpt as tg
 
+from . import ROOT
+from .harness import SCALES, Row, Table, in_turns, rows_of
 
-def main() -> None:
-	"""Time each way and print a table."""
-	parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-	parser.add_argument("--rounds", type=int, default=7)
-	parser.add_argument("--compile", action="store_true")
-	args = parser.parse_args()
-	cuda = torch.cuda.is_available()
-	dist.init_process_group("nccl" if cuda else "gloo")
-	rank, world = tg.ranks()
-	device = torch.device("cuda", rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
-	h = tg.Hyperparameters(**({} if cuda else {"num_layers": 6, "train_seq_len": 128}))
+
+def ranks(scale, rt):
+	"""Averaging gradients over ranks: one all-reduce against DDP's buckets."""
+	count = torch.cuda.device_count() if rt.device.type == "cuda" else 2
+	launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+	told = ["--rounds", str(scale.rounds), "--settings", scale.ranks, "--json"]
+	told += ["--device", rt.device.type]
+	done = subprocess.run(
+		[sys.executable, *launch, "-m", "bench.ranks", *told],
+		cwd=ROOT / "tests",
+		env={"OMP_NUM_THREADS": "1", **os.environ},
+		capture_output=True,
+		text=True,
+		check=False,
+	)
+	if done.returncode:
+		raise RuntimeError(done.stderr[-500:])
+	sizes, rows = json.loads(done.stdout.splitlines()[-1])
+	return Table(sizes, [Row(*values) for values in rows])
+
+
+def measure(h, device, rounds, compiled):
+	"""The table of this process group."""
+	cuda = device.type == "cuda"
 	dtype = torch.bfloat16 if cuda else torch.float32
 	ours, theirs = (tg.GPT(h, dtype=dtype).to(device) for _ in range(2))
 	gradient = tg.flat_gradient(list(ours.parameters()))
 	ddp = DistributedDataParallel(theirs)
-	if args.compile:
+	if compiled:
 		ours, ddp = (torch.compile(model, dynamic=False) for model in (ours, ddp))
-	ids = torch.randint(h.vocab_size, (8 if cuda else 1, h.train_seq_len), device=device)
+	ids = torch.randint(h.vocab_size, (h.train_batch_tokens // h.train_seq_len, h.train_seq_len))
+	ids = ids.to(device)
 
-	def alone() -> None:
-		ours(ids, ids).backward()
-
-	def flat() -> None:
+	def flat():
 		ours(ids, ids).backward()
 		tg.summed(gradient)
 
-	def buckets() -> None:
-		ddp(ids, ids).backward()
+	def now():
+		if cuda:
+			torch.cuda.synchronize()
+		dist.barrier()
+		return time.perf_counter()
 
-	ways: dict[str, Callable[[], None]] = {
-		"backward alone": alone,
+	ways = {
+		"backward alone": lambda: ours(ids, ids).backward(),
 		"one all-reduce after it": flat,
-		"DDP's buckets within it": buckets,
+		"DDP's buckets within it": lambda: ddp(ids, ids).backward(),
 	}
-	seconds: dict[str, list[float]] = {name: [] for name in ways}
-	for _ in range(args.rounds + 2):
-		for name, way in ways.items():
-			dist.barrier()
-			began = time.perf_counter()
-			way()
-			if cuda:
-				torch.cuda.synchronize()
-			seconds[name].append(time.perf_counter() - began)
-	if rank == 0:
-		print(f"{gradient.numel()} gradients, {world} ranks, {device}, torch {torch.__version__}")
-		for name, times in seconds.items():
-			times = times[2:]  # the first rounds warm up
-			low, middle, high = min(times), statistics.median(times), max(times)
-			print(
-				f"{name:24} median {1000 * middle:.1f} ms ({1000 * low:.1f} to {1000 * high:.1f})"
-			)
+	rows = rows_of(in_turns(ways, rounds, now, warm=2))
+	world = dist.get_world_size()
+	return Table(
+		f"{gradient.numel():,} gradients, {ids.numel()} tokens a rank, {world} ranks", rows
+	)
+
+
+def main():
+	"""Measure; rank 0 prints."""
+	parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+	parser.add_argument("--rounds", type=int, default=7)
+	parser.add_argument("--compile", action="store_true")
+	kinds = ("cpu", "cuda")
+	parser.add_argument("--device", choices=kinds, default=kinds[torch.cuda.is_available()])
+	parser.add_argument("--settings", help="of the model and its batch, as one would type them")
+	parser.add_argument("--json", action="store_true", help="print sizes and rows as JSON")
+	args = parser.parse_args()
+	cuda = args.device == "cuda"
+	if cuda:
+		torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+	dist.init_process_group("nccl" if cuda else "gloo")
+	device = torch.device(args.device)
+	scale = SCALES[args.device, False]
+	h = scale.h(scale.ranks if args.settings is None else args.settings)
+	table = measure(h, device, args.rounds, args.compile)
+	if tg.ranks()[0] == 0:
+		if args.json:
+			print(json.dumps(table))
+		else:
+			from .tables import show
+
+			show("ranks", table)
 	dist.destroy_process_group()
 
 
