@@ -108,10 +108,10 @@ class Check:
 			seeds = set(re.findall(r"\bseed:(\d+)", text)) or {*["not told"] * run.finished}
 			self.expect(seeds <= of_name, file, f"seed {' '.join(seeds)}", " ".join(of_name))
 			if run in figures.scored([run]):
-				*before, last = starts_of(text)
+				last = starts_of(text)[-1]
 				self.log(run, last)
 				if "model_dim" in run.settings:  # of our program
-					self.own_log(run, last, (before or [last])[0])
+					self.own_log(run, last, text)
 			else:
 				found = f"{run.status}: {figures.why(run)}"
 				self.expect(run.name != self.main, file, found, "a score")
@@ -147,8 +147,8 @@ class Check:
 		found = f"{told:.1f} s of scoring"
 		self.expect(of_lines <= told + rounding, file, found, f"{of_lines:.1f}, as of its scores")
 
-	def own_log(self, run: Run, text: str, first: str) -> None:
-		"""That what a log of our program says twice is the same; `first` is its first start."""
+	def own_log(self, run: Run, text: str, whole: str) -> None:
+		"""That a log of our program, from its last start, agrees; `whole` has all its starts."""
 		file, settings = run.path.name, run.settings
 		self.expect(len(run.verdicts) == 3, file, f"limits: {run.verdicts}", "three verdicts")
 		cap = settings.get("max_wallclock_seconds") or math.inf
@@ -176,8 +176,8 @@ class Check:
 		early = re.findall(r"^stopping_early: .* step:(\d+)/", text, re.MULTILINE)
 		end = int(early[-1]) if early else planned
 		self.expect(run.steps == end, file, f"{run.steps} steps", f"{end}, where it ended")
-		resumed = re.search(r"^resume: step (\d+)", first, re.MULTILINE)
-		began = int(resumed[1]) if resumed else 0
+		began = re.search(r"^(?:resume: step (\d+)|step:)", whole, re.MULTILINE)
+		began = int(began[1] or 0) if began else 0
 		steps = {
 			n for n in range(began + 1, run.steps + 1) if n <= 10 or (every and n % every == 0)
 		}
