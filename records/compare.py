@@ -106,7 +106,7 @@ def common_score(runs: Sequence[Run], score: str | None) -> str:
 		said = "; ".join(f"{run.path} has {', '.join(run.scores) or 'none'}" for run in done)
 		raise CompareError(
 			f"not all runs have {f'the score {score}' if score else 'one score'}: "
-			f"{said or 'none has finished'}; choose another --score, or other runs"
+			f"{said or 'none has finished'}; give other runs{' or another --score' * bool(score)}"
 		)
 	return score or have[-1]
 
@@ -136,22 +136,19 @@ def counted(group: Sequence[Run], score: str) -> list[Run]:
 	runs = [run for run in group if counts(run, score)]
 	if len(runs) < 2:
 		have = f"one run with a score, seed {runs[0].seed}" if runs else "no run with a score"
-		raise CompareError(
-			f"{have}, of {len(group)}: two are the least; run it under another SEED, or say with "
-			"--against which runs are one group"
-		)
+		raise CompareError(f"{have}, of {len(group)}: two are the least; run it under another SEED")
 	one_thing(runs, score)
 	return runs
 
 
-def one_thing(runs: Sequence[Run], score: str) -> None:
-	"""CompareError unless these runs are seeds of one thing."""
+def one_thing(runs: Sequence[Run], score: str = "") -> None:
+	"""CompareError unless these runs are seeds of one thing, scored on one text if that is told."""
 	seeds: dict[int, Path] = {}
 	for run in runs:
 		if run.seed in seeds:
 			raise CompareError(
-				f"seed {run.seed} is in one group twice, {seeds[run.seed]} and {run.path}: leave "
-				"one out, or give the other group after --against"
+				f"seed {run.seed} is in one group twice, {seeds[run.seed]} and {run.path}: give "
+				"one of them, or two groups"
 			)
 		if run.seed is not None:
 			seeds[run.seed] = run.path
@@ -160,15 +157,15 @@ def one_thing(runs: Sequence[Run], score: str) -> None:
 			if (value := other.get(key)) != (first := one.get(key)):
 				raise CompareError(
 					f"{key.upper()} is {first} in {runs[0].path}, {value} in {run.path}: a group's "
-					"runs may differ in SEED alone; give the other group after --against"
+					"runs may differ in SEED alone; give one of them, or two groups"
 				)
 	if len(codes := {run.code_sha256: run.path for run in reversed(runs) if run.code_sha256}) > 1:
 		said = ", ".join(f"{path} of sha256 {code[:8]}" for code, path in codes.items())
 		raise CompareError(
 			f"one group of several programs, {said}: run all its seeds with one train_gpt.py, or "
-			"give the other group after --against"
+			"give two groups"
 		)
-	if not all(same_tokens(runs[0], run, score) for run in runs[1:]):
+	if score and not all(same_tokens(runs[0], run, score) for run in runs[1:]):
 		raise CompareError(f"two tokenizers in one group, {runs[0].name}; split it")
 
 

@@ -32,10 +32,10 @@ import torch
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot: no display, and nothing is kept between calls
-from scipy.stats import t as student
 
 import train_gpt
-from runs import SCORE_LINES, Run, RunError, read_runs
+from compare import CompareError, common_score, compare, counts, one_thing, same_tokens
+from runs import Run, RunError, read_runs
 from train_gpt import ARTIFACT
 
 Trials = dict[str, list[Run]]
@@ -285,65 +285,80 @@ def draw_schedule(figure: Figure, trials: Trials, base: str, x: str) -> list[str
 # ---- Scores and size: how it ended ----
 
 
-def common_score(trials: Trials) -> tuple[str, list[str]]:
-	"""The name of the last score that all runs have, and what limits a comparison."""
-	runs = [run for runs in trials.values() for run in runs]
-	name = next((n for n in reversed(SCORE_LINES) if all(n in run.scores for run in runs)), None)
-	if not name:
-		raise PlotError("the runs have no score in common; plot those with like settings together")
-	notes = [f"Some runs have a later score than {name}."] * any(run.final != name for run in runs)
-	if len({run.val_sha256 for run in runs} - {""}) > 1:
-		notes.append("The runs scored different validation texts: they do not compare.")
-	return name, notes
+def told(error: CompareError, runs: Iterable[Run]) -> str:
+	"""Why runs do not compare, by their names: pictures hold no paths."""
+	text = str(error)
+	for run in sorted(runs, key=lambda run: -len(str(run.path))):
+		text = text.replace(str(run.path), called(run))
+	return f"{text}."
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-	"""Mean, and half of its 95% interval by Student's t; NaN for a single value."""
-	n = len(values)
-	half = student.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5 if n > 1 else math.nan
-	return float(np.mean(values)), float(half)
+def scored(trials: Trials) -> tuple[str, Trials, list[str]]:
+	"""The last score that all runs have, the runs where it is a number, what speaks against it."""
+	runs = [run for of_trial in trials.values() for run in of_trial]
+	score = common_score(runs, None)
+	notes = [f"Some runs have a later score than {score}."] * any(r.final != score for r in runs)
+	if without := [called(run) for run in runs if not counts(run, score)]:
+		notes.append(f"Without a finite score: {', '.join(without)}.")
+	trials = {name: [r for r in of if counts(r, score)] for name, of in trials.items()}
+	trials = {name: of_trial for name, of_trial in trials.items() if of_trial}
+	first, *others = [run for of_trial in trials.values() for run in of_trial] or [None]
+	if not first:
+		raise PlotError(f"scores: {notes[-1]} Give other runs.")
+	try:
+		for run in others:
+			same_tokens(first, run, score)
+	except CompareError as error:
+		notes.append(f"The scores do not compare: {told(error, runs)}")
+	return score, trials, notes
 
 
 def draw_scores(figure: Figure, trials: Trials, base: str, x: str) -> list[str]:
-	"""The final score, a dot a seed and the mean; and differences to the base, seed by seed."""
-	score, notes = common_score(trials)
+	"""The final score, a dot a seed and the mean; and differences to the base, by compare.py."""
+	score, trials, notes = scored(trials)
 	scores = {name: [r.scores[score].val_bpb for r in runs] for name, runs in trials.items()}
-	differences = {
-		name: [run.scores[score].val_bpb - other.scores[score].val_bpb for run, other in of_trial]
-		for name, of_trial in pairs(trials, base).items()
+	differences = {}
+	for name in [n for n in trials if n != base] if base in trials else ():
+		try:
+			differences[name] = compare(trials[name], trials[base], score)
+		except CompareError as error:
+			notes.append(f"{name} is not compared: {told(error, trials[name] + trials[base])}")
+	of_seed = {
+		name: [run.scores[score].val_bpb - other.scores[score].val_bpb for run, other in both]
+		for name, both in pairs(trials, base).items()
 	}
 	order = sorted(trials, key=lambda name: np.mean(scores[name]))
-	paired = any(differences.values())
-	axes, *others = figure.subplots(1, 1 + paired, sharey=True, squeeze=False)[0]
+	axes, *others = figure.subplots(1, 1 + bool(differences), sharey=True, squeeze=False)[0]
 	dots, bar = {"mfc": "none", "color": COLOURS[0]}, {"ms": 15, "mew": 2.5, "color": "black"}
 	for row, name in enumerate(order):
 		seeds = axes.plot(scores[name], [row] * len(scores[name]), "o", **dots)
 		means = axes.plot(np.mean(scores[name]), row, "|", **bar)
-		if of_row := differences[name]:
-			centre, half = interval(of_row)
-			others[0].plot(of_row, [row] * len(of_row), "o", **dots)
-			others[0].errorbar(centre, row, xerr=half, fmt="|", capsize=4, lw=1.2, **bar)
+		if c := differences.get(name):
+			if c.method == "paired t":
+				others[0].plot(of_seed[name], [row] * c.n_a, "o", **dots)
+			half = c.high - c.bpb_diff
+			others[0].errorbar(c.bpb_diff, row, xerr=half, fmt="|", capsize=4, lw=1.2, **bar)
 	handles, names = seeds + means, ["one seed", "mean of seeds"]
 	texts = [f"{label(n)}\n{np.mean(scores[n]):.4f} ({len(scores[n])})" for n in order]
 	rows(figure, axes, texts, 0.45)
 	axes.set_xlabel(f"bits per byte ({score})")
 	notes.insert(0, "Under each name: mean, and number of seeds.")
-	if base:
+	if base in trials:
 		for panel, zero in zip((axes, *others), (np.mean(scores[base]), 0), strict=False):
 			line = panel.axvline(zero, color=COLOURS[1], ls="--", zorder=1)
 		handles, names = [*handles, line], [*names, f"mean of {base}"]
-	if paired:
-		others[0].set_xlabel(f"bits per byte less those of\n{label(base)}, seed by seed")
-		notes.append("Right: each bar is the mean and its 95 % interval over seeds (Student's t).")
-	elif base:
-		notes.append(f"No other trial has a seed of {base}, so there are no differences.")
+	if others:
+		others[0].set_xlabel(f"bits per byte less those of\n{label(base)}")
+		notes.append(
+			"Right: differences and their 95 % intervals by Student's t; dots: by seed, of pairs."
+		)
 	legend(figure, "Scores", handles, names)
 	return notes
 
 
 def draw_size(figure: Figure, trials: Trials, base: str, x: str) -> list[str]:
 	"""The score over the bytes of code and artifact, a mark a run."""
-	score, notes = common_score(trials)
+	score, trials, notes = scored(trials)
 	axes, handles, limit = figure.subplots(), {}, train_gpt.BYTES_LIMIT
 	for name, (line, _) in looks(trials).items():
 		at = zip(*((r.sizes["total"], r.scores[score].val_bpb) for r in trials[name]), strict=True)
@@ -466,11 +481,8 @@ def make(runs: list[Run], kind: str, base: str = "", x: str = "steps") -> Figure
 	notes = left_out(runs, kind)
 	if not trials:
 		raise PlotError(f"{kind}: give finished runs with {needs}. {' '.join(notes)}")
-	for name, of_trial in trials.items():
-		seeds = [run.seed for run in of_trial if run.seed is not None]
-		if len(set(seeds)) < len(seeds):
-			paths = ", ".join(str(run.path) for run in of_trial)
-			raise PlotError(f"{name}: two runs of one seed among {paths}; give one of them")
+	for of_trial in trials.values():
+		one_thing(of_trial)
 	if base and base not in trials:
 		raise PlotError(f"--base {base}: {kind} has no such trial, only {', '.join(trials)}")
 	with style.context(["default", STYLE]):
@@ -515,7 +527,7 @@ def main(argv: list[str]) -> int:
 		for kind in kinds:
 			try:
 				print(*draw(runs, kind, out, base=args.base, x=args.x), sep="\n")
-			except PlotError as error:
+			except (PlotError, CompareError) as error:
 				errors.append(str(error))
 	except (RunError, OSError) as error:
 		print(f"error: {error}", file=sys.stderr)

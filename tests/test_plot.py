@@ -21,6 +21,7 @@ import train_gpt as tg
 sys.path.insert(0, str(ROOT / "records"))
 
 import plot
+from compare import CompareError, compare
 from runs import read_run, read_runs
 
 plot.group_bytes = functools.cache(plot.group_bytes)  # half a second for a layout
@@ -37,7 +38,14 @@ def write_run(folder, seed=1337, losses=(3.0, 2.0, 1.5), bpb=2.5, h=None, **chan
 	"""A run's folder with what plot.py reads; `changes` replace keys of its result."""
 	h, folder = replace(h or settings(), seed=seed), Path(folder)
 	folder.mkdir(parents=True, exist_ok=True)
-	score = {"val_loss": 1.7, "val_bpb": bpb, "tokens": 9, "bytes": 9, "stride": 0, "seconds": 1.0}
+	score = {
+		"val_loss": bpb / 2,
+		"val_bpb": bpb,
+		"tokens": 9,
+		"bytes": 9,
+		"stride": 0,
+		"seconds": 1.0,
+	}
 	result = {
 		"status": "ok",
 		"scores": {"float": {**score, "val_bpb": bpb - 0.1}, "plain": score},
@@ -392,7 +400,7 @@ def test_scores_without_a_common_seed_or_base_have_no_differences(tmp_path):
 	assert len(plot.make(runs, "scores").axes) == 1
 	figure = plot.make(runs, "scores", base="a")
 	assert len(figure.axes) == 1
-	assert "No other trial has a seed of a" in note_of(figure)
+	assert "b is not compared: one run with a score, seed 3, of 1" in note_of(figure)
 
 
 def test_runs_that_do_not_say_their_seed_are_not_paired(tmp_path):
@@ -409,11 +417,36 @@ def test_runs_that_do_not_say_their_seed_are_not_paired(tmp_path):
 	assert len(figure.axes) == 1
 
 
-def test_one_seed_has_a_difference_without_an_interval(tmp_path):
-	runs = runs_of(tmp_path, "a", seed1={"bpb": 2.0}) + runs_of(tmp_path, "b", seed1={"bpb": 2.25})
-	right = plot.make(runs, "scores", base="a").axes[1]
-	assert [line.get_xdata().tolist() for line in right.lines[:2]] == [[0.25], [0.25]]
-	assert math.isnan(plot.interval([0.25])[1])
+def test_scores_differ_from_the_base_as_compare_says(tmp_path):
+	"""Of trials without common seeds too; no difference of other texts, of one seed, of copies."""
+	of_base = {"seed1": {"bpb": 2.0}, "seed2": {"bpb": 2.1}, "seed3": {"bpb": 2.4}}
+	runs = runs_of(tmp_path, "base", **of_base)
+	runs += runs_of(tmp_path, "alien", seed4={"bpb": 2.2}, seed5={"bpb": 2.3})
+	runs += runs_of(tmp_path, "copy", seed1={"bpb": 2.1}, seed2={"bpb": 2.5})
+	runs += runs_of(tmp_path, "lone", seed1={"bpb": 2.35})
+	runs += runs_of(tmp_path, "nan", seed1={"bpb": 2.36}, seed2={"bpb": math.nan})
+	figure = plot.make(runs, "scores", base="base")
+	c = compare([run for run in runs if run.name == "alien"], runs[:3])
+	right = figure.axes[1]
+	(bar,) = right.containers
+	assert bar[0].get_data() == ([c.bpb_diff], [1])
+	(segment,) = bar[2][0].get_segments()
+	assert segment[:, 0] == pytest.approx([c.low, c.high])
+	assert not [line for line in right.lines if line.get_marker() == "o"]  # no pairs
+	notes = note_of(figure)
+	assert "lone is not compared: one run with a score, seed 1, of 1" in notes
+	assert "copy is not compared: copy seed 1 and base seed 2 have the same score" in notes
+	assert "Without a finite score: nan seed 2." in notes
+	assert str(tmp_path) not in notes
+
+
+def test_a_mean_is_of_seeds_of_one_thing(tmp_path):
+	run, other = runs_of(tmp_path, seed1={}, seed2={"h": settings(matrix_lr=0.5)})
+	again = replace(other, settings=run.settings | {"seed": 2})
+	assert plot.make([run, again], "loss").axes
+	for kind in set(plot.KINDS) - {"bytes"}:
+		with pytest.raises(CompareError, match="MATRIX_LR is"):
+			plot.make([run, other], kind)
 
 
 def test_the_score_drawn_is_the_last_that_all_runs_have(tmp_path):
@@ -424,7 +457,7 @@ def test_the_score_drawn_is_the_last_that_all_runs_have(tmp_path):
 	assert figure.axes[0].lines[0].get_xdata() == pytest.approx([1.9])
 	assert figure.axes[0].get_xlabel() == "bits per byte (float)"
 	assert "Some runs have a later score than float." in note_of(figure)
-	assert "different validation texts" in note_of(figure)
+	assert "different validation data (0: not said): a seed 1: 9 tokens" in note_of(figure)
 
 
 @pytest.mark.parametrize(
