@@ -93,7 +93,7 @@ class ModelSettings:
 	# Data
 	corpus = "fineweb10B", "data set family, for both paths"
 	vocab_size = 1024, "tokens; 260: bytes", 5, 65_536
-	train_seq_len = 2048, "tokens a sequence", 3
+	train_seq_len = 2048, "tokens a sequence", 2
 	# Model
 	num_layers = 11, "blocks", 1, 200
 	model_dim = 512, "width of the stream", 2

@@ -174,7 +174,7 @@ REMOVALS = {
 	50: Edit("platform.machine()", 'os.popen("nvidia-smi").read()'),
 	51: Edit("except (NameError, OSError) as error:", "except MemoryError as error:"),
 	52: Edit('re.search(r"[/\\\\]|\\.\\.", h.run_id)', "0"),
-	53: Edit("\nAttend = ", '\nPath("imported").touch()\nAttend = '),
+	53: Edit("\nHEADER, MAGIC = ", '\nPath("imported").touch()\nHEADER, MAGIC = '),
 	54: Edit("{asked[1]} s; run", '{asked["1"]} s; run', "data/download.py"),
 	55: Edit("fresh = (ids[:, 1:] == BOS_ID) & self.h.bos_mask", "fresh = ids[:, 1:] < 0"),
 	56: Edit(

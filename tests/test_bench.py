@@ -75,7 +75,7 @@ def test_the_plain_loop_takes_the_trainers_steps(changes, cpu):
 	for n in range(h.iterations):
 		scale, batch = tg.lr_scale(n, 0.0, h), data.train.batch(n % 3, h)
 		for each in (model, plain):
-			each.prepare(0.01 * (n % 2), False, n)
+			each.prepare(0.01 * (n % 2), n)
 		terms = tg.train_step(model.losses, optimizers, batch, n, scale, cpu)
 		average.update(n)
 		losses.append((terms["train_loss"].item(), loop.step(n, scale, *batch)))

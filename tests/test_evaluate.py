@@ -1,12 +1,17 @@
 """Scoring: every position once, equal to one window at a time in float64, bytes by decoding."""
 
+import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import BYTE_TABLE, byte_tokens, randomize, settings
+import torch.nn.functional as F
+from conftest import BYTE_TABLE, TINY, byte_tokens, randomize, settings
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import train_gpt as tg
@@ -163,3 +168,133 @@ def test_any_stream_is_scored_token_by_token(model, cpu, name, stride):
 	assert score.tokens == len(tokens) - 1
 	assert score.bytes == sum(t >= 4 for t in tokens[1:])
 	assert math.isfinite(score.val_bpb)
+
+
+# ---- One pass, attending over a window (EVAL_WINDOW) ----
+
+
+def attend_over(window: int):
+	"""Attention over the last `window` positions, from its definition."""
+
+	def attend(q, k, v):
+		k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
+		scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.size(3))
+		at = torch.arange(q.size(1))
+		distance = at[:, None] - at
+		seen = (distance >= 0) & (distance < window)
+		part = scores.masked_fill(~seen, -math.inf).softmax(-1)
+		return torch.einsum("bhqk,bkhd->bqhd", part, v)
+
+	return attend
+
+
+@hypothesis_settings(deadline=None)
+@given(sequences=st.integers(1, 2), length=st.integers(1, 70), window=st.integers(1, 40))
+def test_attention_in_blocks_is_attention_over_the_window(sequences, length, window):
+	draw = torch.Generator().manual_seed(0)
+	q, k, v = (
+		torch.randn(sequences, length, heads, 4, generator=draw, dtype=torch.float64)
+		for heads in (4, 2, 2)
+	)
+	got = tg.attend_sdpa(q, k, v, window)
+	torch.testing.assert_close(got, attend_over(window)(q, k, v), atol=1e-12, rtol=1e-12)
+
+
+@pytest.fixture
+def packed(tmp_path) -> Path:
+	"""The artifact of a random model."""
+	path = tmp_path / "artifact"
+	arrays, _ = tg.quantize(randomize(tg.GPT(settings())))
+	path.write_bytes(tg.pack(settings(), arrays))
+	return path
+
+
+WINDOW = 8
+
+
+def nats_of_one_pass(h: tg.Hyperparameters, weights: dict, tokens: torch.Tensor) -> float:
+	"""What EVAL_WINDOW says of itself, a sequence at a time, with dense masks, in float64."""
+	base = tg.replace(h, rope_train_seq_len=10**9)
+	stretch = max(WINDOW / h.rope_train_seq_len, 1) ** (h.rope_dims / (h.rope_dims - 2))
+	base = tg.replace(base, rope_base=h.rope_base * stretch)
+	model = tg.GPT(base, attend_over(WINDOW), torch.float64).double().eval()
+	model.load_state_dict(weights)
+	total, done, nats = len(tokens) - 1, 0, 0.0
+	while done < total:
+		end = min(done + (15 if done else 16) * WINDOW, total)
+		start = max(end - 16 * WINDOW, 0)
+		logits = model.forward_logits(tokens[None, start:end].long())[0].double()
+		losses = F.cross_entropy(logits, tokens[start + 1 : end + 1].long(), reduction="none")
+		nats += losses[done - end :].sum().item()
+		assert not done or done - start >= WINDOW  # of context, for the first that is scored
+		done = end
+	return nats
+
+
+@pytest.mark.parametrize("rope", [4, 64])
+@pytest.mark.parametrize("head", [0, 4])
+@pytest.mark.parametrize("text", [TEXT, TEXT[:90], TEXT * 2])
+def test_one_pass_is_one_sequence_at_a_time_in_float64(cpu, tmp_path, text, head, rope):
+	changes = {"rope_train_seq_len": rope, "jepa_chunk_size": head, "val_batch_size": 8 * 3 * 128}
+	h = settings(
+		**changes, jepa_latent_dim=8, jepa_proj_hidden=8, eval_window=WINDOW, eval_stride=0
+	)
+	arrays, _ = tg.quantize(randomize(tg.GPT(h)))
+	(tmp_path / "artifact").write_bytes(tg.pack(h, arrays))
+	data = data_of(text)
+	score = tg.score_artifact(tmp_path / "artifact", h, cpu, data, tg.Log(silent=True))["window"]
+	with torch.inference_mode():
+		want = nats_of_one_pass(h, tg.dequantize(arrays), data.val)
+	assert score.tokens == len(data.val) - 1
+	assert score.bytes == len(text.encode())
+	assert score.nats == pytest.approx(want, rel=1e-6)
+
+
+def test_a_window_of_the_whole_text_is_one_plain_sequence(cpu, packed):
+	"""And the others, TTT among them, do not know of it."""
+	data, log = data_of(TEXT), tg.Log(silent=True)
+	h, total = settings(eval_stride=16, ttt_enabled=1), len(data.val) - 1
+	h = tg.replace(h, ttt_chunk_tokens=128)
+
+	def scores(**changes):
+		found = tg.score_artifact(packed, tg.replace(h, **changes), cpu, data, log)
+		return {name: score._replace(seconds=0) for name, score in found.items()}
+
+	without, found = scores(), scores(eval_window=total)
+	assert list(found) == ["plain", "sliding", "window", "ttt"]
+	assert {name: found[name] for name in without} == without
+	whole = scores(eval_seq_len=total)["plain"]
+	assert found["window"].nats == pytest.approx(whole.nats, rel=1e-6)
+	assert abs(found["window"].nats - found["plain"].nats) > 0.1
+
+
+@pytest.mark.parametrize("features", [{}, {"smear_gate": 0, "bigram_vocab_size": 0}])
+def test_a_window_sees_so_many_tokens_a_layer_and_none_that_follows(features):
+	"""Flip tests: a later token changes nothing; the reach is a window less one for each layer."""
+	h = settings(**features, num_layers=2, ve_enabled=0, jepa_chunk_size=0)
+	model = randomize(tg.GPT(h, window=WINDOW)).eval()
+	ids = torch.randint(4, 260, (1, 96), generator=torch.Generator().manual_seed(5))
+	reach = 2 * (WINDOW - 1) + (2 if not features else 0)  # the pair's, smeared
+	with torch.inference_mode():
+		before = model.forward_logits(ids)
+		for t in (0, 7, 8, 40, 95):
+			changed = ids.clone()
+			changed[0, t] = 4 + (changed[0, t] + 100) % 256
+			differ = (
+				(model.forward_logits(changed) != before).any(-1)[0].nonzero().flatten().tolist()
+			)
+			assert differ[0] == t
+			assert differ[-1] == min(t + reach, 95)
+
+
+def test_a_window_in_the_log_is_the_last_score(tmp_path, byte_corpus, monkeypatch, capsys):
+	monkeypatch.chdir(tmp_path)
+	env = {**TINY, "DATA_PATH": str(byte_corpus), "ITERATIONS": "2", "EVAL_WINDOW": "64"}
+	assert tg.main([], {**env, "RUN_ID": "run"}) == 0
+	out = capsys.readouterr().out
+	exact = dict(re.findall(r"^(\S+)_exact (.*)$", out, re.MULTILINE))
+	assert exact["final_int6_one_pass_window"] == exact["final_int8_zlib_roundtrip"]
+	assert exact["final_int6_one_pass_window"] != exact["final_int6_sliding_window"]
+	scores = json.loads(Path("logs/run/result.json").read_text())["scores"]
+	assert scores["window"]["tokens"] == scores["plain"]["tokens"]
+	assert scores["window"]["bytes"] == scores["plain"]["bytes"]

@@ -22,9 +22,9 @@ ARTIFACT = "final_model.int6.ptz"
 SHORT = {**TINY, "ITERATIONS": "16", "WARMDOWN_ITERS": "8", "EVAL_STRIDE": "0"}
 VARIANTS = {
 	"plain": {},
-	"chance": {"STP_ENABLED": "1", "LABEL_SMOOTHING": "0.1"},
+	"smoothing": {"LABEL_SMOOTHING": "0.1"},
 	"JEPA": {"JEPA_CHUNK_SIZE": "4", "JEPA_SIGREG": "lejepa", "JEPA_PHASE1_FRAC": "0.1"},
-	"no average": {"EMA_ENABLED": "0", "LATE_QAT_THRESHOLD": "0.5"},
+	"no average": {"EMA_ENABLED": "0"},
 }
 
 
@@ -98,7 +98,6 @@ tg.train_step = signalled
 
 @pytest.mark.fault(43, 48)
 def test_a_signal_to_one_rank_stops_both_at_one_step(env, tmp_path):
-	env |= {"STP_ENABLED": "1"}
 	whole = Ranks(tmp_path, world=2, **{**env, "RUN_DIR": "whole"})
 	assert whole.end() == [0, 0], whole.said()
 	run = Ranks(tmp_path, world=2, first=STOPS_ONE, **{**env, "RUN_DIR": "run"})
@@ -338,7 +337,7 @@ def test_a_kill_in_the_middle_of_a_write_leaves_the_file_before(env, tmp_path):
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(byte_corpus, tmp_path):
 	"""Between start-up and scoring, at 20 moments."""
 	env = {**TINY, "DATA_PATH": byte_corpus, "CHECKPOINT_EVERY": "3", "RESUME": "auto"}
-	env |= {"GPTQ_ENABLED": "1", "ITERATIONS": "40", "STP_ENABLED": "1"}
+	env |= {"GPTQ_ENABLED": "1", "ITERATIONS": "40"}
 
 	began = time.monotonic()
 	whole = start(tmp_path, PROGRAM, **{**env, "RUN_DIR": "whole"})

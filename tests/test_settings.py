@@ -147,7 +147,7 @@ def test_bytes_are_rounded_unless_gptq_is_asked_for():
 @pytest.mark.parametrize(
 	("env", "says"),
 	[
-		({"STP_ENABLED": "1", "TRAIN_SEQ_LEN": "2"}, "TRAIN_SEQ_LEN=2: must be from 3"),
+		({"TRAIN_SEQ_LEN": "1"}, "TRAIN_SEQ_LEN=1: must be from 2"),
 		(
 			{"GPTQ_CALIB": "train", "GPTQ_RESERVE_SECONDS": "600"},
 			"GPTQ_RESERVE_SECONDS=600.0 must be below MAX_WALLCLOCK_SECONDS=600",

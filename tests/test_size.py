@@ -42,9 +42,9 @@ def sizes(log_text: str) -> list[tuple[int, int, float]]:
 
 def test_the_log_tells_bytes_and_entropy(capsys):
 	model = large_model()
-	blob, widen = tg.shrink(model, {}, model.h, 10**7, tg.Log())
+	blob = tg.shrink(model, {}, model.h, 10**7, tg.Log())
 	((packed, entropy, factor),) = sizes(capsys.readouterr().out)
-	assert (packed, factor, widen) == (len(blob), 1.0, 1.0)
+	assert (packed, factor) == (len(blob), 1.0)
 	_, arrays = tg.unpack(blob, model.h)
 	roles = tg.parameter_roles(model)
 	matrices = [arrays[f"{name}.codes"] for name, role in roles.items() if role == "matrix"]
@@ -57,17 +57,17 @@ def test_one_factor_widens_the_scales_until_it_fits(part, capsys):
 	"""In a few rounds, even where twice the factor saves less than a bit a code."""
 	model = large_model()
 	h = model.h
-	free, _ = tg.shrink(model, {}, h, 10**7, tg.Log())
+	free = tg.shrink(model, {}, h, 10**7, tg.Log())
 	room = int(part * len(free))
 	capsys.readouterr()
-	blob, widen = tg.shrink(model, {}, h, room, tg.Log())
+	blob = tg.shrink(model, {}, h, room, tg.Log())
 	assert len(blob) <= room
 	assert len(blob) > 0.98 * room  # and no more than that
-	assert widen > 1
 	told = sizes(capsys.readouterr().out)
 	assert told[0][::2] == (len(free), 1.0)
-	assert told[-1][0] == len(blob)
-	assert told[-1][2] == pytest.approx(widen, abs=5e-4)
+	packed, _, widen = told[-1]
+	assert packed == len(blob)
+	assert widen > 1
 	assert 2 <= len(told) <= 6
 	assert all(size > room for size, *_ in told[:-1])  # it stops at the first that fits
 	# One factor for all 6-bit scales, none for the others.
@@ -87,9 +87,10 @@ def test_one_factor_widens_the_scales_until_it_fits(part, capsys):
 
 def test_it_gives_up_where_nothing_would_fit(capsys):
 	model = tg.GPT(settings())
-	_, widen = tg.shrink(model, {}, model.h, -(10**9), tg.Log())
-	assert tg.WIDEST < widen < 2 * tg.WIDEST
-	assert len(sizes(capsys.readouterr().out)) <= 4
+	tg.shrink(model, {}, model.h, -(10**9), tg.Log())
+	tried = [widen for *_, widen in sizes(capsys.readouterr().out)]
+	assert tg.WIDEST < tried[-1] < 2 * tg.WIDEST
+	assert len(tried) <= 4
 
 
 def test_a_run_that_overshoots_is_made_to_fit(tmp_path, byte_corpus, monkeypatch, capsys):
@@ -106,9 +107,6 @@ def test_a_run_that_overshoots_is_made_to_fit(tmp_path, byte_corpus, monkeypatch
 	assert tight["status"] == "ok"
 	assert tight["bytes"]["total"] <= limit
 	assert tight["scores"]["float"]["val_bpb"] == free["scores"]["float"]["val_bpb"]
-	# The cost is over the artifact that would not have fitted.
-	cost = tight["scores"]["plain"]["val_bpb"] - free["scores"]["plain"]["val_bpb"]
-	assert f"size: the wider scales cost {cost:.4f} bpb" in out
 	assert all(math.isfinite(s["val_bpb"]) for s in tight["scores"].values())
 	artifact = "logs/tight/final_model.int6.ptz"
 	assert tg.main(["--eval", artifact], env) == 0

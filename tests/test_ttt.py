@@ -163,7 +163,7 @@ def test_every_parameter_learns(cpu):
 
 def test_it_learns_by_sgd_with_momentum_on_half_a_cosine(cpu):
 	"""One sequence, two epochs: the update by its formula, the gradient clipped to norm 1."""
-	h, model = trained(ttt_epochs=2, ttt_lr=0.1, label_smoothing=0.5, stp_enabled=1)
+	h, model = trained(ttt_epochs=2, ttt_lr=0.1, label_smoothing=0.5)
 	_, twin = trained()
 	tokens, done = some_text(17), 0.25
 	tg.test_time_learner(model, h, cpu)(tokens, done)
@@ -171,7 +171,7 @@ def test_it_learns_by_sgd_with_momentum_on_half_a_cosine(cpu):
 	ids = tokens.long()
 	for _ in range(2):
 		logits = twin.forward_logits(ids[None, :-1])[0]
-		loss = torch.nn.functional.cross_entropy(logits, ids[1:])  # neither smoothed nor bent
+		loss = torch.nn.functional.cross_entropy(logits, ids[1:])  # not smoothed
 		grads = torch.autograd.grad(loss, list(twin.parameters()), allow_unused=True)
 		grads = [torch.zeros(1) if g is None else g for g in grads]
 		norm = math.sqrt(sum(g.double().square().sum().item() for g in grads))
