@@ -62,8 +62,8 @@ PRESETS = {
 	# A first run: the embedded corpus, minutes on two cores.
 	"cpu": "CORPUS=python NUM_LAYERS=2 MODEL_DIM=128 NUM_HEADS=2 NUM_KV_HEADS=1 VE_DIM=32 "
 	"BIGRAM_VOCAB_SIZE=16384 BIGRAM_DIM=64 TRAIN_SEQ_LEN=512 TRAIN_BATCH_TOKENS=2048 "
-	"ITERATIONS=1200 WARMDOWN_ITERS=720 MAX_WALLCLOCK_SECONDS=0 MATRIX_LR=0.02 EMA_DECAY=0.97 "
-	"TRAIN_LOG_EVERY=100 VAL_LOSS_EVERY=0",
+	"ITERATIONS=1600 WARMDOWN_ITERS=960 MAX_WALLCLOCK_SECONDS=0 MATRIX_LR=0.02 EMA_DECAY=0.97 "
+	"MUON_MOMENTUM=0.95 UNET_SKIPS=0 TRAIN_LOG_EVERY=100 VAL_LOSS_EVERY=0",
 	# PR #832: bytes and the JEPA head, less the defaults.
 	"byte_jepa": "VOCAB_SIZE=260 NUM_LAYERS=13 MLP_MULT=2 XSA_LAST_N=4 BIGRAM_VOCAB_SIZE=4096 "
 	"BIGRAM_DIM=32 TRAIN_SEQ_LEN=4096 TRAIN_BATCH_TOKENS=393216 ITERATIONS=9000 "
@@ -268,7 +268,8 @@ def settings_notes(h, env):
 	for name in sorted(env.keys() - names):
 		for near in difflib.get_close_matches(name, names, n=1, cutoff=0.88):
 			notes.append(f"warning: {name} is no setting; is {near} meant?")
-	return notes
+	unbuilt = "SWA_ENABLED", "STP_ENABLED", "LATE_QAT_THRESHOLD"
+	return notes + [f"warning: {n} is not built" for n in unbuilt if env.get(n, "0") not in "0.0"]
 
 
 def settings_table():
@@ -367,12 +368,12 @@ def attend_sdpa(q, k, v, window=0):
 
 
 def attend_window(q, k, v, window):
-	"""By blocks of queries, each with all the keys it sees, under one mask."""
+	"""The first positions alone, then blocks of queries, each with all it sees, under one mask."""
 	first, rest = attend_sdpa(*(x[:, :window] for x in (q, k, v))), q.size(1) - window
 	size, group = -(-window // 8), q.size(2) // k.size(2)
-	q, k, v = (F.pad(x, (0, 0, 0, 0, 0, -rest % size)) for x in (q[:, window:], k, v))
+	q, k, v = (F.pad(x, (0,) * 5 + (-rest % size,)) for x in (q[:, window:], k, v))
 	k, v = (x.repeat_interleave(group, 2).unfold(1, window + size, size) for x in (k, v))
-	q, k, v = (x.flatten(0, 1).mT for x in (q.unfold(1, size, size), k, v))
+	q, k, v = (x.mT.flatten(0, 1) for x in (q.unfold(1, size, size), k, v))
 	mask = torch.ones(size, window + size, dtype=torch.bool, device=q.device).tril(window).triu(1)
 	with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
 		y = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
@@ -414,9 +415,9 @@ class Runtime:
 		bf16 = generation >= 8  # else emulated: slow
 		if not cuda:
 			notes.append("device:cpu, no CUDA GPU is here: not comparable with the records")
-			with suppress(AttributeError, TypeError):  # of glibc alone
-				mallopt = ctypes.CDLL(None).mallopt  # keep what is freed: pages made anew are slow
-				mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD
+			with suppress(AttributeError, OSError, TypeError):  # where it is not glibc
+				mallopt = ctypes.CDLL(None).mallopt  # keep what is freed: new pages are slow
+				mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, its highest
 				mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 		elif not bf16:
 			notes.append("dtype:fp32, this GPU has no bf16")
@@ -1018,7 +1019,7 @@ class GPT(Part):
 	def logits(self, x):
 		"""Soft-capped float32 [..., V] of [..., D]."""
 		cap = self.h.logit_softcap
-		head = (self.tok_emb.weight / cap).to(x.dtype)  # smaller to divide than logits
+		head = (self.tok_emb.weight / cap).to(x.dtype)  # fewer in training than logits
 		return F.linear(x, head).float().tanh_() * cap  # in place: V is large
 
 	def forward_logits(self, ids, last=0):
@@ -1427,8 +1428,7 @@ def training_state(optimizers, average, clock):
 
 def train(model, data, h, rt, log, saved=None):
 	"""Train until ITERATIONS or the cap, on from a saved state if any; applies no average."""
-	# Products in TF32 or, on a CPU that has them, of bf16; not for GPTQ and scores.
-	torch.set_float32_matmul_precision("medium")
+	torch.set_float32_matmul_precision("medium")  # TF32; on a CPU, oneDNN's products
 	losses_of = rt.compile(model.losses)
 	model.train()
 	warm_up(model, losses_of, h, rt, log)
@@ -1481,7 +1481,9 @@ def train(model, data, h, rt, log, saved=None):
 def validate(model, data, h, log, clock):
 	"""Log the plain score of the weights as they are."""
 	model.eval()
+	torch.set_float32_matmul_precision("highest")
 	score = evaluate(clock.rt.compile(model.forward_logits), data, h, clock.rt, log)
+	torch.set_float32_matmul_precision("medium")
 	model.train()
 	clock.log_step(val_loss=score.val_loss, val_bpb=score.val_bpb)
 
@@ -1840,7 +1842,7 @@ def log_score(log, name, score):
 
 
 def score_artifact(path, h, rt, data, log):
-	"""Plain, sliding and test-time-training scores of a model on disk."""
+	"""All scores of a model on disk."""
 	h, weights = from_first(lambda: load_artifact(path, h))
 
 	def loaded(window=0):
@@ -1859,10 +1861,10 @@ def score_artifact(path, h, rt, data, log):
 		scores["sliding"] = evaluate(forward_logits, data, h, rt, log, stride=stride)
 		log_score(log, "final_int6_sliding_window", scores["sliding"])
 	if window := h.eval_window:
-		long = replace(h, eval_seq_len=16 * window)  # each reads the last window of the one before
+		long = replace(h, eval_seq_len=16 * window)  # each begins a window before its scores
 		in_window = rt.compile(loaded(window).forward_logits)
 		scores["window"] = evaluate(in_window, data, long, rt, log, stride=15 * window)
-		log_score(log, "final_int6_one_pass_window", scores["window"])
+		log_score(log, "final_int6_window", scores["window"])
 	if h.ttt_enabled:
 		learn = test_time_learner(model, h, rt)
 		scores["ttt"] = evaluate(forward_logits, data, h, rt, log, stride=stride, learn=learn)

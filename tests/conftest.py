@@ -66,6 +66,12 @@ def byte_tokens(text: str) -> list[int]:
 	return [1, *(4 + b for b in text.encode())]
 
 
+@pytest.fixture(autouse=True)
+def products_of_full_precision():
+	"""Training leaves others behind."""
+	torch.set_float32_matmul_precision("highest")
+
+
 @pytest.fixture(scope="session")
 def byte_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 	"""A folder of byte shards: a few thousand short arithmetic documents."""

@@ -159,7 +159,7 @@ REMOVALS = {
 	40: Edit(
 		"weight.abs().amax(-1, keepdim=True)\n\tscales", "weight.abs().quantile(1.0)\n\tscales"
 	),
-	41: Edit(".clamp_min(1e-9) / 31", " / 31"),
+	41: Edit(".clamp(2.0**-24, 65_504)", ""),
 	42: Edit("torch.where(failed, 10 * damping, damping)", "damping"),
 	43: Edit("highest(0)  # rank 0 has written it\n\t\t\t\traise KeyboardInterrupt", "break"),
 	44: Edit('path.with_name(f"{path.name}.{os.getpid()}.part")', "path"),

@@ -39,7 +39,7 @@ ROWS = {
 	"muon": {"step, stacked", "step, matrix by matrix", "Newton-Schulz, stacked"},
 	"gptq": {"rounding", "GPTQ, collecting Hessians", "GPTQ, solving"},
 	"loop": {"plain loop", "train_gpt.py, eager", "train_gpt.py, compiled"},
-	"scoring": {"sliding, a window at a time", "sliding, in batches", "plain, scored"},
+	"scoring": {"sliding, a window at a time", "plain, scored", "one pass", "one pass, scored"},
 	"packing": {"zstd-22", "zlib-9", "lzma-9e", "order-0 entropy", "the artifact"},
 	"bytes": {"step", "  backward", "speed"},
 	"startup": {"import of train_gpt.py", "settings", "first step", "peak memory, training"},

@@ -36,6 +36,27 @@ def test_each_back_end_equals_float32_with_gradients(attn):
 		assert (got.float() - want).norm() / want.norm() < 0.02
 
 
+@pytest.mark.parametrize("compiled", [0, 1])
+@pytest.mark.parametrize("attn", ["fa3", "cudnn", "flash", "math"])
+@pytest.mark.parametrize(("sequences", "length", "window"), [(1, 1000, 256), (2, 512, 100)])
+def test_each_back_end_over_a_window_is_masked_attention(
+	attn, compiled, sequences, length, window
+):
+	try:
+		rt = tg.Runtime.start(tg.Hyperparameters(attn=attn, compile=str(compiled)))
+	except tg.SettingsError as error:
+		pytest.skip(str(error)[:200])
+	q, k, v = (torch.randn(sequences, length, heads, 64, device=GPU) for heads in (8, 4, 4))
+	with torch.inference_mode():
+		qkv = [x.bfloat16() for x in (q, k, v)]
+		got = rt.compile(lambda *x: rt.attend(*x, window=window))(*qkv).float()
+		k, v = (x.repeat_interleave(2, 2).transpose(1, 2) for x in (k, v))
+		mask = torch.ones(length, length, dtype=torch.bool, device=GPU).tril().triu(1 - window)
+		scores = (q.transpose(1, 2) @ k.mT / 8).masked_fill(~mask, -torch.inf)
+		want = (scores.softmax(-1) @ v).transpose(1, 2)
+	assert (got - want).norm() / want.norm() < 0.02
+
+
 def test_bf16_compiled_agrees_with_float32_on_the_cpu():
 	h = settings(compile=1, model_dim=128, num_heads=2, num_kv_heads=1, rope_dims=16)
 	rt = tg.Runtime.start(h)

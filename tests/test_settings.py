@@ -132,9 +132,17 @@ def test_an_instance_is_checked_however_it_is_made(value):
 
 
 def test_all_that_the_published_command_asks_for_is_built():
-	env = {"GPTQ_ENABLED": "1", "STP_ENABLED": "0", "LABEL_SMOOTHING": "0.0", "TTT_ENABLED": "0"}
-	assert not tg.settings_notes(from_env(env), env)
-	assert from_env(env) == tg.Hyperparameters()  # GPTQ too is a default
+	env = {"GPTQ_ENABLED": "1", "LABEL_SMOOTHING": "0.0", "TTT_ENABLED": "0"}
+	assert env.keys() <= {name.upper() for name in tg.Hyperparameters.__dataclass_fields__}
+	off = {"STP_ENABLED": "0", "SWA_ENABLED": "0", "LATE_QAT_THRESHOLD": "0.0"}
+	assert not tg.settings_notes(from_env(env | off), env | off)
+	assert from_env(env | off) == tg.Hyperparameters()  # GPTQ too is a default
+
+
+@pytest.mark.parametrize("name", ["STP_ENABLED", "SWA_ENABLED", "LATE_QAT_THRESHOLD"])
+def test_a_switch_of_the_published_scripts_that_is_not_built_is_named(name):
+	env = {name: "0.15" if name.startswith("LATE") else "1"}
+	assert tg.settings_notes(from_env(env), env) == [f"warning: {name} is not built"]
 
 
 def test_bytes_are_rounded_unless_gptq_is_asked_for():

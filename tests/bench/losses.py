@@ -3,7 +3,7 @@
     python -m tests.bench.losses OTHER/train_gpt.py [--steps 50] [--tolerance 0.002]
 
 Both run as processes of their own under PRESET=cpu and the settings of the environment, one seed.
-The largest relative difference of a step's loss must stay within the tolerance, else the exit status
+The largest relative difference of a loss must stay within the tolerance, else the exit status
 is 1.
 """
 

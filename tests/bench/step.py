@@ -47,7 +47,6 @@ class Steps:
 
 	def __call__(self):
 		"""A step at the full rates, JEPA's weight at its peak."""
-		torch.manual_seed(self.h.seed + self.number)
 		self.model.prepare(self.h.jepa_lambda_max, self.number)
 		self.losses.append(self.take(self.number))
 		self.number += 1
