@@ -303,10 +303,10 @@ def is_locked(folder: Path) -> bool:
 
 
 def read_trial(folder: Path) -> Run:
-	"""The Run of a sweep's trial, whatever became of it, its seed known by the folder's name.
+	"""The Run of a run's folder, as a sweep's trial, whatever became of it.
 
 	Beside those of result.json its status is waiting, running, cut off, stopped (by the sweep) or
-	failed, where it was killed or could not start.
+	failed, where it was killed or could not start. Its seed is known by the folder's name.
 	"""
 
 	def text(name: str) -> str:
@@ -320,10 +320,12 @@ def read_trial(folder: Path) -> Run:
 		status = run.status if run.path == folder else "cut off"
 	except RunError as error:
 		broken = (folder / "result.json").exists()
-		run = Run(folder, "", "failed", reason=str(error) if broken else "")
-		status = "failed" if broken else "cut off" if (folder / "train.log").exists() else "waiting"
-	seed = re.fullmatch(r"seed(\d+)", folder.name)
-	settings = run.settings or ({"seed": int(seed[1])} if seed else {})
+		begun = any((folder / name).exists() for name in ("train.log", "output.txt"))
+		status = "failed" if broken else "cut off" if begun else "waiting"
+		reason = str(error).removeprefix(f"{folder}: ") if broken else ""
+		run = Run(folder, "", status, reason)
+	_, seed = named(folder)
+	settings = ({} if seed is None else {"seed": seed}) | run.settings
 	reason, code = run.reason, text("exit_status")
 	if is_locked(folder):
 		status, reason = "running", ""

@@ -39,7 +39,7 @@ from figures import (
 	submission,
 	why,
 )
-from runs import ROOT, Run, read_run
+from runs import ROOT, Run, named, read_run, read_trial
 
 README = """# {name}
 
@@ -56,24 +56,19 @@ any other absolute path only the last name stays: `.../name`.
 
 
 def collect(paths: list[Path], alone: str) -> tuple[list[Run], list[str]]:
-	"""The runs in these folders, named by arm, the failed by what they told; trials never run."""
+	"""The runs in these folders, named by arm; faults of those not run to an end."""
 	runs, faults = [], []
 	marks = ("result.json", "train.log", "output.txt", "command.sh")
 	files = (file for path in paths for file in path.rglob("*") if file.name in marks)
 	for folder in sorted({file.parent.resolve() for file in files}):
-		of_trial = folder.name.startswith("seed")
 		if re.search(r"\.cut\d+$", folder.name):  # put aside by sweep.py
 			continue
-		if (folder / "result.json").exists():
-			run = read_run(folder)
-		elif log := log_of(folder):
-			run = read_run(log)
-		else:
-			faults.append(f"{folder}: has not been run; needed: a run, or arms that are all run")
+		run = read_trial(folder)
+		if run.status in ("waiting", "running") or not log_of(folder):
+			faults.append(f"{folder}: {run.status}; needed: runs that have ended, with their logs")
 			continue
-		seed = {"seed": int(folder.name[4:])} if re.fullmatch(r"seed\d+", folder.name) else {}
-		name = folder.parent.name if of_trial else alone
-		runs.append(replace(run, path=folder, name=name, settings=seed | run.settings))
+		of_trial = not named(folder)[0]  # it is seed<N>
+		runs.append(run if of_trial else replace(run, name=alone))
 	if not runs:
 		raise ValueError(f"{', '.join(map(str, paths))}: no run is there")
 	return runs, faults
@@ -111,8 +106,10 @@ def disagreements(runs: list[Run]) -> list[str]:
 	for name, arm in arms_of(runs).items():
 		if len({run.seed for run in arm}) < len(arm):
 			faults.append(f"{name}: seeds {[run.seed for run in arm]}; needed: each once")
-	for run in scored(runs):
-		logged = read_run(run.path / "train.log")
+	for run in runs:
+		logged = read_run(log_of(run.path))
+		if not scored([run, logged]):
+			continue
 		pairs = zip(essence(run), essence(logged), strict=True)
 		faults += [f"{run.path}: result.json has {a}, its log {b}" for a, b in pairs if a != b]
 	return faults
