@@ -168,8 +168,7 @@ def block(runs: list[Run], main: str, base: str) -> str:
 		from compare import markdown_table
 
 		try:
-			logs = [replace(run, path=Path(run.path.name)) for run in runs]  # wherever they lie
-			lines += [markdown_table(logs, base, done[0].final).strip(), ""]
+			lines += [markdown_table(runs, base, done[0].final).strip(), ""]
 		except ValueError as error:  # as where an arm has one seed
 			lines += [f"The arms are not compared: {str(error).splitlines()[0]}.", ""]
 	lines += [*runs_table(runs), "", *limits_table(done), "", "## Commands", ""]

@@ -80,6 +80,11 @@ class Run:
 		return self.settings.get("seed")
 
 	@property
+	def called(self) -> str:
+		"""Trial and seed: for tables and pictures, which name no path of a machine."""
+		return self.name if self.seed is None else f"{self.name} seed {self.seed}"
+
+	@property
 	def choices(self) -> dict[str, Any]:
 		"""The settings that say what it is; of DATA_PATH the last name, which says the data."""
 		chosen = {key: value for key, value in self.settings.items() if key not in INCIDENTAL}
