@@ -46,9 +46,11 @@ OWN = {"SEED": "--seeds", "RUN_ID": "--out", "RUN_DIR": "--out", "RESUME": "CHEC
 DUE = ("waiting", "cut off", "interrupted")
 DONE = ("ok", "over a limit")
 PATIENCE_SECONDS = 40  # with a trial told to end, which saves first
-# Losses of trials that differ in these say nothing of each other.
-OF_THE_LOSS = ("CORPUS", "DATA_PATH", "VOCAB_SIZE", "TRAIN_SEQ_LEN", "TRAIN_BATCH_TOKENS")
-OF_THE_LOSS += ("LABEL_SMOOTHING", "STP_ENABLED", "STP_LAMBDA", "PRESET")
+# Training losses of trials that differ in these do not compare: they are of another text, unit or
+# context, or of a step with more tokens behind it. Settings of the terms of JEPA and STP are not
+# among them: what is logged as train_loss is the cross-entropy alone. LABEL_SMOOTHING changes that.
+OF_THE_LOSS = ("corpus", "data_path", "vocab_size", "train_seq_len", "train_batch_tokens")
+OF_THE_LOSS += ("label_smoothing",)
 
 
 class SweepError(ValueError):
@@ -320,8 +322,9 @@ class Runner:
 	def stop_hopeless(self) -> None:
 		"""Stop trials that are too far behind those whose loss means the same."""
 
-		def kind(trial: Trial) -> list[str | None]:
-			return [(self.sweep.base | dict(trial.changes)).get(name) for name in OF_THE_LOSS]
+		def kind(trial: Trial) -> list[Any]:
+			h = train_gpt.Hyperparameters.from_env(self.sweep.base | dict(trial.changes))
+			return [getattr(h, name) for name in OF_THE_LOSS]
 
 		for trial, (process, _) in list(self.running.items()):
 			rivals = [t for t in self.sweep.trials if t != trial and kind(t) == kind(trial)]
