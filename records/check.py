@@ -24,7 +24,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent)]
 import figures
 import program
 from figures import BEGIN, END, FIGURES, LOG_NAME, NEEDS, NON_RECORD, PROGRAM, RECORD, TEXT
-from runs import INCIDENTAL, Run, starts_of, train_gpt
+from runs import INCIDENTAL, Run, by_name, starts_of, train_gpt
 
 RECORD_SEEDS = 3
 RECORD_RANKS, RECORD_GPU = 8, "H100"
@@ -52,7 +52,7 @@ class Check:
 	def __init__(self, folder: Path) -> None:
 		self.folder = folder
 		self.runs, self.faults = figures.read_logs(folder)
-		self.arms = figures.arms_of(self.runs)
+		self.arms = by_name(self.runs)
 		self.size, self.code, path = 0, "", folder / PROGRAM
 		if path.is_file():
 			self.size, self.code = path.stat().st_size, figures.sha256(path)

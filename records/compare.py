@@ -21,15 +21,14 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
 import numpy as np
 from rich.console import Console
 from rich.markdown import Markdown
 from scipy import optimize, stats
 
-from runs import SCORE_LINES, Run, RunError, Score, read_runs
+from runs import SCORE_LINES, Run, RunError, Score, by_name, read_runs
 from train_gpt import VAL_BYTES
 
 BAR, BAR_P = 0.005, 0.01  # a record is better by so many nats a token, shown at such a p
@@ -341,14 +340,6 @@ class Row:
 		return self.comparison.settings if self.comparison else {}
 
 
-def trials(runs: Sequence[Run]) -> dict[str, list[Run]]:
-	"""The runs by trial."""
-	groups: dict[str, list[Run]] = {}
-	for run in runs:
-		groups.setdefault(run.name, []).append(run)
-	return groups
-
-
 def compare_all(groups: dict[str, list[Run]], base: str | None, score: str | None) -> list[Row]:
 	"""A row for each group, the base first; CompareError if none can be compared with it.
 
@@ -466,7 +457,7 @@ def document(rows: list[Row], *more: str) -> str:
 
 def markdown_table(runs: Sequence[Run], base: str | None = None, score: str | None = None) -> str:
 	"""One row a trial: its score, the difference to the base, how sure that is; and notes."""
-	return document(compare_all(trials(runs), base, score))
+	return document(compare_all(by_name(runs), base, score))
 
 
 # ---- Command line ----
@@ -487,7 +478,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 	if args.against and args.base:
 		parser.error("--base names a trial, --against gives another group; take one of them")
 	try:
-		groups = trials(read_runs(args.runs))
+		groups = by_name(read_runs(args.runs))
 		if args.against:
 			name, args.base = (x[0] + "..." * (len(x) > 1) for x in (args.runs, args.against))
 			if name == args.base:

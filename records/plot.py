@@ -24,8 +24,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
 import numpy as np
 import torch
@@ -33,9 +32,8 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot: no display, and nothing is kept between calls
 
-import train_gpt
 from compare import CompareError, common_score, compare, counts, one_thing, same_tokens
-from runs import Run, RunError, read_runs
+from runs import ROOT, Run, RunError, read_runs, train_gpt
 from train_gpt import ARTIFACT
 
 Trials = dict[str, list[Run]]
@@ -390,7 +388,7 @@ def draw_bytes(figure: Figure, trials: Trials, base: str, x: str) -> list[str]:
 	"""What each group of arrays takes when packed alone, of each trial's first run."""
 	axes, bar, sizes, gaps = figure.subplots(), 0.8 / len(trials), {}, []
 	for name, (run, *_) in trials.items():
-		sizes[name], whole = group_bytes(run.path / train_gpt.ARTIFACT)
+		sizes[name], whole = group_bytes(run.path / ARTIFACT)
 		gaps.append(f"{run.called} {whole:,} ({sum(sizes[name].values()) / whole - 1:+.1%})")
 	groups = {
 		group: max(of.get(group, 0) for of in sizes.values())

@@ -27,6 +27,8 @@ KINDS = {f.name: f.type for f in fields(train_gpt.Hyperparameters)}
 # Settings that say where or how a run went, not what it is; of DATA_PATH all but the last name.
 INCIDENTAL = {"run_id", "run_dir", "resume", "seed", "data_path", "tokenizer_path", "preset"}
 
+DONE = ("ok", "over a limit")  # what a run that came to its scores says of itself
+
 # The score lines of a log, by our names of the scores.
 SCORE_LINES = {
 	"float": "DIAGNOSTIC post_ema",
@@ -94,7 +96,7 @@ class Run:
 	@property
 	def finished(self) -> bool:
 		"""Whether it came to its scores."""
-		return self.status in ("ok", "over a limit")
+		return self.status in DONE
 
 	@property
 	def final(self) -> str | None:
@@ -105,6 +107,14 @@ class Run:
 	def command(self) -> str:
 		"""The shell command that makes this run: what its settings change, SEED included."""
 		return command_of(self.settings, self.ranks)
+
+
+def by_name(runs: Iterable[Run]) -> dict[str, list[Run]]:
+	"""The runs of each trial, by its name."""
+	trials: dict[str, list[Run]] = {}
+	for run in runs:
+		trials.setdefault(run.name, []).append(run)
+	return trials
 
 
 def command_of(

@@ -30,7 +30,6 @@ from figures import (
 	PROGRAM,
 	RECORD,
 	TEXT,
-	arms_of,
 	block,
 	read_logs,
 	score_figures,
@@ -39,7 +38,7 @@ from figures import (
 	submission,
 	why,
 )
-from runs import ROOT, Run, named, read_run, read_trial
+from runs import ROOT, Run, by_name, named, read_run, read_trial
 
 README = """# {name}
 
@@ -103,7 +102,7 @@ def disagreements(runs: list[Run]) -> list[str]:
 	texts = {run.val_sha256[:8] for run in scored(runs)}
 	if len(texts) > 1:
 		faults.append(f"validation data {sorted(texts)}; needed: the same in all runs")
-	for name, arm in arms_of(runs).items():
+	for name, arm in by_name(runs).items():
 		if len({run.seed for run in arm}) < len(arm):
 			faults.append(f"{name}: seeds {[run.seed for run in arm]}; needed: each once")
 	for run in runs:
@@ -124,7 +123,7 @@ def essence(run: Run) -> tuple[Any, ...]:
 def build(folder: Path, runs: list[Run], args: argparse.Namespace) -> None:
 	"""Write all files of a submission."""
 	folder.mkdir(parents=True)
-	arms = arms_of(runs)
+	arms = by_name(runs)
 	for run in runs:
 		text = log_of(run.path).read_text(encoding="utf-8", errors="replace")
 		name = f"train{f'_{run.name}' * (len(arms) > 1)}_seed{run.seed}.log"
@@ -166,7 +165,7 @@ def submit(args: argparse.Namespace) -> tuple[Path, list[str]]:
 	"""The folder made, or the faults for which it is not."""
 	runs, faults = collect(args.runs, args.name)
 	faults += disagreements(runs)
-	arms, target = arms_of(runs), args.out / args.track / f"{args.date}_{args.name}"
+	arms, target = by_name(runs), args.out / args.track / f"{args.date}_{args.name}"
 	if len(arms) == 1:
 		args.main = next(iter(arms))
 	args.base = args.base or args.main

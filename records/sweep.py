@@ -35,16 +35,13 @@ import rich.live
 import rich.markup
 import rich.table
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
-import train_gpt
-from runs import RunError, read_events, read_trial
+from runs import DONE, ROOT, RunError, read_events, read_trial, train_gpt
 
 SETTINGS = [f.name.upper() for f in fields(train_gpt.Hyperparameters)]
 OWN = {"SEED": "--seeds", "RUN_ID": "--out", "RUN_DIR": "--out", "RESUME": "CHECKPOINT_EVERY"}
 DUE = ("waiting", "cut off", "interrupted")
-DONE = ("ok", "over a limit")
 PATIENCE_SECONDS = 40  # with a trial told to end, which saves first
 # Training losses of trials that differ in these do not compare: they are of another text, unit or
 # context, or of a step with more tokens behind it. Settings of the terms of JEPA and STP are not
@@ -385,7 +382,7 @@ def table(sweep: Sweep, running_first: bool = False) -> rich.table.Table:
 		step = loss = bpb = seconds = ""
 		if steps := read_events(run.path):
 			step, seconds, loss = str(steps[-1][0]), f"{steps[-1][1]:.0f}", f"{steps[-1][2]:.4f}"
-		if run.status in DONE and run.final:
+		if run.finished and run.final:
 			bpb = f"{run.scores[run.final].val_bpb:.4f} {run.final}"
 		reason = rich.markup.escape(run.reason.splitlines()[-1] if run.reason else "")
 		grid.add_row(run.name, str(run.seed), run.status, step, loss, bpb, seconds, reason)

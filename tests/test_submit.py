@@ -1,7 +1,6 @@
 """records/submit.py: the folder it makes of runs, and what it refuses."""
 
 import fcntl
-import importlib.util
 import json
 import os
 import re
@@ -24,11 +23,6 @@ import submit
 from runs import read_run
 
 DAY = "2026-03-25"
-
-
-if not importlib.util.find_spec("compare"):  # until it is there, what it is asked
-	sys.modules["compare"] = stub = types.ModuleType("compare")
-	stub.markdown_table = lambda runs, base, score: f"| {len(runs)} runs | {base} | {score} |"
 
 
 def making(out, *runs, **options):
