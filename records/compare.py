@@ -136,24 +136,24 @@ def counted(group: Sequence[Run], score: str) -> list[Run]:
 	return runs
 
 
-def apart(*runs: Run) -> str:
-	"""Runs of one name, by their paths in the deepest folder that holds them all."""
-	paths = [run.path.absolute() for run in runs]
+def apart(*paths: Path) -> list[str]:
+	"""Paths as they go on from the deepest folder that holds them all."""
+	paths = [path.absolute() for path in paths]
 	folder = os.path.commonpath([path.parent for path in paths])
-	return " and ".join(str(path.relative_to(folder)) for path in paths)
+	return [str(path.relative_to(folder)) for path in paths]
 
 
 def one_thing(runs: Sequence[Run], score: str = "") -> None:
 	"""CompareError unless these runs are seeds of one thing, scored on one text if that is told."""
-	seeds: dict[int, Run] = {}
+	seeds: dict[int, Path] = {}
 	for run in runs:
 		if run.seed in seeds:
+			twice = " and ".join(apart(seeds[run.seed], run.path))
 			raise CompareError(
-				f"seed {run.seed} is in one group twice, {apart(seeds[run.seed], run)}: give one "
-				"of them, or two groups"
+				f"seed {run.seed} is in one group twice, {twice}: give one of them, or two groups"
 			)
 		if run.seed is not None:
-			seeds[run.seed] = run
+			seeds[run.seed] = run.path
 		one, other = runs[0].choices, run.choices
 		for key in sorted({*one, *other}):
 			if (value := other.get(key)) != (first := one.get(key)):
@@ -480,7 +480,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 	try:
 		groups = by_name(read_runs(args.runs))
 		if args.against:
-			name, args.base = (x[0] + "..." * (len(x) > 1) for x in (args.runs, args.against))
+			sides = args.runs, args.against
+			firsts = apart(*(Path(side[0]) for side in sides))
+			name, args.base = (f + "..." * (len(s) > 1) for f, s in zip(firsts, sides, strict=True))
 			if name == args.base:
 				parser.error(f"{name} is on both sides; give a second group after --against")
 			groups = {name: read_runs(args.runs), args.base: read_runs(args.against)}
