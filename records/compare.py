@@ -12,6 +12,7 @@ Markdown. Exit status: 0 all was compared; 1 some trials could not be; 2 none co
 import argparse
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -20,15 +21,14 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
 import numpy as np
 from rich.console import Console
 from rich.markdown import Markdown
 from scipy import optimize, stats
 
-from runs import SCORE_LINES, Run, RunError, Score, read_runs
+from runs import SCORE_LINES, Run, RunError, Score, by_name, read_runs
 from train_gpt import VAL_BYTES
 
 BAR, BAR_P = 0.005, 0.01  # a record is better by so many nats a token, shown at such a p
@@ -103,7 +103,7 @@ def common_score(runs: Sequence[Run], score: str | None) -> str:
 	done = [run for run in runs if run.finished]
 	have = [name for name in SCORE_LINES if done and all(name in run.scores for run in done)]
 	if not have or (score or have[-1]) not in have:
-		said = "; ".join(f"{run.path} has {', '.join(run.scores) or 'none'}" for run in done)
+		said = "; ".join(f"{run.called} has {', '.join(run.scores) or 'none'}" for run in done)
 		raise CompareError(
 			f"not all runs have {f'the score {score}' if score else 'one score'}: "
 			f"{said or 'none has finished'}; give other runs{' or another --score' * bool(score)}"
@@ -116,15 +116,10 @@ def counts(run: Run, score: str) -> bool:
 	return run.finished and math.isfinite(run.scores[score].val_loss + run.scores[score].val_bpb)
 
 
-def label(run: Run) -> str:
-	"""A run by trial and seed: tables go into README files, which name no path of a machine."""
-	return f"{run.name} seed {run.seed}"
-
-
 def lost(group: Sequence[Run], score: str) -> list[str]:
 	"""A line for each run that does not count, and why."""
 	return [
-		f"NOT COUNTED: {label(run)}: {'no finite score' if run.finished else run.status}"
+		f"NOT COUNTED: {run.called}: {'no finite score' if run.finished else run.status}"
 		+ (f": {run.reason.splitlines()[-1]}" if run.reason else "")
 		for run in group
 		if not counts(run, score)
@@ -141,14 +136,21 @@ def counted(group: Sequence[Run], score: str) -> list[Run]:
 	return runs
 
 
+def apart(*paths: Path) -> list[str]:
+	"""Paths as they go on from the deepest folder that holds them all."""
+	paths = [path.absolute() for path in paths]
+	folder = os.path.commonpath([path.parent for path in paths])
+	return [str(path.relative_to(folder)) for path in paths]
+
+
 def one_thing(runs: Sequence[Run], score: str = "") -> None:
 	"""CompareError unless these runs are seeds of one thing, scored on one text if that is told."""
 	seeds: dict[int, Path] = {}
 	for run in runs:
 		if run.seed in seeds:
+			twice = " and ".join(apart(seeds[run.seed], run.path))
 			raise CompareError(
-				f"seed {run.seed} is in one group twice, {seeds[run.seed]} and {run.path}: give "
-				"one of them, or two groups"
+				f"seed {run.seed} is in one group twice, {twice}: give one of them, or two groups"
 			)
 		if run.seed is not None:
 			seeds[run.seed] = run.path
@@ -156,11 +158,12 @@ def one_thing(runs: Sequence[Run], score: str = "") -> None:
 		for key in sorted({*one, *other}):
 			if (value := other.get(key)) != (first := one.get(key)):
 				raise CompareError(
-					f"{key.upper()} is {first} in {runs[0].path}, {value} in {run.path}: a group's "
-					"runs may differ in SEED alone; give one of them, or two groups"
+					f"{key.upper()} is {first} in {runs[0].called}, {value} in {run.called}: a "
+					"group's runs may differ in SEED alone; give one of them, or two groups"
 				)
-	if len(codes := {run.code_sha256: run.path for run in reversed(runs) if run.code_sha256}) > 1:
-		said = ", ".join(f"{path} of sha256 {code[:8]}" for code, path in codes.items())
+	codes = {run.code_sha256: run.called for run in reversed(runs) if run.code_sha256}
+	if len(codes) > 1:
+		said = ", ".join(f"{name} of sha256 {code[:8]}" for code, name in codes.items())
 		raise CompareError(
 			f"one group of several programs, {said}: run all its seeds with one train_gpt.py, or "
 			"give two groups"
@@ -179,16 +182,17 @@ def same_tokens(x: Run, y: Run, score: str) -> bool:
 	hashes = {run.val_sha256 for run in (x, y)}
 	if not bytes_agree or ("" not in hashes and same != (len(hashes) == 1)):
 		texts = (
-			f"{run.path}: {s.tokens:,} tokens, {s.bytes:,} bytes, sha256 {run.val_sha256[:8] or 0}"
-			for run, s in ((x, a), (y, b))
+			f"{run.called}: {of.tokens:,} tokens, {of.bytes:,} bytes, sha256 "
+			f"{run.val_sha256[:8] or 0}"
+			for run, of in ((x, a), (y, b))
 		)
 		raise CompareError(
 			f"different validation data (0: not said): {'; '.join(texts)}; score both on one text"
 		)
 	if same and a.stride and b.stride and a.stride != b.stride:
 		raise CompareError(
-			f"{x.path} was scored at stride {a.stride}, {y.path} at {b.stride}, so with other "
-			"context; score both with one EVAL_STRIDE, or choose another --score"
+			f"{x.called} was scored at stride {a.stride}, {y.called} at {b.stride}, so with "
+			"other context; score both with one EVAL_STRIDE, or choose another --score"
 		)
 	return same
 
@@ -204,7 +208,7 @@ def cautions(runs: Sequence[Run], score: str) -> list[str]:
 	found = []
 	for run in runs:
 		if failed := [name for name, verdict in run.verdicts.items() if verdict == "FAIL"]:
-			found.append(f"{label(run)} is over a limit: {', '.join(failed)}")
+			found.append(f"{run.called} is over a limit: {', '.join(failed)}")
 	for name in ("machine", "ranks"):
 		if len({str(value) for run in runs if (value := getattr(run, name))}) > 1:
 			found.append(f"not all runs have the same {name}")
@@ -250,15 +254,16 @@ def compare(group_a: Sequence[Run], group_b: Sequence[Run], score: str | None = 
 	both = [*group_a, *group_b]
 	score = common_score(both, score)
 	a, b = counted(group_a, score), counted(group_b, score)
-	seen: dict[tuple[float, float], Path] = {}
+	seen: dict[tuple[float, float], Run] = {}
 	for run in (*a, *b):
 		exact = run.scores[score].val_loss, run.scores[score].val_bpb
 		if exact in seen:
 			raise CompareError(
-				f"{seen[exact]} and {run.path} have the same score to the last digit, {exact[1]}: "
-				"two seeds that do are one run, two settings that do are one; leave one out"
+				f"{seen[exact].called} and {run.called} have the same score to the last digit, "
+				f"{exact[1]}: two seeds that do are one run, two settings that do are one; "
+				"leave one out"
 			)
-		seen[exact] = run.path
+		seen[exact] = run
 	in_nats = same_tokens(a[0], b[0], score)
 	notes = [*lost(both, score), *cautions([*a, *b], score)]
 	if not in_nats:
@@ -333,14 +338,6 @@ class Row:
 	def settings(self) -> dict[str, tuple[Any, Any]]:
 		"""The settings that differ: its own, the base's."""
 		return self.comparison.settings if self.comparison else {}
-
-
-def trials(runs: Sequence[Run]) -> dict[str, list[Run]]:
-	"""The runs by trial."""
-	groups: dict[str, list[Run]] = {}
-	for run in runs:
-		groups.setdefault(run.name, []).append(run)
-	return groups
 
 
 def compare_all(groups: dict[str, list[Run]], base: str | None, score: str | None) -> list[Row]:
@@ -460,7 +457,7 @@ def document(rows: list[Row], *more: str) -> str:
 
 def markdown_table(runs: Sequence[Run], base: str | None = None, score: str | None = None) -> str:
 	"""One row a trial: its score, the difference to the base, how sure that is; and notes."""
-	return document(compare_all(trials(runs), base, score))
+	return document(compare_all(by_name(runs), base, score))
 
 
 # ---- Command line ----
@@ -481,9 +478,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 	if args.against and args.base:
 		parser.error("--base names a trial, --against gives another group; take one of them")
 	try:
-		groups = trials(read_runs(args.runs))
+		groups = by_name(read_runs(args.runs))
 		if args.against:
-			name, args.base = (x[0] + "..." * (len(x) > 1) for x in (args.runs, args.against))
+			sides = args.runs, args.against
+			firsts = apart(*(Path(side[0]) for side in sides))
+			name, args.base = (f + "..." * (len(s) > 1) for f, s in zip(firsts, sides, strict=True))
 			if name == args.base:
 				parser.error(f"{name} is on both sides; give a second group after --against")
 			groups = {name: read_runs(args.runs), args.base: read_runs(args.against)}

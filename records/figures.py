@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
-from runs import Run, RunError, Score, command_of, read_run, train_gpt
+from runs import Run, RunError, Score, by_name, command_of, read_run, train_gpt
 
 TRAIN_SECONDS_LIMIT = 600.0  # the challenge's
 RECORD, NON_RECORD = "track_10min_16mb", "track_non_record_16mb"
@@ -36,10 +36,7 @@ SCORED = {
 
 
 def read_logs(folder: Path) -> tuple[list[Run], list[str]]:
-	"""The runs of a folder's train logs, named by arm ("" of a lone one); faults of other logs.
-
-	A run that failed too early to tell its seed has that of its log's name.
-	"""
+	"""The runs of a folder's train logs, named by arm ("" of a lone one); faults of other logs."""
 	runs, faults = [], []
 	for path in sorted(folder.glob("train*.log")):
 		named = LOG_NAME.fullmatch(path.name)
@@ -50,18 +47,8 @@ def read_logs(folder: Path) -> tuple[list[Run], list[str]]:
 				f"{path.name}: {str(error).removeprefix(f'{path}: ')}; needed: a train log"
 			)
 			continue
-		seed = {"seed": int(named["seed"])} if named and named["seed"] else {}
-		arm = (named and named["arm"]) or ""
-		runs.append(replace(run, name=arm, settings=seed | run.settings))
+		runs.append(replace(run, name=(named and named["arm"]) or ""))
 	return sorted(runs, key=lambda run: (run.name, run.seed or 0)), faults
-
-
-def arms_of(runs: Iterable[Run]) -> dict[str, list[Run]]:
-	"""Runs by the name of their arm."""
-	arms: dict[str, list[Run]] = {}
-	for run in runs:
-		arms.setdefault(run.name, []).append(run)
-	return arms
 
 
 def scored(runs: Iterable[Run]) -> list[Run]:
@@ -118,7 +105,7 @@ def run_figures(run: Run) -> dict[str, Any]:
 
 def submission(runs: list[Run], main: str, base: str) -> dict[str, Any]:
 	"""The figures of submission.json: means for scores of the main arm, the most for all else."""
-	arms = {name: {str(r.seed): run_figures(r) for r in arm} for name, arm in arms_of(runs).items()}
+	arms = {name: {str(r.seed): run_figures(r) for r in arm} for name, arm in by_name(runs).items()}
 	done = scored(run for run in runs if run.name == main)
 	if not done:
 		reasons = [f"{run.path.name}: {run.status}: {why(run)}" for run in runs if run.name == main]
@@ -155,7 +142,8 @@ def submission(runs: list[Run], main: str, base: str) -> dict[str, Any]:
 
 def block(runs: list[Run], main: str, base: str) -> str:
 	"""The part of README that holds all figures, marks included."""
-	arms, told, done = arms_of(runs), submission(runs, main, base), scored(arms_of(runs)[main])
+	arms, told = by_name(runs), submission(runs, main, base)
+	done = scored(arms[main])
 	score = done[0].scores[done[0].final]
 	of = f"mean of {len(done)} seeds" if len(done) > 1 else "one seed"
 	if "val_bpb_std" in told:
@@ -168,8 +156,7 @@ def block(runs: list[Run], main: str, base: str) -> str:
 		from compare import markdown_table
 
 		try:
-			logs = [replace(run, path=Path(run.path.name)) for run in runs]  # wherever they lie
-			lines += [markdown_table(logs, base, done[0].final).strip(), ""]
+			lines += [markdown_table(runs, base, done[0].final).strip(), ""]
 		except ValueError as error:  # as where an arm has one seed
 			lines += [f"The arms are not compared: {str(error).splitlines()[0]}.", ""]
 	lines += [*runs_table(runs), "", *limits_table(done), "", "## Commands", ""]

@@ -24,8 +24,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
 import numpy as np
 import torch
@@ -33,9 +32,8 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot: no display, and nothing is kept between calls
 
-import train_gpt
 from compare import CompareError, common_score, compare, counts, one_thing, same_tokens
-from runs import Run, RunError, read_runs
+from runs import ROOT, Run, RunError, read_runs, train_gpt
 from train_gpt import ARTIFACT
 
 Trials = dict[str, list[Run]]
@@ -87,11 +85,6 @@ def label(name: str) -> str:
 	"""A trial's name in short lines."""
 	text = textwrap.fill(name.replace("+", " +"), 32).replace(" +", "+")
 	return f" {text}" if text.startswith("_") else text  # which a legend would leave out
-
-
-def called(run: Run) -> str:
-	"""A run by name and seed."""
-	return run.name if run.seed is None else f"{run.name} seed {run.seed}"
 
 
 def legend(figure: Figure, title: str, handles: Iterable[Any], names: Iterable[str]) -> None:
@@ -285,20 +278,12 @@ def draw_schedule(figure: Figure, trials: Trials, base: str, x: str) -> list[str
 # ---- Scores and size: how it ended ----
 
 
-def told(error: CompareError, runs: Iterable[Run]) -> str:
-	"""Why runs do not compare, by their names: pictures hold no paths."""
-	text = str(error)
-	for run in sorted(runs, key=lambda run: -len(str(run.path))):
-		text = text.replace(str(run.path), called(run))
-	return f"{text}."
-
-
 def scored(trials: Trials) -> tuple[str, Trials, list[str]]:
 	"""The last score that all runs have, the runs where it is a number, what speaks against it."""
 	runs = [run for of_trial in trials.values() for run in of_trial]
 	score = common_score(runs, None)
 	notes = [f"Some runs have a later score than {score}."] * any(r.final != score for r in runs)
-	if without := [called(run) for run in runs if not counts(run, score)]:
+	if without := [run.called for run in runs if not counts(run, score)]:
 		notes.append(f"Without a finite score: {', '.join(without)}.")
 	trials = {name: [r for r in of if counts(r, score)] for name, of in trials.items()}
 	trials = {name: of_trial for name, of_trial in trials.items() if of_trial}
@@ -309,7 +294,7 @@ def scored(trials: Trials) -> tuple[str, Trials, list[str]]:
 		for run in others:
 			same_tokens(first, run, score)
 	except CompareError as error:
-		notes.append(f"The scores do not compare: {told(error, runs)}")
+		notes.append(f"The scores do not compare: {error}.")
 	return score, trials, notes
 
 
@@ -322,7 +307,7 @@ def draw_scores(figure: Figure, trials: Trials, base: str, x: str) -> list[str]:
 		try:
 			differences[name] = compare(trials[name], trials[base], score)
 		except CompareError as error:
-			notes.append(f"{name} is not compared: {told(error, trials[name] + trials[base])}")
+			notes.append(f"{name} is not compared: {error}.")
 	of_seed = {
 		name: [run.scores[score].val_bpb - other.scores[score].val_bpb for run, other in both]
 		for name, both in pairs(trials, base).items()
@@ -403,8 +388,8 @@ def draw_bytes(figure: Figure, trials: Trials, base: str, x: str) -> list[str]:
 	"""What each group of arrays takes when packed alone, of each trial's first run."""
 	axes, bar, sizes, gaps = figure.subplots(), 0.8 / len(trials), {}, []
 	for name, (run, *_) in trials.items():
-		sizes[name], whole = group_bytes(run.path / train_gpt.ARTIFACT)
-		gaps.append(f"{called(run)} {whole:,} ({sum(sizes[name].values()) / whole - 1:+.1%})")
+		sizes[name], whole = group_bytes(run.path / ARTIFACT)
+		gaps.append(f"{run.called} {whole:,} ({sum(sizes[name].values()) / whole - 1:+.1%})")
 	groups = {
 		group: max(of.get(group, 0) for of in sizes.values())
 		for group in dict.fromkeys(group for of in sizes.values() for group in of)
@@ -460,9 +445,9 @@ def left_out(runs: list[Run], kind: str) -> list[str]:
 	for run in runs:
 		if not run.finished:
 			why = f": {run.reason.splitlines()[-1][:100]}" if run.reason else ""
-			reasons.setdefault(f"Not finished ({run.status}{why})", []).append(called(run))
+			reasons.setdefault(f"Not finished ({run.status}{why})", []).append(run.called)
 		elif not KINDS[kind][2](run):
-			reasons.setdefault(f"Without {KINDS[kind][1]}", []).append(called(run))
+			reasons.setdefault(f"Without {KINDS[kind][1]}", []).append(run.called)
 	return [f"{why}: {', '.join(names)}." for why, names in reasons.items()]
 
 
@@ -476,7 +461,7 @@ def make(runs: list[Run], kind: str, base: str = "", x: str = "steps") -> Figure
 	trials: Trials = {}
 	for run in sorted(runs, key=lambda run: not run.finished):  # looks do not depend on others
 		if has(run) and (run.finished or kind == "loss"):
-			name = run.name if run.finished else f"{called(run)}, {run.status}"
+			name = run.name if run.finished else f"{run.called}, {run.status}"
 			trials.setdefault(name, []).append(run)
 	notes = left_out(runs, kind)
 	if not trials:

@@ -27,6 +27,8 @@ KINDS = {f.name: f.type for f in fields(train_gpt.Hyperparameters)}
 # Settings that say where or how a run went, not what it is; of DATA_PATH all but the last name.
 INCIDENTAL = {"run_id", "run_dir", "resume", "seed", "data_path", "tokenizer_path", "preset"}
 
+DONE = ("ok", "over a limit")  # what a run that came to its scores says of itself
+
 # The score lines of a log, by our names of the scores.
 SCORE_LINES = {
 	"float": "DIAGNOSTIC post_ema",
@@ -80,6 +82,11 @@ class Run:
 		return self.settings.get("seed")
 
 	@property
+	def called(self) -> str:
+		"""Trial and seed: for tables and pictures, which name no path of a machine."""
+		return self.name if self.seed is None else f"{self.name} seed {self.seed}"
+
+	@property
 	def choices(self) -> dict[str, Any]:
 		"""The settings that say what it is; of DATA_PATH the last name, which says the data."""
 		chosen = {key: value for key, value in self.settings.items() if key not in INCIDENTAL}
@@ -89,7 +96,7 @@ class Run:
 	@property
 	def finished(self) -> bool:
 		"""Whether it came to its scores."""
-		return self.status in ("ok", "over a limit")
+		return self.status in DONE
 
 	@property
 	def final(self) -> str | None:
@@ -100,6 +107,14 @@ class Run:
 	def command(self) -> str:
 		"""The shell command that makes this run: what its settings change, SEED included."""
 		return command_of(self.settings, self.ranks)
+
+
+def by_name(runs: Iterable[Run]) -> dict[str, list[Run]]:
+	"""The runs of each trial, by its name."""
+	trials: dict[str, list[Run]] = {}
+	for run in runs:
+		trials.setdefault(run.name, []).append(run)
+	return trials
 
 
 def command_of(
@@ -303,10 +318,10 @@ def is_locked(folder: Path) -> bool:
 
 
 def read_trial(folder: Path) -> Run:
-	"""The Run of a sweep's trial, whatever became of it, its seed known by the folder's name.
+	"""The Run of a run's folder, as a sweep's trial, whatever became of it.
 
 	Beside those of result.json its status is waiting, running, cut off, stopped (by the sweep) or
-	failed, where it was killed or could not start.
+	failed, where it was killed or could not start. Its seed is known by the folder's name.
 	"""
 
 	def text(name: str) -> str:
@@ -320,10 +335,12 @@ def read_trial(folder: Path) -> Run:
 		status = run.status if run.path == folder else "cut off"
 	except RunError as error:
 		broken = (folder / "result.json").exists()
-		run = Run(folder, "", "failed", reason=str(error) if broken else "")
-		status = "failed" if broken else "cut off" if (folder / "train.log").exists() else "waiting"
-	seed = re.fullmatch(r"seed(\d+)", folder.name)
-	settings = run.settings or ({"seed": int(seed[1])} if seed else {})
+		begun = any((folder / name).exists() for name in ("train.log", "output.txt"))
+		status = "failed" if broken else "cut off" if begun else "waiting"
+		reason = str(error).removeprefix(f"{folder}: ") if broken else ""
+		run = Run(folder, "", status, reason)
+	_, seed = named(folder)
+	settings = ({} if seed is None else {"seed": seed}) | run.settings
 	reason, code = run.reason, text("exit_status")
 	if is_locked(folder):
 		status, reason = "running", ""

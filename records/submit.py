@@ -30,7 +30,6 @@ from figures import (
 	PROGRAM,
 	RECORD,
 	TEXT,
-	arms_of,
 	block,
 	read_logs,
 	score_figures,
@@ -39,7 +38,7 @@ from figures import (
 	submission,
 	why,
 )
-from runs import ROOT, Run, read_run
+from runs import ROOT, Run, by_name, named, read_run, read_trial
 
 README = """# {name}
 
@@ -56,24 +55,19 @@ any other absolute path only the last name stays: `.../name`.
 
 
 def collect(paths: list[Path], alone: str) -> tuple[list[Run], list[str]]:
-	"""The runs in these folders, named by arm, the failed by what they told; trials never run."""
+	"""The runs in these folders, named by arm; faults of those not run to an end."""
 	runs, faults = [], []
 	marks = ("result.json", "train.log", "output.txt", "command.sh")
 	files = (file for path in paths for file in path.rglob("*") if file.name in marks)
 	for folder in sorted({file.parent.resolve() for file in files}):
-		of_trial = folder.name.startswith("seed")
 		if re.search(r"\.cut\d+$", folder.name):  # put aside by sweep.py
 			continue
-		if (folder / "result.json").exists():
-			run = read_run(folder)
-		elif log := log_of(folder):
-			run = read_run(log)
-		else:
-			faults.append(f"{folder}: has not been run; needed: a run, or arms that are all run")
+		run = read_trial(folder)
+		if run.status in ("waiting", "running") or not log_of(folder):
+			faults.append(f"{folder}: {run.status}; needed: runs that have ended, with their logs")
 			continue
-		seed = {"seed": int(folder.name[4:])} if re.fullmatch(r"seed\d+", folder.name) else {}
-		name = folder.parent.name if of_trial else alone
-		runs.append(replace(run, path=folder, name=name, settings=seed | run.settings))
+		of_trial = not named(folder)[0]  # it is seed<N>
+		runs.append(run if of_trial else replace(run, name=alone))
 	if not runs:
 		raise ValueError(f"{', '.join(map(str, paths))}: no run is there")
 	return runs, faults
@@ -108,11 +102,13 @@ def disagreements(runs: list[Run]) -> list[str]:
 	texts = {run.val_sha256[:8] for run in scored(runs)}
 	if len(texts) > 1:
 		faults.append(f"validation data {sorted(texts)}; needed: the same in all runs")
-	for name, arm in arms_of(runs).items():
+	for name, arm in by_name(runs).items():
 		if len({run.seed for run in arm}) < len(arm):
 			faults.append(f"{name}: seeds {[run.seed for run in arm]}; needed: each once")
-	for run in scored(runs):
-		logged = read_run(run.path / "train.log")
+	for run in runs:
+		logged = read_run(log_of(run.path))
+		if not scored([run, logged]):
+			continue
 		pairs = zip(essence(run), essence(logged), strict=True)
 		faults += [f"{run.path}: result.json has {a}, its log {b}" for a, b in pairs if a != b]
 	return faults
@@ -127,7 +123,7 @@ def essence(run: Run) -> tuple[Any, ...]:
 def build(folder: Path, runs: list[Run], args: argparse.Namespace) -> None:
 	"""Write all files of a submission."""
 	folder.mkdir(parents=True)
-	arms = arms_of(runs)
+	arms = by_name(runs)
 	for run in runs:
 		text = log_of(run.path).read_text(encoding="utf-8", errors="replace")
 		name = f"train{f'_{run.name}' * (len(arms) > 1)}_seed{run.seed}.log"
@@ -169,7 +165,7 @@ def submit(args: argparse.Namespace) -> tuple[Path, list[str]]:
 	"""The folder made, or the faults for which it is not."""
 	runs, faults = collect(args.runs, args.name)
 	faults += disagreements(runs)
-	arms, target = arms_of(runs), args.out / args.track / f"{args.date}_{args.name}"
+	arms, target = by_name(runs), args.out / args.track / f"{args.date}_{args.name}"
 	if len(arms) == 1:
 		args.main = next(iter(arms))
 	args.base = args.base or args.main

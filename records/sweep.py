@@ -35,20 +35,19 @@ import rich.live
 import rich.markup
 import rich.table
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
-import train_gpt
-from runs import RunError, read_events, read_trial
+from runs import DONE, ROOT, RunError, read_events, read_trial, train_gpt
 
 SETTINGS = [f.name.upper() for f in fields(train_gpt.Hyperparameters)]
 OWN = {"SEED": "--seeds", "RUN_ID": "--out", "RUN_DIR": "--out", "RESUME": "CHECKPOINT_EVERY"}
 DUE = ("waiting", "cut off", "interrupted")
-DONE = ("ok", "over a limit")
 PATIENCE_SECONDS = 40  # with a trial told to end, which saves first
-# Losses of trials that differ in these say nothing of each other.
-OF_THE_LOSS = ("CORPUS", "DATA_PATH", "VOCAB_SIZE", "TRAIN_SEQ_LEN", "TRAIN_BATCH_TOKENS")
-OF_THE_LOSS += ("LABEL_SMOOTHING", "STP_ENABLED", "STP_LAMBDA", "PRESET")
+# Training losses of trials that differ in these do not compare: they are of another text, unit or
+# context, or of a step with more tokens behind it. Settings of the terms of JEPA and STP are not
+# among them: what is logged as train_loss is the cross-entropy alone. LABEL_SMOOTHING changes that.
+OF_THE_LOSS = ("corpus", "data_path", "vocab_size", "train_seq_len", "train_batch_tokens")
+OF_THE_LOSS += ("label_smoothing",)
 
 
 class SweepError(ValueError):
@@ -320,8 +319,9 @@ class Runner:
 	def stop_hopeless(self) -> None:
 		"""Stop trials that are too far behind those whose loss means the same."""
 
-		def kind(trial: Trial) -> list[str | None]:
-			return [(self.sweep.base | dict(trial.changes)).get(name) for name in OF_THE_LOSS]
+		def kind(trial: Trial) -> list[Any]:
+			h = train_gpt.Hyperparameters.from_env(self.sweep.base | dict(trial.changes))
+			return [getattr(h, name) for name in OF_THE_LOSS]
 
 		for trial, (process, _) in list(self.running.items()):
 			rivals = [t for t in self.sweep.trials if t != trial and kind(t) == kind(trial)]
@@ -382,7 +382,7 @@ def table(sweep: Sweep, running_first: bool = False) -> rich.table.Table:
 		step = loss = bpb = seconds = ""
 		if steps := read_events(run.path):
 			step, seconds, loss = str(steps[-1][0]), f"{steps[-1][1]:.0f}", f"{steps[-1][2]:.4f}"
-		if run.status in DONE and run.final:
+		if run.finished and run.final:
 			bpb = f"{run.scores[run.final].val_bpb:.4f} {run.final}"
 		reason = rich.markup.escape(run.reason.splitlines()[-1] if run.reason else "")
 		grid.add_row(run.name, str(run.seed), run.status, step, loss, bpb, seconds, reason)

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from test_submit import as_of_a_record, edit, made
+from test_submit import as_of_a_record, edit, made, refused
 
 sys.path.insert(0, str(ROOT / "records"))
 
 import check
 import figures
 import program
+import train_gpt
 
 GUARD = '\nif __name__ == "__main__":\n'
 
@@ -57,6 +58,25 @@ def test_a_good_folder_passes_whole(study, capsys):
 	said = capsys.readouterr().out
 	assert re.match(r"ok: files, .*; it was imported and run twice\nnot proven: ", said)
 	assert {path: path.read_bytes() for path in study.rglob("*")} == before
+
+
+def test_an_arm_may_be_weights_that_other_runs_trained(finished, tmp_path, capsys):
+	"""It has no steps; the main arm must have been trained."""
+	weights = finished / "tiny" / "seed1337" / "final_model.safetensors"
+	settings = json.loads((weights.parent / "result.json").read_text())["settings"]
+	env = {
+		name.upper(): str(int(x) if x is True or x is False else x) for name, x in settings.items()
+	}
+	env |= {"GPTQ_ENABLED": "0", "RUN_DIR": str(tmp_path / "rounding" / "seed1337")}
+	assert train_gpt.main(["--quantize", str(weights)], env) == 0
+	runs = finished / "tiny", tmp_path / "rounding"
+	for name in ("records", "others"):
+		(tmp_path / name).mkdir()
+	folder = made(tmp_path / "records", *runs, main="tiny", base="tiny")
+	assert check.faults_of(folder, run=False) == []
+	said = refused(capsys, tmp_path / "others", *runs, main="rounding", base="tiny")
+	assert any("0 steps; needed: 6" in line for line in said)
+	assert any("needed: 3 verdicts" in line for line in said)
 
 
 def test_no_folder(tmp_path, capsys):
@@ -403,7 +423,7 @@ PLANTS = {
 	"log cut before verdicts": (
 		"study",
 		log("train", 7, cut="limit:"),
-		rf"{SEED7}: limits: {{}}; needed: three verdicts",
+		rf"{SEED7}: limits: {{}}; needed: 3 verdicts",
 	),
 	"failed run": (
 		"study",

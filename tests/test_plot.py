@@ -555,7 +555,7 @@ def spoil(tmp_path, what):
 		return [good, "--kind", "bytes"], [f"{good}/final_model.int6.ptz", "artifact"]
 	if what == "one seed twice":
 		other = write_run(tmp_path / "b" / "a" / "seed1", 1)
-		return [good, other], [str(good), str(other), "give one of them"]
+		return [good, other], ["a/seed1 and b/a/seed1", "give one of them"]
 	if what == "all failed":
 		bad = write_run(
 			tmp_path / "c", status="oom", reason="no memory", scores={}, train_losses=[]

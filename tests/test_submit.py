@@ -1,6 +1,6 @@
 """records/submit.py: the folder it makes of runs, and what it refuses."""
 
-import importlib.util
+import fcntl
 import json
 import os
 import re
@@ -23,11 +23,6 @@ import submit
 from runs import read_run
 
 DAY = "2026-03-25"
-
-
-if not importlib.util.find_spec("compare"):  # until it is there, what it is asked
-	sys.modules["compare"] = stub = types.ModuleType("compare")
-	stub.markdown_table = lambda runs, base, score: f"| {len(runs)} runs | {base} | {score} |"
 
 
 def making(out, *runs, **options):
@@ -210,13 +205,46 @@ def test_a_trial_that_died_before_its_log(finished, tmp_path, capsys):
 	early.mkdir(parents=True)
 	(early / "command.sh").write_text("python train_gpt.py")
 	assert any(
-		"seed5: has not been run" in reason
+		"seed5: waiting; needed: runs that have ended" in reason
 		for reason in refused(capsys, tmp_path / "out", runs, main="tiny")
 	)
 	(early / "output.txt").write_text("error: MODEL_DIM=7 must be even\n")
 	folder = made(tmp_path / "out", runs, main="tiny")
 	text = (folder / "README.md").read_text(encoding="utf-8")
 	assert "| early | 5 | failed: MODEL_DIM=7 must be even |" in text
+
+
+def killed(folder):
+	(folder / "exit_status").write_text("137\n")
+
+
+def stopped(folder):
+	(folder / "stopped").write_text("hopeless: loss 6.000")
+
+
+def running(folder):
+	lock = open(f"{folder}.lock", "w")
+	fcntl.flock(lock, fcntl.LOCK_EX)
+	return lock
+
+
+@pytest.mark.parametrize(
+	("fate", "reason"),
+	[
+		(killed, "seed7: failed: killed by signal 9; needed: a score"),
+		(stopped, "seed7: stopped: hopeless: loss 6.000; needed: a score"),
+		(running, "seed7: running; needed: runs that have ended"),
+	],
+)
+def test_a_trial_is_what_the_sweep_knows_of_it(finished, tmp_path, capsys, fate, reason):
+	runs = shutil.copytree(finished / "tiny", tmp_path / "tiny")
+	unfinished(runs)
+	for seed in (42, 1337) if fate is not running else ():
+		shutil.rmtree(runs / f"seed{seed}")
+	held = fate(runs / "seed7")
+	reasons = refused(capsys, tmp_path / "out", runs)
+	assert any(reason in said for said in reasons), reasons
+	del held
 
 
 def test_a_run_put_aside_is_no_trial(finished, tmp_path):
@@ -313,6 +341,14 @@ def other_result(runs):
 	edit(runs / "seed7/result.json", r'^  "steps": 6', '  "steps": 7')
 
 
+def broken_result(runs):
+	(runs / "seed7/result.json").write_text('{"status": "o', encoding="utf-8")
+
+
+def no_log(runs):
+	(runs / "seed7/train.log").unlink()
+
+
 def failed(runs):
 	changed = tg_result(runs / "seed7") | {"status": "oom", "reason": "out of memory"}
 	(runs / "seed7/result.json").write_text(json.dumps(changed))
@@ -330,6 +366,8 @@ FAULTS = {
 	other_settings: r"train_seed42.log: \{'matrix_lr': \(0.02, 0.025\)\}; needed: the settings of",
 	unfinished: r"train_seed7.log: cut off: its log ends too early; needed: a score",
 	other_result: r"seed7: result.json has 7, its log 6",
+	broken_result: r"seed7: result.json has failed, its log ok",
+	no_log: r"seed7: ok; needed: runs that have ended, with their logs",
 	failed: r"train_seed7.log: failed: out of memory; needed: a score",
 	same_seed: r"tiny: seeds \[7, 1337, 42, 7\]; needed: each once",
 }

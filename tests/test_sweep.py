@@ -18,6 +18,7 @@ from launch import KEPT
 sys.path.insert(0, str(ROOT / "records"))
 
 import sweep
+import train_gpt as tg
 from runs import read_run, read_trial
 
 # A program in the place of train_gpt.py, in milliseconds a run: TOKENIZER_PATH says how it ends.
@@ -276,6 +277,38 @@ def test_hopeless_and_diverging_trials_are_stopped_when_asked(stub, tmp_path):
 	assert status == "stopped" and why.startswith(("hopeless: loss 5", "hopeless: loss 6"))
 	assert len(sweep.read_events(out / "TOKENIZER_PATH=bad/seed1337")) < 40
 	assert sweep.main(argv, {}) == 1  # it stays stopped
+
+
+@pytest.mark.parametrize(
+	("changes", "stopped"),
+	[
+		# Terms of the loss that are not in what is logged as train_loss, the cross-entropy.
+		("STP_ENABLED=1 STP_LAMBDA=0.5", True),
+		("JEPA_CHUNK_SIZE=8 JEPA_LAMBDA_MAX=1 JEPA_BACKBONE_GRAD=1 JEPA_SIGREG=lejepa", True),
+		("LABEL_SMOOTHING=0.1", False),
+		("VOCAB_SIZE=2048", False),
+		# By what the settings come to, however they are given.
+		("PRESET=v9 LABEL_SMOOTHING=0", True),
+		("PRESET=byte_jepa", False),
+	],
+)
+def test_trials_are_judged_by_those_whose_loss_means_the_same(stub, tmp_path, changes, stopped):
+	changed = sweep.Trial("changed", tuple(tg.assignments(changes).items()), 1)
+	plan = sweep.Sweep(tmp_path / "out", {}, [sweep.Trial("base", (), 1), changed])
+	plan.prepare()
+	for trial, loss in zip(plan.trials, (3.0, 9.0), strict=True):
+		event = json.dumps({"step": 40, "seconds": 1.0, "train_loss": loss})
+		(plan.folder_of(trial) / "events.jsonl").write_text(event)
+	runner = sweep.Runner(plan, [""], 1.0, False)
+	process = subprocess.Popen(["sleep", "60"], start_new_session=True)
+	runner.running[changed] = process, ""
+	try:
+		runner.stop_hopeless()
+		assert (plan.folder_of(changed) / "stopped").exists() == stopped
+		assert (process.poll() is not None) == stopped
+	finally:
+		process.kill()
+		process.wait()
 
 
 @pytest.mark.parametrize(
