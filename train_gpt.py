@@ -1724,7 +1724,7 @@ def shrink(model, hessians, h, room, log):
 		blob = from_first(partial(pack, h, arrays))
 		codes = torch.cat([arrays[n].flatten() for n in matrices])
 		counts = (codes.int() + 128).bincount(minlength=256)
-		entropy = -torch.special.xlogy(counts, counts / counts.sum()).sum().item() / math.log(256)
+		entropy = torch.special.xlogy(counts, counts.sum() / counts).sum().item() / math.log(256)
 		told = f"order-0 entropy of the matrices' codes {entropy:.0f}; widened by {widen:.3f}"
 		log(f"size: {len(blob)} bytes packed, {told}")
 		if len(blob) <= room or widen > WIDEST:

@@ -31,6 +31,7 @@ COLUMNS = (
 SCORED = {
 	"plain": "in windows side by side",
 	"sliding": "by a sliding window of stride {}",
+	"window": "in one pass with windowed attention, in sequences {} apart",
 	"ttt": "by a sliding window of stride {}, learning from text once it is scored",
 }
 

@@ -34,6 +34,7 @@ SCORE_LINES = {
 	"float": "DIAGNOSTIC post_ema",
 	"plain": "final_int6_roundtrip",
 	"sliding": "final_int6_sliding_window",
+	"window": "final_int6_window",
 	"ttt": "legal_ttt",
 }
 

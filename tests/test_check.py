@@ -67,7 +67,11 @@ def test_an_arm_may_be_weights_that_other_runs_trained(finished, tmp_path, capsy
 	env = {
 		name.upper(): str(int(x) if x is True or x is False else x) for name, x in settings.items()
 	}
-	env |= {"GPTQ_ENABLED": "0", "RUN_DIR": str(tmp_path / "rounding" / "seed1337")}
+	env |= {
+		"GPTQ_ENABLED": "0",
+		"EVAL_WINDOW": "32",
+		"RUN_DIR": str(tmp_path / "rounding" / "seed1337"),
+	}
 	assert train_gpt.main(["--quantize", str(weights)], env) == 0
 	runs = finished / "tiny", tmp_path / "rounding"
 	for name in ("records", "others"):

@@ -39,9 +39,7 @@ def test_each_back_end_equals_float32_with_gradients(attn):
 @pytest.mark.parametrize("compiled", [0, 1])
 @pytest.mark.parametrize("attn", ["fa3", "cudnn", "flash", "math"])
 @pytest.mark.parametrize(("sequences", "length", "window"), [(1, 1000, 256), (2, 512, 100)])
-def test_each_back_end_over_a_window_is_masked_attention(
-	attn, compiled, sequences, length, window
-):
+def test_each_back_end_over_a_window_is_masked_attention(attn, compiled, sequences, length, window):
 	try:
 		rt = tg.Runtime.start(tg.Hyperparameters(attn=attn, compile=str(compiled)))
 	except tg.SettingsError as error:
@@ -126,9 +124,13 @@ def test_a_whole_run(tmp_path, byte_corpus, monkeypatch, compiled, jepa):
 		"DATA_PATH": str(byte_corpus),
 		"RUN_ID": "gpu",
 		"WARMUP_STEPS": "2",
+		"EVAL_WINDOW": "64",
 	}
 	assert tg.main([], env) == 0
 	result = json.loads((tmp_path / "logs/gpu/result.json").read_text())
 	assert result["scores"]["plain"]["val_loss"] < 3.5
 	assert abs(result["scores"]["plain"]["val_bpb"] - result["scores"]["float"]["val_bpb"]) < 0.05
+	assert (
+		abs(result["scores"]["window"]["val_bpb"] - result["scores"]["sliding"]["val_bpb"]) < 0.05
+	)
 	assert result["verdicts"]["eval_seconds"] == "PASS"
