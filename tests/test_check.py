@@ -697,6 +697,13 @@ SOURCES = {
 	"partial.__globals__": "__globals__",
 	"getattr(partial, '__globals__')": "__globals__",
 	"import types": "import types",
+	"import ctypes as c": "import ctypes",
+	"from ctypes import CDLL": "import ctypes",
+	"import ctypes, shutil": "import ctypes",
+	"ctypes.CDLL(None).system(b'curl')": "ctypes",
+	"ctypes.CDLL('./a.so').mallopt": "ctypes",
+	"getattr(ctypes, 'CDLL')": "ctypes",
+	"ctypes.pythonapi": "ctypes",
 	"sys.modules": "sys.modules",
 }
 READERS = {

@@ -111,7 +111,7 @@ SCALES = {
 
 def start_runtime(scale):
 	"""The runtime of the device asked for."""
-	if scale.device == "cuda":
+	if scale.device == "cuda" or not torch.cuda.is_available():
 		return tg.Runtime.start(scale.h(scale.settings))
 	attend = tg.load_attention("flash")
 	return tg.Runtime(torch.device("cpu"), torch.float32, "flash", attend, False, [])

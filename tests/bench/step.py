@@ -40,13 +40,15 @@ def flops_per_token(model, h):
 class Steps:
 	"""Training steps on random text, one at a call; a subclass takes them."""
 
+	precision = "highest"  # of float32 products: torch's default
+
 	def __init__(self, h, rt, data):
 		self.h, self.rt, self.data, self.number, self.losses = h, rt, data, 0, []
 		self.model = random_model(h, rt).train()
-		torch.set_float32_matmul_precision("medium")  # as in training
 
 	def __call__(self):
 		"""A step at the full rates, JEPA's weight at its peak."""
+		torch.set_float32_matmul_precision(self.precision)
 		self.model.prepare(self.h.jepa_lambda_max, self.number)
 		self.losses.append(self.take(self.number))
 		self.number += 1
@@ -54,6 +56,8 @@ class Steps:
 
 class Ours(Steps):
 	"""Those of train_gpt.py."""
+
+	precision = "medium"  # as `tg.train` sets it
 
 	def __init__(self, h, rt, data):
 		super().__init__(h, rt, data)

@@ -13,9 +13,9 @@ B sequences, T tokens, D model width, H query heads, K key/value heads, d head w
 """
 
 import argparse
+import ctypes
 import difflib
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -29,11 +29,11 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
+from itertools import pairwise, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +47,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # ---- Settings: what the run is told ----
 
@@ -61,8 +62,8 @@ PRESETS = {
 	# A first run: the embedded corpus, minutes on two cores.
 	"cpu": "CORPUS=python NUM_LAYERS=2 MODEL_DIM=128 NUM_HEADS=2 NUM_KV_HEADS=1 VE_DIM=32 "
 	"BIGRAM_VOCAB_SIZE=16384 BIGRAM_DIM=64 TRAIN_SEQ_LEN=512 TRAIN_BATCH_TOKENS=2048 "
-	"ITERATIONS=1200 WARMDOWN_ITERS=720 MAX_WALLCLOCK_SECONDS=0 MATRIX_LR=0.02 EMA_DECAY=0.97 "
-	"TRAIN_LOG_EVERY=100 VAL_LOSS_EVERY=0",
+	"ITERATIONS=1600 WARMDOWN_ITERS=960 MAX_WALLCLOCK_SECONDS=0 MATRIX_LR=0.02 EMA_DECAY=0.97 "
+	"MUON_MOMENTUM=0.95 UNET_SKIPS=0 TRAIN_LOG_EVERY=100 VAL_LOSS_EVERY=0",
 	# PR #832: bytes and the JEPA head, less the defaults.
 	"byte_jepa": "VOCAB_SIZE=260 NUM_LAYERS=13 MLP_MULT=2 XSA_LAST_N=4 BIGRAM_VOCAB_SIZE=4096 "
 	"BIGRAM_DIM=32 TRAIN_SEQ_LEN=4096 TRAIN_BATCH_TOKENS=393216 ITERATIONS=9000 "
@@ -92,7 +93,7 @@ class ModelSettings:
 	# Data
 	corpus = "fineweb10B", "data set family, for both paths"
 	vocab_size = 1024, "tokens; 260: bytes", 5, 65_536
-	train_seq_len = 2048, "tokens a sequence", 3
+	train_seq_len = 2048, "tokens a sequence", 2
 	# Model
 	num_layers = 11, "blocks", 1, 200
 	model_dim = 512, "width of the stream", 2
@@ -151,9 +152,6 @@ class Hyperparameters(ModelSettings):
 	jepa_lr = 0.001, "AdamW: JEPA head"
 	# Training loss
 	label_smoothing = 0.0, "of targets, in training only", 0, 0.99
-	stp_enabled = False, "a loss for straight hidden paths"
-	stp_lambda = 0.05, "weight of STP"
-	late_qat_threshold = 0.0, "QAT below this rate factor; 0: never", 0, 1
 	# Optimizers
 	matrix_lr = 0.025, "Muon: block matrices"
 	scalar_lr = 0.025, "AdamW: gains, gates, small projections"
@@ -181,6 +179,7 @@ class Hyperparameters(ModelSettings):
 	# Evaluate
 	eval_seq_len = 0, "tokens a window; 0: TRAIN_SEQ_LEN"
 	eval_stride = 64, "of the sliding window; 0: no sliding pass"
+	eval_window = 0, "score in one pass, attending over so many tokens; 0: no"
 	val_batch_size = 524_288, "tokens scored at once / 8 ranks", 1
 	ttt_enabled = False, "score again, learning from scored chunks"
 	ttt_chunk_tokens = 32_768, "tokens of a chunk", 2
@@ -201,8 +200,8 @@ class Hyperparameters(ModelSettings):
 		env = assignments(PRESETS.get(env.get("PRESET"), "")) | env
 		if parse_value(env.get("VOCAB_SIZE", ""), int) == BYTE_VOCAB:
 			env = assignments(BYTE_RULES) | env
-		given = {f.name: f.type for f in fields(cls) if f.name.upper() in env}
-		return cls(**{name: parse_value(env[name.upper()], kind) for name, kind in given.items()})
+		given = {f: env[f.name.upper()] for f in fields(cls) if f.name.upper() in env}
+		return cls(**{f.name: parse_value(text, f.type) for f, text in given.items()})
 
 
 def assignments(text):
@@ -269,7 +268,8 @@ def settings_notes(h, env):
 	for name in sorted(env.keys() - names):
 		for near in difflib.get_close_matches(name, names, n=1, cutoff=0.88):
 			notes.append(f"warning: {name} is no setting; is {near} meant?")
-	return notes
+	unbuilt = "SWA_ENABLED", "STP_ENABLED", "LATE_QAT_THRESHOLD"
+	return notes + [f"warning: {n} is not built" for n in unbuilt if env.get(n, "0") not in "0.0"]
 
 
 def settings_table():
@@ -329,7 +329,7 @@ def shared_out(function, *stacks):
 def flat_gradient(params):
 	"""One tensor, whose parts are the params' gradients: summed, clipped and cleared at once."""
 	flat = torch.zeros(sum(p.numel() for p in params), device=params[0].device)
-	for p, part in zip(params, flat.split([p.numel() for p in params]), strict=True):
+	for p, part in zip(params, flat.split([p.numel() for p in params])):
 		p.grad = part.view_as(p)
 	return flat
 
@@ -358,14 +358,26 @@ def join_ranks(env, lost):
 	threading.Thread(target=watch, daemon=True).start()
 
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [B,T,H,d], k and v [B,T,K,d] -> [B,T,H,d]
-
-
-def attend_sdpa(q, k, v):
-	"""Causal grouped-query attention by PyTorch."""
+def attend_sdpa(q, k, v, window=0):
+	"""Causal attention of q [B, T, H, d] to k and v [B, T, K, d] or, of them, the last `window`."""
+	if 0 < window < q.size(1):
+		return attend_window(q, k, v, window)
 	q, k, v = (x.transpose(1, 2) for x in (q, k, v))
 	y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
 	return y.transpose(1, 2)
+
+
+def attend_window(q, k, v, window):
+	"""The first positions alone, then blocks of queries, each with all it sees, under one mask."""
+	first, rest = attend_sdpa(*(x[:, :window] for x in (q, k, v))), q.size(1) - window
+	size, group = -(-window // 8), q.size(2) // k.size(2)
+	q, k, v = (F.pad(x, (0,) * 5 + (-rest % size,)) for x in (q[:, window:], k, v))
+	k, v = (x.repeat_interleave(group, 2).unfold(1, window + size, size) for x in (k, v))
+	q, k, v = (x.mT.flatten(0, 1) for x in (q.unfold(1, size, size), k, v))
+	mask = torch.ones(size, window + size, dtype=torch.bool, device=q.device).tril(window).triu(1)
+	with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+		y = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
+	return torch.cat((first, y.reshape(len(first), -1, *y.shape[2:])[:, :rest]), dim=1)
 
 
 def load_attention(name):
@@ -373,8 +385,8 @@ def load_attention(name):
 	if name == "fa3":
 		from flash_attn_interface import flash_attn_func
 
-		def attend_fa3(q, k, v):
-			y = flash_attn_func(q, k, v, causal=True)
+		def attend_fa3(q, k, v, window=0):
+			y = flash_attn_func(q, k, v, causal=True, window_size=(window - 1, 0))  # -1: all
 			return y[0] if isinstance(y, tuple) else y  # some versions add the log-sum-exp
 
 		return attend_fa3
@@ -390,7 +402,7 @@ class Runtime:
 	device: torch.device
 	dtype: torch.dtype  # of activations; weights are float32
 	attention: str
-	attend: Attend
+	attend: object  # see attend_sdpa
 	compiled: bool
 	notes: list[str]  # what was chosen, and why
 
@@ -403,6 +415,10 @@ class Runtime:
 		bf16 = generation >= 8  # else emulated: slow
 		if not cuda:
 			notes.append("device:cpu, no CUDA GPU is here: not comparable with the records")
+			with suppress(AttributeError, OSError, TypeError):  # where it is not glibc
+				mallopt = ctypes.CDLL(None).mallopt  # keep what is freed: new pages are slow
+				mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, its highest
+				mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 		elif not bf16:
 			notes.append("dtype:fp32, this GPU has no bf16")
 		dtype = torch.bfloat16 if bf16 else torch.float32
@@ -411,7 +427,7 @@ class Runtime:
 		compiles = {"0": [False], "1": [True], "auto": [True, False][not cuda :]}[h.compile]
 		heads = (h.num_heads, h.num_kv_heads, h.num_kv_heads)
 		shape = (1, h.train_seq_len, sum(heads), h.model_dim // h.num_heads)
-		for compiled, name in itertools.product(compiles, order):
+		for compiled, name in product(compiles, order):
 			try:
 				rt = cls(device, dtype, name, load_attention(name), compiled, notes)
 				qkv = torch.linspace(-1, 1, math.prod(shape)).view(shape).to(device, dtype)
@@ -471,7 +487,7 @@ class Log:
 				f.write(text + "\n")
 
 	def __call__(self, text):
-		"""Print a line and keep it in train.log, unless silent."""
+		"""Print and keep a line, unless silent."""
 		self.progress("")
 		if not self.silent:
 			with suppress(OSError):
@@ -511,7 +527,7 @@ def expect(true, else_fault):
 def write_tensors(path, tensors, **texts):
 	"""Write a safetensors file: size of its header, types, shapes and texts as JSON, raw floats."""
 	head, arrays, end = {"__metadata__": texts}, [t.cpu().numpy() for t in tensors.values()], 0
-	for name, array in zip(tensors, arrays, strict=True):
+	for name, array in zip(tensors, arrays):
 		at, end = end, end + array.nbytes
 		kind = f"F{8 * array.itemsize}"
 		head[name] = {"dtype": kind, "shape": array.shape, "data_offsets": (at, end)}
@@ -547,6 +563,15 @@ VAL_BYTES = 151_080_113  # of the challenge's text, as PR #832 scored it
 
 class DataError(ValueError):
 	"""A shard, tokenizer or artifact that cannot be used."""
+
+
+@contextmanager
+def refused(why):
+	"""DataError for whatever a damaged file raises."""
+	try:
+		yield
+	except Exception as error:
+		raise DataError(f"{why}: {error!r:.300}") from None
 
 
 def read_shard(path):
@@ -640,7 +665,7 @@ def prove_byte_table(table, tokenizer, tokens):
 	if len(head) == len(tokens):
 		edges.append(len(head))  # else the last text may end within a character
 	proven = 0
-	for start, end in itertools.pairwise(edges):
+	for start, end in pairwise(edges):
 		counted = int(counts[start : end - 1].sum())
 		decoded = len(tokenizer.decode(head[start + 1 : end].tolist()).encode())
 		if counted != decoded:
@@ -700,7 +725,7 @@ def load_data(h, log, training=True):
 	if training:
 		reach = h.iterations * h.train_batch_tokens + h.gptq_calib_tokens + h.train_seq_len
 		train_stream.check(log, reach, *ranks())
-		for (one, a), (other, b) in itertools.product(val_stream.shards, train_stream.shards):
+		for (one, a), (other, b) in product(val_stream.shards, train_stream.shards):
 			if np.array_equal(a[:1000], b[:1000]):
 				raise DataError(f"{one}: as {other}: what is trained on cannot be scored")
 		log(f"train_loader:dataset:{folder.name} train_shards:{len(train_stream.shards)}")
@@ -728,8 +753,6 @@ class Part(nn.Module):
 class Linear(nn.Linear):
 	"""Bias-free; starts orthogonal times `gain` or, for None, uniform within 1/sqrt(in)."""
 
-	rounds = False  # late QAT is on
-
 	def __init__(self, fan_in, fan_out, gain=1.0, role="matrix"):
 		super().__init__(fan_in, fan_out, bias=False)
 		self.role = role
@@ -738,11 +761,7 @@ class Linear(nn.Linear):
 
 	def forward(self, x):
 		"""x [..., in] to [..., out], in its dtype."""
-		weight = self.weight
-		if self.rounds and self.training:  # forward as stored in 6 bits, backward as it is
-			scale = weight.detach().abs().amax(1, keepdim=True).clamp_min(1e-9) / 31
-			weight = weight + ((weight / scale).round() * scale - weight).detach()
-		return F.linear(x, weight.to(x.dtype))
+		return F.linear(x, self.weight.to(x.dtype))
 
 
 class Embedding(nn.Embedding):
@@ -754,11 +773,11 @@ class Embedding(nn.Embedding):
 		super().__init__(count, width, _weight=torch.empty(count, width).normal_(std=std))
 
 
-def rotary_angles(h, length, device):
-	"""cos and sin [2, T, 1, n/2] of the n rotated dims; NTK as in the records."""
+def rotary_angles(h, length, reach, device):
+	"""cos and sin [2, T, 1, n/2] of the n rotated dims; NTK, as in the records, by the reach."""
 	dims, base = h.rope_dims or h.model_dim // h.num_heads, h.rope_base
-	if length > h.rope_train_seq_len and dims > 2:
-		base *= (length / h.rope_train_seq_len) ** (dims / (dims - 2))
+	if reach > h.rope_train_seq_len and dims > 2:
+		base *= (reach / h.rope_train_seq_len) ** (dims / (dims - 2))
 	frequencies = base ** (-torch.arange(0, dims, 2, device=device) / dims)
 	angles = torch.arange(length, device=device)[:, None, None] * frequencies
 	return torch.stack((angles.cos(), angles.sin()))
@@ -890,9 +909,9 @@ class Block(Part):
 def sigreg(z, directions, knots, form, parts=1):
 	"""How far rows of z [N / parts, n] are from samples of N(0, I): a float32 scalar.
 
-	Along each direction, a unit column of [n, P], their characteristic function is held against
-	exp(-t^2/2) at `knots` points t (Epps-Pulley). "lejepa": N times the integral under that
-	Gaussian (arXiv 2511.08544). "published" (PR #832): a mean, blind to the rows' mean and scale.
+	Along unit columns [n, P] their characteristic function is held against exp(-t^2/2) at `knots`
+	points (Epps-Pulley). "lejepa" (arXiv 2511.08544): N times the integral under that Gaussian.
+	"published" (PR #832): a mean, blind to the rows' mean and scale.
 	"""
 	published, z = form == "published", z.float()
 	if published:
@@ -919,11 +938,12 @@ class JEPA(Part):
 	def __init__(self, h):
 		super().__init__(h)
 		latent = h.jepa_latent_dim
-		widths = {"projector": (h.model_dim, h.jepa_proj_hidden), "predictor": (latent, latent)}
-		for name, (fan_in, hidden) in widths.items():
+
+		def mlp(fan_in, hidden):
 			into, out = Linear(fan_in, hidden, None, "aux"), Linear(hidden, latent, None, "aux")
-			norm = nn.RMSNorm(hidden, 1.2e-7, False)
-			self.add_module(name, nn.Sequential(into, norm, nn.SiLU(), out))
+			return nn.Sequential(into, nn.RMSNorm(hidden, 1.2e-7, False), nn.SiLU(), out)
+
+		self.projector, self.predictor = mlp(h.model_dim, h.jepa_proj_hidden), mlp(latent, latent)
 		self.start = nn.Parameter(torch.empty(1, latent).normal_(std=0.02))
 		self.inject = Linear(latent, h.model_dim, 0, "aux")
 
@@ -954,19 +974,13 @@ class JEPA(Part):
 		return x, torch.stack((error, sigreg(latents.flatten(0, 1), *form)))
 
 
-def bend(x):
-	"""1 - cos of two steps along states [B, T, D] at random s < r < t (arXiv 2602.22617)."""
-	at = torch.rand(x.shape[:2], device=x.device).topk(3).indices.sort().values
-	s, r, t = x.float().take_along_dim(at.unsqueeze(-1), 1).unbind(1)
-	return 1 - F.cosine_similarity(t - r, r - s, eps=1e-6).mean()
-
-
 class GPT(Part):
-	"""The model of `h`, a class or an instance: float32, activations in `dtype`."""
+	"""The model of `h`: float32, activations in `dtype`, attending over the `window`, or all."""
 
-	def __init__(self, h, attend=attend_sdpa, dtype=torch.float32):
+	def __init__(self, h, attend=attend_sdpa, dtype=torch.float32, window=0):
 		super().__init__(h)
-		self.dtype = dtype
+		self.dtype, self.window = dtype, window
+		attend = partial(attend, window=window) if window else attend
 		self.tok_emb = Embedding(h.vocab_size, h.model_dim, h.tied_embed_init_std)
 		self.bigram = BigramHash(h) if h.bigram_vocab_size else None
 		self.smear = SmearGate(h) if h.smear_gate else None
@@ -975,12 +989,10 @@ class GPT(Part):
 		self.skip_weights = nn.Parameter(torch.ones(h.num_layers // 2 * h.unet_skips, h.model_dim))
 		self.jepa = JEPA(h) if h.jepa_chunk_size else None
 
-	def prepare(self, weight, rounds, step):
-		"""Set lambda of JEPA, and late QAT."""
+	def prepare(self, weight, step):
+		"""Set lambda of JEPA for a step."""
 		if self.jepa:
 			self.jepa.prepare(weight, step)
-		for module in self.blocks.modules():
-			module.rounds = rounds
 
 	def hidden(self, ids):
 		"""Normed last states [B, T, D] of ids [B, T]; auxiliary losses, if any."""
@@ -990,7 +1002,8 @@ class GPT(Part):
 		x = rms_norm(x.to(self.dtype))
 		if self.smear:
 			x = self.smear(x, ids)
-		x0, rotation = x, rotary_angles(self.h, ids.size(1), ids.device)
+		length = ids.size(1)
+		x0, rotation = x, rotary_angles(self.h, length, self.window or length, ids.device)
 		values = self.value_embedding(ids, self.dtype) if self.value_embedding else {}
 		# U-Net: outputs of the first half enter the second, last one first.
 		half, outputs = len(self.blocks) // 2, []
@@ -1005,8 +1018,9 @@ class GPT(Part):
 
 	def logits(self, x):
 		"""Soft-capped float32 [..., V] of [..., D]."""
-		head, cap = self.tok_emb.weight.to(x.dtype), self.h.logit_softcap
-		return F.linear(x, head).float().div_(cap).tanh_() * cap  # in place: V is large
+		cap = self.h.logit_softcap
+		head = (self.tok_emb.weight / cap).to(x.dtype)  # fewer in training than logits
+		return F.linear(x, head).float().tanh_() * cap  # in place: V is large
 
 	def forward_logits(self, ids, last=0):
 		"""Logits [B, T, V] of ids [B, T] or of their `last` positions."""
@@ -1022,9 +1036,6 @@ class GPT(Part):
 		if auxiliary is not None:
 			loss = loss + auxiliary @ self.jepa.weights
 			terms["jepa_error"], terms["jepa_sigreg"] = auxiliary
-		if self.training and self.h.stp_enabled:
-			terms["stp"] = bend(x)
-			loss = loss + self.h.stp_lambda * terms["stp"]
 		return loss, terms
 
 	def forward(self, ids, targets):
@@ -1059,9 +1070,8 @@ class Score(NamedTuple):
 def plan_windows(total, seq_len, stride, size, chunk):
 	"""Batches int64 [n, 2], n at most size, of windows (start, how many last positions it scores).
 
-	Each ends stride after the one before it, or at the end, and scores what that one did not; those
-	of a batch begin to score in one chunk. The first sliding one scores all its seq_len positions,
-	so it comes alone; empty ones fill batches: few shapes to compile.
+	Each ends stride after the one before, or at the end, and scores what that did not; a batch's
+	begin to score in one chunk. The first, which scores all, comes alone; empty ones fill batches.
 	"""
 	ends = torch.cat((torch.arange(seq_len, total, stride), torch.tensor([total])))
 	counts = ends.diff(prepend=torch.tensor([0]))
@@ -1140,7 +1150,7 @@ def test_time_learner(model, h, rt):
 		sgd.param_groups[0]["lr"] = h.ttt_lr * (1 + math.cos(math.pi * done)) / 2
 		rows = (len(tokens) - 1) // seq_len
 		inputs, targets = (tokens[i:][: rows * seq_len].long().view(rows, -1) for i in (0, 1))
-		for x, y in h.ttt_epochs * list(zip(inputs.split(32), targets.split(32), strict=True)):
+		for x, y in h.ttt_epochs * list(zip(inputs.split(32), targets.split(32))):
 			if len(x) > rank:
 				mine = x[rank::world], y[rank::world]
 				(loss_of(*mine) * (len(mine[0]) / len(x))).backward()
@@ -1186,7 +1196,7 @@ class Muon:
 	@torch.no_grad()
 	def step(self, lr, momentum):
 		"""Decay the weights, then move them, tall ones further."""
-		for stack, buffer in zip(self.stacks, self.momenta, strict=True):
+		for stack, buffer in zip(self.stacks, self.momenta):
 			gradient = torch.stack([p.grad for p in stack])
 			buffer.mul_(momentum).add_(gradient)
 			gradient = gradient.add_(buffer, alpha=momentum).to(self.dtype)
@@ -1287,15 +1297,12 @@ def ended_early(model, save):
 		save()
 		raise
 	finally:
-		for number, handler in zip(numbers, before, strict=True):
+		for number, handler in zip(numbers, before):
 			signal.signal(number, handler)
 
 
 class TrainingClock:
-	"""Seconds of training by the slowest rank, which stand still outside it.
-
-	On CUDA a step's end and loss are read when the next is launched: nothing waits within a step.
-	"""
+	"""Seconds of training by the slowest rank. On CUDA a step is read when the next is launched."""
 
 	def __init__(self, rt, h, log):
 		self.rt, self.h, self.log, self.cap = rt, h, log, h.max_wallclock_seconds
@@ -1324,7 +1331,8 @@ class TrainingClock:
 
 	def step_launched(self, terms):
 		"""Note a step by this rank's parts of the terms of its loss."""
-		cuda, values = self.rt.device.type == "cuda", summed(torch.stack([*terms.values()]))
+		values = summed(torch.stack([*terms.values()]))
+		cuda = values.is_cuda
 		values = values.to("cpu", non_blocking=True)  # from a GPU, into pinned memory
 		event = torch.cuda.current_stream().record_event() if cuda else None
 		self.running.append((event, terms.keys(), values))
@@ -1340,7 +1348,7 @@ class TrainingClock:
 		self.recent.append(self.mark - began)
 		self.elapsed += self.recent[-1]
 		self.times.append(self.elapsed)
-		terms = dict(zip(names, values.tolist(), strict=True))
+		terms = dict(zip(names, values.tolist()))
 		self.losses.append(loss := terms["train_loss"])
 		step, every = len(self.losses), self.h.train_log_every
 		if step <= 10 or (every and step % every == 0):
@@ -1372,7 +1380,7 @@ def train_step(losses_of, optimizers, batch, step, scale, rt):
 		batch = [ids.pin_memory() for ids in batch]
 	inputs, targets = (ids.to(rt.device, non_blocking=True).chunk(parts) for ids in batch)
 	of_parts, share = [], 1 / (parts * world)
-	for x, y in zip(inputs, targets, strict=True):
+	for x, y in zip(inputs, targets):
 		loss, terms = losses_of(x, y)
 		(loss * share).backward()
 		of_parts.append({name: term.detach() * share for name, term in terms.items()})
@@ -1390,9 +1398,7 @@ def warm_up(model, losses_of, h, rt, log):
 	optimizers, generator = Optimizers(model, h), torch.Generator().manual_seed(h.seed)
 	shape = (2, h.train_batch_tokens // h.train_seq_len, h.train_seq_len)
 	for step in range(h.warmup_steps):
-		# With JEPA's losses or not, rounding or not: programs of their own.
-		rounds = h.late_qat_threshold * (step // 2 % 2) > 0
-		model.prepare(h.jepa_lambda_max * (step % 2), rounds, step)
+		model.prepare(h.jepa_lambda_max * (step % 2), step)  # with its losses or not: two programs
 		x, y = torch.randint(h.vocab_size, shape, generator=generator)
 		train_step(losses_of, optimizers, (x, y), step, 1.0, rt)
 		log(f"warmup_step:{step + 1}/{h.warmup_steps}")
@@ -1422,8 +1428,7 @@ def training_state(optimizers, average, clock):
 
 def train(model, data, h, rt, log, saved=None):
 	"""Train until ITERATIONS or the cap, on from a saved state if any; applies no average."""
-	if rt.device.type == "cuda":
-		torch.set_float32_matmul_precision("high")  # TF32, but not for GPTQ and scores
+	torch.set_float32_matmul_precision("medium")  # TF32; on a CPU, oneDNN's products
 	losses_of = rt.compile(model.losses)
 	model.train()
 	warm_up(model, losses_of, h, rt, log)
@@ -1431,12 +1436,10 @@ def train(model, data, h, rt, log, saved=None):
 	clock, stacks = TrainingClock(rt, h, log), [len(stack) for stack in optimizers.muon.stacks]
 	log(f"muon:{sum(stacks)} matrices in {len(stacks)} stacks")
 	if saved:
-		try:
+		with refused(f"RESUME={h.resume}: no training state"):
 			(*clock.times, clock.elapsed), (*clock.losses, _) = saved["clock/steps"].tolist()
 			for name, tensor in training_state(optimizers, average, clock).items():
 				tensor.copy_(saved[name].view_as(tensor))
-		except Exception as error:  # whatever a strange file holds
-			raise DataError(f"RESUME={h.resume}: no training state: {error!r:.200}") from None
 		log(f"resume: step {len(clock.losses)}, {clock.elapsed:.1f} s trained")
 	step, every = len(clock.losses), h.checkpoint_every
 	saved_at = clock.elapsed if "s" in every else step
@@ -1464,8 +1467,7 @@ def train(model, data, h, rt, log, saved=None):
 				validate(model, data, h, log, clock)
 				clock.resume()
 			scale = lr_scale(step, clock.elapsed, h)
-			torch.manual_seed(h.seed + step)
-			model.prepare(jepa_weight(step, clock.elapsed, h), scale < h.late_qat_threshold, step)
+			model.prepare(jepa_weight(step, clock.elapsed, h), step)
 			batch = data.train.batch(step, h)
 			clock.step_launched(train_step(losses_of, optimizers, batch, step, scale, rt))
 			average.update(step)
@@ -1479,7 +1481,9 @@ def train(model, data, h, rt, log, saved=None):
 def validate(model, data, h, log, clock):
 	"""Log the plain score of the weights as they are."""
 	model.eval()
+	torch.set_float32_matmul_precision("highest")
 	score = evaluate(clock.rt.compile(model.forward_logits), data, h, clock.rt, log)
+	torch.set_float32_matmul_precision("medium")
 	model.train()
 	clock.log_step(val_loss=score.val_loss, val_bpb=score.val_bpb)
 
@@ -1518,8 +1522,8 @@ def round_rows(weight, hessian, bits, widen):
 def gptq(weight, hessian, bits, widen):
 	"""Full GPTQ (arXiv 2210.17323) for inputs X with X^T X = hessian [n, cols, cols].
 
-	Columns by falling diagonal, each one's error spread over those after it; errors are weighted by
-	the Hessian. Third: matrices only rounded, whose Hessian no damping makes positive definite.
+	Columns by falling diagonal, each one's error spread over those after it. Third: matrices only
+	rounded, whose Hessian no damping makes positive definite.
 	"""
 	diagonal, cols = hessian.diagonal(dim1=1, dim2=2), weight.size(2)
 	order = diagonal.argsort(dim=1, descending=True).unsqueeze(1)
@@ -1565,8 +1569,8 @@ def finite(weights):
 def quantize(model, hessians=None, widen=1.0):
 	"""The artifact's arrays in order, and the names that GPTQ could only round.
 
-	All codes come first: like beside like compresses best. GPTQ takes what has a Hessian; `widen`
-	coarsens 6-bit scales. Of a meta model the arrays have type and shape alone.
+	Codes come first: like beside like compresses best. GPTQ takes what has a Hessian; `widen`
+	coarsens 6-bit scales. A meta model gives types and shapes.
 	"""
 	roles, hessians, stacks, coded, floats = parameter_roles(model), hessians or {}, {}, {}, {}
 	for name, p in finite(model.state_dict()).items():
@@ -1580,7 +1584,7 @@ def quantize(model, hessians=None, widen=1.0):
 		how = {"bits": bits, "widen": widen if bits == 6 else 1.0}
 		quantizer = partial(gptq if solve else round_rows, **how)
 		made = shared_out(quantizer, torch.stack([*stack.values()]), hessian)
-		coded |= zip(stack, zip(*made, strict=True), strict=True)
+		coded |= zip(stack, zip(*made))
 	names = [name for name in roles if name in coded]
 	codes = {f"{name}.codes": coded[name][0] for name in names}
 	scales = {f"{name}.scales": coded[name][1] for name in names}
@@ -1665,7 +1669,7 @@ def pack(h, arrays):
 
 def load_checkpoint(path, h):
 	"""Settings, weights and training state, mapped, of what `save` wrote; or DataError."""
-	try:
+	with refused(f"{path}: cannot be read as a checkpoint"):
 		tensors, texts = read_tensors(path)
 		h = with_settings(h, json.loads(texts["settings"]))
 		weights = {name: tensors.pop(name) for name in [*tensors] if "/" not in name}
@@ -1673,8 +1677,6 @@ def load_checkpoint(path, h):
 			model = GPT(h)
 		model.load_state_dict(weights, assign=True)  # names and shapes must fit
 		return h, finite(model.state_dict()), tensors  # scalars may come as [1]
-	except Exception as error:  # whatever a damaged file raises
-		raise DataError(f"{path}: cannot be read as a checkpoint: {error!r:.300}") from None
 
 
 def unpack(blob, h):
@@ -1694,7 +1696,7 @@ def unpack(blob, h):
 	expect(told == size, f"{told} bytes of arrays, not {size}")
 	raw = zstd().ZstdDecompressor().decompress(payload, allow_extra_data=False)
 	parts = torch.frombuffer(bytearray(raw), dtype=torch.uint8).split(sizes)
-	arrays = zip(layout.items(), parts, strict=True)
+	arrays = zip(layout.items(), parts)
 	return h, {n: p.clone().view(like.dtype).view(like.shape) for (n, like), p in arrays}
 
 
@@ -1708,24 +1710,21 @@ def dequantize(arrays):
 
 def load_artifact(path, h):
 	"""Settings and float32 weights of an artifact, or DataError."""
-	try:
+	with refused(f"{path}: cannot be read as an artifact"):
 		h, arrays = unpack(memoryview(np.memmap(path, mode="r")), h)  # of any size
 		return h, finite(dequantize(arrays))
-	except Exception as error:  # whatever a damaged file raises
-		raise DataError(f"{path}: cannot be read as an artifact: {error!r:.300}") from None
 
 
 def shrink(model, hessians, h, room, log):
-	"""The artifact, matrices' scales widened, at most by WIDEST, to fit `room` bytes; by what."""
+	"""The artifact, matrices' scales widened, at most by WIDEST, to fit `room` bytes."""
 	matrices = [f"{n}.codes" for n, role in parameter_roles(model).items() if role == "matrix"]
 	widen = 1.0
 	while True:
 		arrays, rounded = quantize(model, hessians, widen)
 		blob = from_first(partial(pack, h, arrays))
-		counts = sum(
-			torch.bincount(arrays[n].flatten().int() + 128, minlength=256) for n in matrices
-		)
-		entropy = -torch.special.xlogy(counts, counts / counts.sum()).sum().item() / math.log(256)
+		codes = torch.cat([arrays[n].flatten() for n in matrices])
+		counts = (codes.int() + 128).bincount(minlength=256)
+		entropy = torch.special.xlogy(counts, counts.sum() / counts).sum().item() / math.log(256)
 		told = f"order-0 entropy of the matrices' codes {entropy:.0f}; widened by {widen:.3f}"
 		log(f"size: {len(blob)} bytes packed, {told}")
 		if len(blob) <= room or widen > WIDEST:
@@ -1734,7 +1733,7 @@ def shrink(model, hessians, h, room, log):
 		widen *= 1.005 * 2 ** min(bits, 6)  # twice the scale saves about a bit a code
 	for name in rounded:
 		log(f"gptq: {name} is only rounded: its Hessian is not definite")
-	return blob, widen
+	return blob
 
 
 # ---- Run: how it all goes ----
@@ -1796,33 +1795,30 @@ def finish(model, h, rt, data, log, clock):
 		if reads_data:
 			clock.pause()  # what reads training data is training
 	ends.append(rt.now())
-	blob, widen = shrink(model, hessians, h, BYTES_LIMIT - len(code), log)
+	blob = shrink(model, hessians, h, BYTES_LIMIT - len(code), log)
 	if not log.silent:
 		write_atomically(log.folder / ARTIFACT, blob)
 	ends.append(rt.now())
 	sizes = {"code": len(code), "model": len(blob), "total": len(code) + len(blob)}
-	log(f"Code size: {len(code)} bytes")
-	log(f"Serialized model int6+zstd: {len(blob)} bytes")
-	log(f"Total submission size int6+zstd: {sizes['total']} bytes")
+	names = "Code size", "Serialized model int6+zstd", "Total submission size int6+zstd"
+	for name, size in zip(names, sizes.values()):
+		log(f"{name}: {size} bytes")
 	forward_logits = rt.compile(model.forward_logits)
 	scores = {"float": evaluate(forward_logits, data, h, rt, log)}
 	log_score(log, "DIAGNOSTIC post_ema", scores["float"])
 	ends.append(rt.now())
 	scores |= score_artifact(log.folder / ARTIFACT, h, rt, data, log)
 	ends.append(rt.now())
-	if widen > 1:  # what it cost to fit
-		model.load_state_dict(dequantize(quantize(model, hessians)[0]))
-		cost = scores["plain"].val_bpb - evaluate(forward_logits, data, h, rt, log).val_bpb
-		log(f"size: the wider scales cost {cost:.4f} bpb")
-	stages = zip(("calibrate", "pack", "diagnose", "eval"), np.diff(ends).tolist(), strict=True)
+	stages = zip(("calibrate", "pack", "diagnose", "eval"), np.diff(ends).tolist())
 	seconds = {"train": clock.elapsed, **dict(stages)}
 	log("seconds: " + " ".join(f"{name}:{value:.1f}" for name, value in seconds.items()))
-	limits = [("eval_seconds", seconds["eval"], EVAL_SECONDS_LIMIT)]
-	limits.append(("total_bytes", sizes["total"], BYTES_LIMIT))
+	limits = {"eval_seconds": (seconds["eval"], EVAL_SECONDS_LIMIT)}
+	limits["total_bytes"] = sizes["total"], BYTES_LIMIT
 	if clock.times:  # it was trained here
-		limits.append(("train_seconds", clock.elapsed, h.max_wallclock_seconds or math.inf))
-	verdicts = {name: "PASS" if value <= most else "FAIL" for name, value, most in limits}
-	for name, value, most in limits:
+		limits["train_seconds"] = clock.elapsed, h.max_wallclock_seconds or math.inf
+	verdicts = {}
+	for name, (value, most) in limits.items():
+		verdicts[name] = "PASS" if value <= most else "FAIL"
 		log(f"limit:{name} {round(value, 1):,} of {most:,} {verdicts[name]}")
 	return {
 		"status": "over a limit" if "FAIL" in verdicts.values() else "ok",
@@ -1846,22 +1842,29 @@ def log_score(log, name, score):
 
 
 def score_artifact(path, h, rt, data, log):
-	"""Plain, sliding and test-time-training scores of a model on disk."""
+	"""All scores of a model on disk."""
 	h, weights = from_first(lambda: load_artifact(path, h))
-	with torch.device("meta"):
-		model = GPT(h, rt.attend, rt.dtype).eval()
-	model.to_empty(device=rt.device).load_state_dict(weights)
-	forward_logits = rt.compile(model.forward_logits)
+
+	def loaded(window=0):
+		with torch.device("meta"):
+			model = GPT(h, rt.attend, rt.dtype, window).eval()
+		model.to_empty(device=rt.device).load_state_dict(weights)
+		return model
+
+	forward_logits = rt.compile((model := loaded()).forward_logits)
 	scores = {"plain": evaluate(forward_logits, data, h, rt, log)}
 	log_score(log, "final_int6_roundtrip", scores["plain"])
 	stride = min(h.eval_stride, seq_len := h.eval_seq_len or h.train_seq_len)
 	if 0 < stride < seq_len:
-		expected = scores["plain"].seconds * seq_len / stride  # less, if that compiled
-		log(
-			f"sliding_window stride:{stride} expected_time:{expected:.0f}s of {EVAL_SECONDS_LIMIT}s"
-		)
+		due = scores["plain"].seconds * seq_len / stride  # less, if that compiled
+		log(f"sliding_window stride:{stride} expected_time:{due:.0f}s of {EVAL_SECONDS_LIMIT}s")
 		scores["sliding"] = evaluate(forward_logits, data, h, rt, log, stride=stride)
 		log_score(log, "final_int6_sliding_window", scores["sliding"])
+	if window := h.eval_window:
+		long = replace(h, eval_seq_len=16 * window)  # each begins a window before its scores
+		in_window = rt.compile(loaded(window).forward_logits)
+		scores["window"] = evaluate(in_window, data, long, rt, log, stride=15 * window)
+		log_score(log, "final_int6_window", scores["window"])
 	if h.ttt_enabled:
 		learn = test_time_learner(model, h, rt)
 		scores["ttt"] = evaluate(forward_logits, data, h, rt, log, stride=stride, learn=learn)
@@ -1884,9 +1887,8 @@ def open_folder(h):
 		(folder / "train.log").open(mode).close()
 		result.unlink(missing_ok=True)
 	except OSError as error:
-		raise SettingsError(
-			f"RUN_DIR={folder}: {error}; choose another RUN_ID or RUN_DIR"
-		) from None
+		fault = f"RUN_DIR={folder}: {error}; choose another RUN_ID or RUN_DIR"
+		raise SettingsError(fault) from None
 	return folder
 
 
@@ -1956,9 +1958,8 @@ def perform(args, env, log, result):
 def main(argv, env):
 	"""The program; its exit status, by EXIT or 6."""
 	about = f"{__doc__}\nSettings are environment variables:\n\n{settings_table()}"
-	parser = argparse.ArgumentParser(
-		description=about, formatter_class=argparse.RawTextHelpFormatter
-	)
+	parser = argparse.ArgumentParser(description=about)
+	parser.formatter_class = argparse.RawTextHelpFormatter
 	parser.add_argument("--check", action="store_true", help="is all ready? trains nothing")
 	parser.add_argument("--eval", metavar="ARTIFACT", type=Path, help="score it again")
 	parser.add_argument("--quantize", metavar="CHECKPOINT", type=Path, help="pack it again")
