@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
-from runs import Run, RunError, Score, by_name, command_of, read_run, train_gpt
+from runs import Program, Run, RunError, Score, by_name, read_run, train_gpt
 
 TRAIN_SECONDS_LIMIT = 600.0  # the challenge's
 RECORD, NON_RECORD = "track_10min_16mb", "track_non_record_16mb"
@@ -141,8 +141,8 @@ def submission(runs: list[Run], main: str, base: str) -> dict[str, Any]:
 	}
 
 
-def block(runs: list[Run], main: str, base: str) -> str:
-	"""The part of README that holds all figures, marks included."""
+def block(runs: list[Run], main: str, base: str, ran: Program) -> str:
+	"""The part of README that holds all figures, marks included; `ran` gives the commands."""
 	arms, told = by_name(runs), submission(runs, main, base)
 	done = scored(arms[main])
 	score = done[0].scores[done[0].final]
@@ -163,9 +163,7 @@ def block(runs: list[Run], main: str, base: str) -> str:
 	lines += [*runs_table(runs), "", *limits_table(done), "", "## Commands", ""]
 	lines += ["Each seed of the table takes its place in SEED.", ""]
 	for name, arm in arms.items():
-		left_out = ("run_id", "run_dir", "resume", "seed")
-		command = f"SEED={arm[0].seed} {command_of(arm[0].settings, arm[0].ranks, left_out)}"
-		lines += [*[f"`{name}`:", ""] * bool(name), f"    {command}", ""]
+		lines += [*[f"`{name}`:", ""] * bool(name), f"    {ran.command(arm[0])}", ""]
 	lines += ["## Machines", ""]
 	lines += dict.fromkeys(f"- {machine_of(run)}" for run in runs if run.machine)
 	return "\n".join([*lines, "", END])

@@ -4,6 +4,7 @@
 lines, so it reads the logs of the challenge's other scripts too, as far as they say.
 """
 
+import ast
 import fcntl
 import itertools
 import json
@@ -11,7 +12,7 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -104,11 +105,6 @@ class Run:
 		"""The name of the score that counts, the last one made, or None."""
 		return next((name for name in reversed(SCORE_LINES) if name in self.scores), None)
 
-	@property
-	def command(self) -> str:
-		"""The shell command that makes this run: what its settings change, SEED included."""
-		return command_of(self.settings, self.ranks)
-
 
 def by_name(runs: Iterable[Run]) -> dict[str, list[Run]]:
 	"""The runs of each trial, by its name."""
@@ -118,23 +114,70 @@ def by_name(runs: Iterable[Run]) -> dict[str, list[Run]]:
 	return trials
 
 
-def command_of(
-	settings: dict[str, Any],
-	ranks: int = 1,
-	left_out: Sequence[str] = ("run_id", "run_dir", "resume"),
-) -> str:
-	"""The shortest command that gives these settings, less those left out."""
-	preset = settings.get("preset", "")
-	env = {"PRESET": preset} if preset else {}
-	if settings.get("vocab_size") == train_gpt.BYTE_VOCAB:
-		env["VOCAB_SIZE"] = str(train_gpt.BYTE_VOCAB)
-	given = train_gpt.Hyperparameters.from_env(env)
-	for name, value in settings.items():
-		if name in KINDS and name not in left_out and value != getattr(given, name):
-			env[name.upper()] = str(int(value)) if isinstance(value, bool) else str(value)
-	pairs = [f"{name}={shlex.quote(value)}" for name, value in env.items()]
-	launcher = f"torchrun --standalone --nproc_per_node={ranks}" if ranks > 1 else "python"
-	return " ".join([*pairs, launcher, "train_gpt.py"])
+class Program:
+	"""What the settings of a program are unless told, by its source: nothing of it is run.
+
+	A submission's program has presets and defaults of its own. One that cannot be read here counts
+	as none, so that a command names the setting.
+	"""
+
+	def __init__(self, tree: ast.Module) -> None:
+		of_module, self.defaults = literals(tree.body), {}
+		self.presets = of_module.get("PRESETS", {})
+		self.byte_rules = of_module.get("BYTE_RULES", "")
+		for node in tree.body:
+			if isinstance(node, ast.ClassDef) and node.name in ("ModelSettings", "Hyperparameters"):
+				self.defaults |= literals(node.body)
+
+	def settings(self, env: dict[str, str]) -> dict[str, Any]:
+		"""By these variables, else PRESET, else rule of bytes, else default."""
+		env = train_gpt.assignments(self.presets.get(env.get("PRESET"), "")) | env
+		if env.get("VOCAB_SIZE") == str(train_gpt.BYTE_VOCAB):
+			env = train_gpt.assignments(self.byte_rules) | env
+		given = {name: env.get(name.upper()) for name in self.defaults}
+		return {
+			name: default if given[name] is None else typed(given[name], type(default))
+			for name, default in self.defaults.items()
+		}
+
+	def command(self, run: Run) -> str:
+		"""The shortest command that gives a run's settings, less its names; SEED is first."""
+		preset = run.settings.get("preset", "")
+		env = {"PRESET": preset} if preset else {}
+		if run.settings.get("vocab_size") == train_gpt.BYTE_VOCAB:
+			env["VOCAB_SIZE"] = str(train_gpt.BYTE_VOCAB)
+		given = self.settings(env)
+		for name, value in run.settings.items():
+			if name not in ("run_id", "run_dir", "resume", "seed") and value != given.get(name):
+				env[name.upper()] = str(int(value)) if isinstance(value, bool) else str(value)
+		pairs = [f"{name}={shlex.quote(value)}" for name, value in env.items()]
+		many = f"torchrun --standalone --nproc_per_node={run.ranks}"
+		launcher = many if run.ranks > 1 else "python"
+		return " ".join([f"SEED={run.seed}", *pairs, launcher, "train_gpt.py"])
+
+
+def literals(body: list[ast.stmt]) -> dict[str, Any]:
+	"""What names are given in a body; of a setting, which is a tuple, its default."""
+	found = {}
+	for node in body:
+		if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+			value = node.value.elts[0] if isinstance(node.value, ast.Tuple) else node.value
+			with suppress(ValueError):  # an expression
+				found[node.targets[0].id] = ast.literal_eval(value)
+	return found
+
+
+def typed(text: str, kind: type | None) -> Any:
+	"""A setting as a log has it, of its kind; where that is not known, as it looks."""
+	text = {"True": "1", "False": "0"}.get(text, text) if kind is bool else text
+	if kind:
+		return train_gpt.parse_value(text, kind)
+	if text in ("True", "False"):
+		return text == "True"
+	for kind in (int, float):
+		with suppress(ValueError):
+			return kind(text)
+	return text
 
 
 def read_run(path: str | Path) -> Run:
@@ -256,11 +299,7 @@ def read_log(path: Path) -> Run:
 		parts = re.split(r"(?:^| )([a-z_0-9]+):", line[0]) if line else [""]
 		return dict(zip(parts[1::2], parts[2::2], strict=True))
 
-	settings = {
-		name: train_gpt.parse_value({"True": "1", "False": "0"}.get(value, value), KINDS[name])
-		for name, value in pairs("corpus").items()
-		if name in KINDS
-	}
+	settings = {name: typed(value, KINDS.get(name)) for name, value in pairs("corpus").items()}
 	if "seed" not in settings and (seed := number(r"\bseed:(\d+)", int)) is not None:
 		settings["seed"] = seed
 	tokens = number(r"^val_loader:.* tokens:(\d+)", int) or 0

@@ -10,6 +10,7 @@ logs in the folder, so that records/check.py can make it again; it must find no 
 """
 
 import argparse
+import ast
 import json
 import re
 import shutil
@@ -38,7 +39,7 @@ from figures import (
 	submission,
 	why,
 )
-from runs import ROOT, Run, by_name, named, read_run, read_trial
+from runs import ROOT, Program, Run, by_name, named, read_run, read_trial
 
 README = """# {name}
 
@@ -148,7 +149,8 @@ def build(folder: Path, runs: list[Run], args: argparse.Namespace) -> None:
 	prose = args.text.read_text(encoding="utf-8").strip() + "\n\n" if args.text else ""
 	for path in drawn(runs, folder, base) if args.plots else []:
 		prose += f"![{path.stem}]({path.name})\n\n"
-	about |= {"figures": block(logged, main, base), "prose": prose}
+	ran = Program(ast.parse((folder / PROGRAM).read_text(encoding="utf-8")))
+	about |= {"figures": block(logged, main, base, ran), "prose": prose}
 	(folder / TEXT).write_text(README.format(**about), encoding="utf-8")
 
 

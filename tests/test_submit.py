@@ -1,5 +1,6 @@
 """records/submit.py: the folder it makes of runs, and what it refuses."""
 
+import ast
 import fcntl
 import json
 import os
@@ -20,7 +21,7 @@ sys.path.insert(0, str(ROOT / "records"))
 
 import figures
 import submit
-from runs import read_run
+from runs import Program, read_run
 
 DAY = "2026-03-25"
 
@@ -128,6 +129,44 @@ def test_the_readme_says_how_it_was_made(finished, tmp_path):
 	assert "RUN_DIR" not in command
 	assert "| bytes of code and artifact |" in text
 	assert text.count("PASS") == 3
+
+
+@pytest.mark.parametrize(
+	"line", ["", "VOCAB_SIZE=260 VE_ENABLED=1", *(f"PRESET={name}" for name in tg.PRESETS)]
+)
+def test_the_settings_of_a_program_by_its_source(line):
+	env = tg.assignments(line)
+	found = Program(ast.parse((ROOT / "train_gpt.py").read_text(encoding="utf-8"))).settings(env)
+	assert found == vars(tg.Hyperparameters.from_env(env))
+
+
+def test_a_command_is_for_the_program_that_ran(tmp_path):
+	"""Whose presets, defaults and settings are its own; today's trainer has others."""
+	theirs = Program(
+		ast.parse("""
+PRESETS = {"cpu": "VE_DIM=8 THEIR_DROPOUT=0.25 LN_SCALE=0"}
+BYTE_RULES = "MODEL_DIM=32"
+class ModelSettings:
+	vocab_size = 1024, "tokens"
+	model_dim = 512, "width"
+	ln_scale = True, "scaled"
+	smear_gate = round(0.7) == 0, "what cannot be read"
+class Hyperparameters(ModelSettings):
+	preset = "", "a whole configuration", " ".join(PRESETS)
+	ve_dim = 128, "width"
+	their_dropout = 0.0, "of ours there is none"
+""")
+	)
+	log = tmp_path / "train_seed5.log"
+	log.write_text(
+		"corpus:python vocab_size:260 model_dim:32 ln_scale:False smear_gate:True preset:cpu "
+		"seed:5 ve_dim:16 their_dropout:0.5\n",
+		encoding="utf-8",
+	)
+	assert theirs.command(read_run(log)) == (
+		"SEED=5 PRESET=cpu VOCAB_SIZE=260 CORPUS=python SMEAR_GATE=1 VE_DIM=16 THEIR_DROPOUT=0.5 "
+		"python train_gpt.py"
+	)
 
 
 def test_logs_keep_all_but_paths(finished, tmp_path):
