@@ -179,7 +179,7 @@ class Hyperparameters(ModelSettings):
 	# Evaluate
 	eval_seq_len = 0, "tokens a window; 0: TRAIN_SEQ_LEN"
 	eval_stride = 64, "of the sliding window; 0: no sliding pass"
-	eval_window = 0, "score in one pass, attending over so many tokens; 0: no"
+	eval_window = 0, "score in one pass, attending over so many; 0: no", 0, 1e9
 	val_batch_size = 524_288, "tokens scored at once / 8 ranks", 1
 	ttt_enabled = False, "score again, learning from scored chunks"
 	ttt_chunk_tokens = 32_768, "tokens of a chunk", 2
@@ -262,7 +262,7 @@ def check_settings(h, world=1):
 
 
 def settings_notes(h, env):
-	"""What a rule set, and variables that are nearly settings."""
+	"""What a rule set; variables nearly settings, or not built."""
 	names = [f.name.upper() for f in fields(h)]
 	notes = [f"rule: VOCAB_SIZE=260 sets {BYTE_RULES}, unless given"] * (h.vocab_size == BYTE_VOCAB)
 	for name in sorted(env.keys() - names):
@@ -1071,7 +1071,7 @@ def plan_windows(total, seq_len, stride, size, chunk):
 	"""Batches int64 [n, 2], n at most size, of windows (start, how many last positions it scores).
 
 	Each ends stride after the one before, or at the end, and scores what that did not; a batch's
-	begin to score in one chunk. The first, which scores all, comes alone; empty ones fill batches.
+	begin to score in one chunk. A sliding first scores all and is alone; empty ones fill batches.
 	"""
 	ends = torch.cat((torch.arange(seq_len, total, stride), torch.tensor([total])))
 	counts = ends.diff(prepend=torch.tensor([0]))
@@ -1972,7 +1972,7 @@ def main(argv, env):
 		status, reason = FAILURES.get(type(error), "failed"), str(error)
 		if out_of_memory(error):
 			status, peak = "oom", torch.cuda.max_memory_allocated() >> 20
-			reason += f"; peak {peak} MiB; lower MICRO_BATCH_TOKENS, or VAL_BATCH_SIZE in scoring"
+			reason += f"; peak {peak} MiB; lower MICRO_BATCH_TOKENS, EVAL_SEQ_LEN or EVAL_WINDOW"
 		elif isinstance(error, KeyboardInterrupt):
 			status = "interrupted"
 			reason = "a signal (or a rank died): RESUME=auto goes on, or --quantize"

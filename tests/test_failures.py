@@ -328,7 +328,9 @@ def test_out_of_memory_in_training_says_what_to_lower(error, env, monkeypatch, c
 		patch.setattr(tg, "train_step", heavy)
 		assert tg.main([], {**env, "CHECKPOINT_EVERY": "5"}) == 3
 	assert result()["status"] == "oom"
-	assert re.search(r"; peak \d+ MiB; lower MICRO_BATCH_TOKENS, or VAL_", result()["reason"])
+	assert re.search(
+		r"; peak \d+ MiB; lower MICRO_BATCH_TOKENS, EVAL_SEQ_LEN or EVAL_WINDOW", result()["reason"]
+	)
 	assert str(error) in result()["reason"]
 	assert capsys.readouterr().out.splitlines()[-1] == f"error: {result()['reason']}"
 	assert not there(ARTIFACT)

@@ -21,7 +21,7 @@ SETTINGS = {
 	"RUN_DIR": "run",
 }
 
-# Each rank keeps its first gradient and, of the end, a checksum of its weights and three scores of
+# Each rank keeps its first gradient and, of the end, a checksum of its weights and all scores of
 # one artifact.
 SPY = """
 import hashlib
@@ -43,7 +43,7 @@ def weighed(model, *rest):
 def scored(h, rt, data, log):
 	result = run(h, rt, data, log)
 	artifact = Path(os.environ["ARTIFACT"])
-	scores = score(artifact, tg.replace(h, ttt_enabled=True), rt, data, tg.Log())
+	scores = score(artifact, tg.replace(h, ttt_enabled=True, eval_window=24), rt, data, tg.Log())
 	told = {kind: s._asdict() for kind, s in scores.items()}
 	(folder / f"scores{RANK}.json").write_text(tg.json.dumps(told))
 	return result
@@ -95,7 +95,7 @@ def test_weights_and_clock_are_the_same_on_all_ranks(worlds, world):
 @pytest.mark.parametrize("world", WORLDS[1:])
 def test_an_artifact_has_the_same_score_on_any_number_of_ranks(worlds, world):
 	one = json.loads((worlds[1] / "scores0.json").read_text())
-	assert one.keys() == {"plain", "sliding", "ttt"}
+	assert one.keys() == {"plain", "sliding", "window", "ttt"}
 	for rank in range(world):
 		some = json.loads((worlds[world] / f"scores{rank}.json").read_text())
 		for kind, score in some.items():

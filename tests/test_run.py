@@ -287,7 +287,7 @@ def test_weights_are_saved_before_anything_is_scored(tmp_path, byte_corpus, monk
 	model = tg.GPT(tg.Hyperparameters.from_env(env))
 	assert load_file("logs/oom/final_model.safetensors").keys() == model.state_dict().keys()
 	reason = json.loads(Path("logs/oom/result.json").read_text())["reason"]
-	assert "lower MICRO_BATCH_TOKENS, or VAL_BATCH_SIZE in scoring" in reason
+	assert "lower MICRO_BATCH_TOKENS, EVAL_SEQ_LEN or EVAL_WINDOW" in reason
 
 
 @pytest.mark.parametrize(

@@ -283,7 +283,6 @@ def test_hopeless_and_diverging_trials_are_stopped_when_asked(stub, tmp_path):
 	("changes", "stopped"),
 	[
 		# Terms of the loss that are not in what is logged as train_loss, the cross-entropy.
-		("STP_ENABLED=1 STP_LAMBDA=0.5", True),
 		("JEPA_CHUNK_SIZE=8 JEPA_LAMBDA_MAX=1 JEPA_BACKBONE_GRAD=1 JEPA_SIGREG=lejepa", True),
 		("LABEL_SMOOTHING=0.1", False),
 		("VOCAB_SIZE=2048", False),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import settings
+from conftest import TINY, settings
 
 import train_gpt as tg
 
@@ -28,6 +28,31 @@ def test_the_loss_falls(byte_corpus: Path, cpu):
 	assert len(losses) == 60
 	assert losses[0] == pytest.approx(math.log(260), abs=0.2)
 	assert losses[-1] < losses[0] - 2
+
+
+def test_training_alone_may_round_the_inputs_of_products(byte_corpus, tmp_path, monkeypatch):
+	"""Validation, GPTQ and scores are of full precision, whatever training leaves behind."""
+	found = {}
+
+	def noting(name):
+		function = getattr(tg, name)
+
+		def noted(*arguments, **options):
+			found.setdefault(name, set()).add(torch.get_float32_matmul_precision())
+			return function(*arguments, **options)
+
+		return noted
+
+	for name in ("train_step", "evaluate", "collect_hessians"):
+		monkeypatch.setattr(tg, name, noting(name))
+	env = {**TINY, "DATA_PATH": str(byte_corpus), "RUN_DIR": str(tmp_path / "run")}
+	env |= {"ITERATIONS": "3", "VAL_LOSS_EVERY": "1", "GPTQ_ENABLED": "1", "EVAL_STRIDE": "0"}
+	assert tg.main([], {**env, "GPTQ_CALIB_TOKENS": "128"}) == 0
+	assert found == {
+		"train_step": {"medium"},
+		"evaluate": {"highest"},
+		"collect_hessians": {"highest"},
+	}
 
 
 def test_ema_of_30_steps_is_far_from_the_start(byte_corpus: Path, cpu):

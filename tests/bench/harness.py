@@ -71,7 +71,7 @@ CUDA = Scale(
 	ranks="TRAIN_BATCH_TOKENS=16384",
 	attention=((48, 2048), (12, 4096)),
 	heads=(8, 4, 64),
-	val_tokens=131_072,
+	val_tokens=124_928,  # whole sequences of the one pass
 	codes=8 << 20,
 	square=8192,
 )
@@ -86,7 +86,7 @@ CPU = Scale(
 	ranks="NUM_LAYERS=6 TRAIN_SEQ_LEN=128 TRAIN_BATCH_TOKENS=128",
 	attention=((1, 2048), (1, 4096)),
 	heads=(8, 4, 64),
-	val_tokens=16_384,
+	val_tokens=15_872,
 	codes=2 << 20,
 	square=2048,
 )

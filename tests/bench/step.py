@@ -189,7 +189,8 @@ def loop(scale, rt):
 	rows = rows_of(in_turns(ways, scale.rounds, rt.now))
 	losses = {name: [float(x) for x in way.losses] for name, way in ways.items()}
 	for other, values in losses.items():
-		equal(values, losses["plain loop"], tolerance(rt, 1e-4, 5e-2), f"losses of {other}")
+		# "medium" lets a CPU with AMX round the inputs of products to bfloat16.
+		equal(values, losses["plain loop"], tolerance(rt, 1e-3, 5e-2), f"losses of {other}")
 	if name in ways:
 		rows.append(row("compilation, with the first step", "s", [first]))
 	return Table(sizes, rows)
