@@ -150,9 +150,8 @@ class Check:
 	def own_log(self, run: Run, text: str, whole: str) -> None:
 		"""That a log of our program, from its last start, agrees; `whole` has all its starts."""
 		file, settings = run.path.name, run.settings
-		# Arms of weights that other runs trained (--quantize) have no steps and no verdict on them.
-		repacked = run.name != self.main and not run.curve and "train_seconds" not in run.verdicts
-		verdicts = 2 if repacked else 3
+		repacked = run.repacked and run.name != self.main
+		verdicts = 3 - repacked  # none on the steps of others
 		self.expect(
 			len(run.verdicts) == verdicts, file, f"limits: {run.verdicts}", f"{verdicts} verdicts"
 		)
@@ -181,6 +180,14 @@ class Check:
 		early = re.findall(r"^stopping_early: .* step:(\d+)/", text, re.MULTILINE)
 		end = int(early[-1]) if early else 0 if repacked else planned
 		self.expect(run.steps == end, file, f"{run.steps} steps", f"{end}, where it ended")
+		if repacked:  # its weights are of a run that is here, and no step is hidden
+			trained = [exact(r).get("float") for r in self.runs if r.seed == run.seed and r.steps]
+			same = exact(run).get("float") in [score for score in trained if score]
+			needed = "those of a run of its seed, by the score before int6"
+			self.expect(same, file, "weights of no run here", needed)
+			own, read = (run.seconds.get(name, 0) for name in ("train", "calibrate"))
+			right = not run.curve and own <= (settings.get("gptq_calib") == "train") * (read + 0.1)
+			self.expect(right, file, f"{own} s of training", "none, where others trained")
 		began = re.search(r"^(?:resume: step (\d+)|step:)", whole, re.MULTILINE)
 		began = int(began[1] or 0) if began else 0
 		steps = {
@@ -191,13 +198,13 @@ class Check:
 		of_text = run.scores[run.final].bytes
 		told = re.findall(r"^warning: (\d+) bytes of validation text", text, re.MULTILINE)
 		proven = re.findall(r"^byte_table:proven against (\d+)", text, re.MULTILINE)
-		tokens, exact, needed = run.scores[run.final].tokens, 1e-7, of_text
+		tokens, apart, needed = run.scores[run.final].tokens, 1e-7, of_text
 		if settings.get("corpus") == "fineweb10B":
 			needed = int(told[-1]) if told else train_gpt.VAL_BYTES
-			exact = exact if told else 1e-4
+			apart = apart if told else 1e-4
 		elif proven and tokens < train_gpt.PROOF_TOKENS:
 			needed = int(proven[-1])
-		right = math.isclose(of_text, needed, rel_tol=exact, abs_tol=1)
+		right = math.isclose(of_text, needed, rel_tol=apart, abs_tol=1)
 		self.expect(right, file, f"scores of {of_text} bytes of text", needed)
 		if settings.get("vocab_size") == train_gpt.BYTE_VOCAB:
 			found = f"scores of {of_text} bytes of text"

@@ -162,6 +162,8 @@ def block(runs: list[Run], main: str, base: str, ran: Program) -> str:
 			lines += [f"The arms are not compared: {str(error).splitlines()[0]}.", ""]
 	lines += [*runs_table(runs), "", *limits_table(done), "", "## Commands", ""]
 	lines += ["Each seed of the table takes its place in SEED.", ""]
+	if any(run.repacked for run in runs):
+		lines[-2] += " With --quantize weights are packed that a run of that seed trained."
 	for name, arm in arms.items():
 		lines += [*[f"`{name}`:", ""] * bool(name), f"    {ran.command(arm[0])}", ""]
 	lines += ["## Machines", ""]

@@ -43,8 +43,8 @@ NAMES = {
 	r"load_library|cpp_extension|allow_pickle|ctypes|importlib|pickle|marshal|builtins|"
 	r"(?!__(?:annotations|doc|file|init|main|metadata|name|version)__)__\w+__",
 }
-# All that a program may have of the C library: how it keeps memory.
-C_LIBRARY = {"import ctypes", "ctypes.CDLL(None).mallopt"}
+# All that a program may have of the C library: how it keeps memory, called or given its own name.
+C_LIBRARY, C_NAME = {"import ctypes", "ctypes.CDLL(None).mallopt"}, "mallopt"
 VARIABLES, METHODS = {"load"}, {"compile", "eval"}  # harmless as such
 REQUIREMENT = re.compile(r"[A-Za-z][\w.-]*(?:,?(?:[=~]=|[<>]=?)\d[\w.+]*)+")
 READ_VAL = {"load_data", "evaluate", "finish"}  # the last for its hash
@@ -114,8 +114,9 @@ def used(node: ast.AST) -> set[str]:
 		return {part for alias in node.names for part in alias.name.split(".")[1:]}
 	if isinstance(node, ast.keyword):
 		return {str(node.arg)}
-	if isinstance(node, ast.Constant) and isinstance(node.value, str):
-		return {node.value} - METHODS
+	if isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes)):
+		text = node.value if isinstance(node.value, str) else node.value.decode("latin-1")
+		return {text} - METHODS
 	read = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
 	return {node.id} - VARIABLES if read else set()
 
@@ -138,13 +139,20 @@ def check_source(expect: Expect, tree: ast.Module, needs: str) -> None:
 	listed = {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in lines}
 	installed = listed | {OPTIONAL} | sys.stdlib_module_names
 	modules = MODULES.split()
+	called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+	named = (node for node in ast.walk(tree) if isinstance(node, ast.Assign))
+	kept = {id(node.value) for node in named if [ast.unparse(t) for t in node.targets] == [C_NAME]}
 	whole = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.Attribute))]
+	whole = [node for node in whole if isinstance(node, ast.Import) or id(node) in called | kept]
 	whole = [node for node in whole if ast.unparse(node) in C_LIBRARY]
 	allowed = {id(part) for node in whole for part in ast.walk(node)}
 	for node in ast.walk(tree):
 		if id(node) in allowed:
 			continue
 		at = f"line {getattr(node, 'lineno', 0)}:"
+		plain = isinstance(node, ast.Name) and node.id == C_NAME and id(node) not in called
+		taken = plain and isinstance(node.ctx, ast.Load)
+		expect(not taken, PROGRAM, f"{at} {C_NAME}, not called", "code that can be read")
 		for name in imported(node):
 			expect(name in modules, PROGRAM, f"{at} import {name}", "modules that a program needs")
 			expect(name in installed, PROGRAM, f"{at} import {name}", f"modules of {NEEDS}")

@@ -12,6 +12,7 @@ import math
 import re
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
@@ -101,6 +102,11 @@ class Run:
 		return self.status in DONE
 
 	@property
+	def repacked(self) -> bool:
+		"""Whether it packed and scored weights that another run trained (--quantize)."""
+		return self.finished and not self.steps and "train_seconds" not in self.verdicts
+
+	@property
 	def final(self) -> str | None:
 		"""The name of the score that counts, the last one made, or None."""
 		return next((name for name in reversed(SCORE_LINES) if name in self.scores), None)
@@ -117,28 +123,37 @@ def by_name(runs: Iterable[Run]) -> dict[str, list[Run]]:
 class Program:
 	"""What the settings of a program are unless told, by its source: nothing of it is run.
 
-	A submission's program has presets and defaults of its own. One that cannot be read here counts
-	as none, so that a command names the setting.
+	A submission's program has presets and defaults of its own. What cannot be read here, or is
+	changed after it is first given, counts as none, so that a command names the setting.
 	"""
 
 	def __init__(self, tree: ast.Module) -> None:
-		of_module, self.defaults = literals(tree.body), {}
-		self.presets = of_module.get("PRESETS", {})
-		self.byte_rules = of_module.get("BYTE_RULES", "")
+		of_module = literals(tree.body)
+		self.byte_rules = variables(of_module.get("BYTE_RULES"))
+		presets = of_module.get("PRESETS")
+		self.presets = presets if isinstance(presets, dict) else {}
+		self.presets = {name: variables(text) for name, text in self.presets.items()}
+		self.defaults: dict[str, Any] = {}
+		classes = "ModelSettings", "Hyperparameters"
 		for node in tree.body:
-			if isinstance(node, ast.ClassDef) and node.name in ("ModelSettings", "Hyperparameters"):
+			if isinstance(node, ast.ClassDef) and node.name in classes:
 				self.defaults |= literals(node.body)
+		stored = (x for x in ast.walk(tree) if isinstance(getattr(x, "ctx", None), ast.Store))
+		for node in stored:  # as Hyperparameters.seed = 7
+			owner = getattr(getattr(node, "value", None), "id", "")
+			if owner == "PRESETS":
+				self.presets = {}
+			if owner in classes:
+				self.defaults.pop(getattr(node, "attr", ""), None)
 
 	def settings(self, env: dict[str, str]) -> dict[str, Any]:
 		"""By these variables, else PRESET, else rule of bytes, else default."""
-		env = train_gpt.assignments(self.presets.get(env.get("PRESET"), "")) | env
+		env = self.presets.get(env.get("PRESET"), {}) | env
 		if env.get("VOCAB_SIZE") == str(train_gpt.BYTE_VOCAB):
-			env = train_gpt.assignments(self.byte_rules) | env
-		given = {name: env.get(name.upper()) for name in self.defaults}
-		return {
-			name: default if given[name] is None else typed(given[name], type(default))
-			for name, default in self.defaults.items()
-		}
+			env = self.byte_rules | env
+		told = {name: env[name.upper()] for name in self.defaults if name.upper() in env}
+		kinds = {name: type(x) for name, x in self.defaults.items() if x is not None}
+		return self.defaults | {name: typed(x, kinds.get(name)) for name, x in told.items()}
 
 	def command(self, run: Run) -> str:
 		"""The shortest command that gives a run's settings, less its names; SEED is first."""
@@ -146,25 +161,40 @@ class Program:
 		env = {"PRESET": preset} if preset else {}
 		if run.settings.get("vocab_size") == train_gpt.BYTE_VOCAB:
 			env["VOCAB_SIZE"] = str(train_gpt.BYTE_VOCAB)
-		given = self.settings(env)
+		given, left_out = self.settings(env), ["run_id", "run_dir", "resume", "seed"]
+		left_out += ["train_batch_tokens"] * run.repacked  # one sequence, whatever is said
 		for name, value in run.settings.items():
-			if name not in ("run_id", "run_dir", "resume", "seed") and value != given.get(name):
+			if name not in left_out and value != given.get(name):
 				env[name.upper()] = str(int(value)) if isinstance(value, bool) else str(value)
 		pairs = [f"{name}={shlex.quote(value)}" for name, value in env.items()]
 		many = f"torchrun --standalone --nproc_per_node={run.ranks}"
 		launcher = many if run.ranks > 1 else "python"
-		return " ".join([f"SEED={run.seed}", *pairs, launcher, "train_gpt.py"])
+		weights = ["--quantize", f"final_model_seed{run.seed}.safetensors"] * run.repacked
+		return " ".join([f"SEED={run.seed}", *pairs, launcher, "train_gpt.py", *weights])
 
 
 def literals(body: list[ast.stmt]) -> dict[str, Any]:
-	"""What names are given in a body; of a setting, which is a tuple, its default."""
-	found = {}
+	"""The names that a body gives a literal alone; of a setting, a tuple, its default."""
+	found, times = {}, Counter()
 	for node in body:
+		if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+			continue
+		stored = (part for part in ast.walk(node) if isinstance(part, ast.Name))
+		times.update(part.id for part in stored if not isinstance(part.ctx, ast.Load))
 		if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-			value = node.value.elts[0] if isinstance(node.value, ast.Tuple) else node.value
-			with suppress(ValueError):  # an expression
-				found[node.targets[0].id] = ast.literal_eval(value)
-	return found
+			of_tuple = isinstance(node.value, ast.Tuple) and node.value.elts
+			with suppress(ValueError, TypeError, MemoryError, RecursionError):  # no literal
+				value = ast.literal_eval(of_tuple[0] if of_tuple else node.value)
+				found[node.targets[0].id] = value
+	return {name: value for name, value in found.items() if times[name] == 1}
+
+
+def variables(text: Any) -> dict[str, str]:
+	"""The variables of a line `A=1 B=2`; of anything else, none."""
+	try:
+		return train_gpt.assignments(text)
+	except (ValueError, AttributeError, TypeError):
+		return {}
 
 
 def typed(text: str, kind: type | None) -> Any:

@@ -79,9 +79,27 @@ def test_an_arm_may_be_weights_that_other_runs_trained(finished, tmp_path, capsy
 		(tmp_path / name).mkdir()
 	folder = made(tmp_path / "records", *runs, main="tiny", base="tiny")
 	assert check.faults_of(folder, run=False) == []
+	text = (folder / "README.md").read_text(encoding="utf-8")
+	assert text.count("train_gpt.py --quantize final_model_seed1337.safetensors\n") == 1
 	said = refused(capsys, tmp_path / "others", *runs, main="rounding", base="tiny")
 	assert any("0 steps; needed: 6" in line for line in said)
 	assert any("needed: 3 verdicts" in line for line in said)
+
+
+OF_ITS_SEED = "those of a run of its seed, by the score before int6"
+
+
+def test_an_arm_that_hides_its_steps_is_none_of_others_weights(several, copy):
+	folder = copy(several)
+	for log in folder.glob("train_plain_*.log"):
+		hidden = r"^(step:|stopping_early|limit:train|model_params|resume:).*\n"
+		text = re.sub(hidden, "", log.read_text(encoding="utf-8"), flags=re.MULTILINE)
+		log.write_text(text, encoding="utf-8")
+	faults = check.faults_of(folder, run=False)
+	for seed in (42, 1337):
+		told = f"train_plain_seed{seed}.log: "
+		assert f"{told}weights of no run here; needed: {OF_ITS_SEED}" in faults
+		assert any(re.match(rf"{told}\d+\.\d+ s of training; needed: none", x) for x in faults)
 
 
 def test_no_folder(tmp_path, capsys):
@@ -711,6 +729,10 @@ SOURCES = {
 	"ctypes.CDLL('./a.so').mallopt": "ctypes",
 	"getattr(ctypes, 'CDLL')": "ctypes",
 	"ctypes.pythonapi": "ctypes",
+	"ctypes.CDLL(None).mallopt.errcheck": "ctypes",
+	"type(ctypes.CDLL(None).mallopt)((b'system', x))": "ctypes",
+	"mallopt = ctypes.CDLL(None).mallopt\ntype(mallopt)": "mallopt, not called",
+	"getattr(x, b'system'.decode())": "system",
 	"sys.modules": "sys.modules",
 }
 READERS = {

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "records"))
 
 import figures
 import submit
-from runs import Program, read_run
+from runs import Program, Run, read_run
 
 DAY = "2026-03-25"
 
@@ -167,6 +167,29 @@ class Hyperparameters(ModelSettings):
 		"SEED=5 PRESET=cpu VOCAB_SIZE=260 CORPUS=python SMEAR_GATE=1 VE_DIM=16 THEIR_DROPOUT=0.5 "
 		"python train_gpt.py"
 	)
+
+
+@pytest.mark.parametrize(
+	"text",
+	[
+		"PRESETS = dict(cpu='MATRIX_LR=0.9')",
+		"PRESETS = ['cpu']",
+		"PRESETS = {'cpu': {'MATRIX_LR': 2}, 'gpu': None, 3: '', 'two': 'MATRIX_LR=0.9 words'}",
+		"PRESETS = {'cpu': ''}\nPRESETS['cpu'] += ' MATRIX_LR=0.9'",
+		"PRESETS = {'cpu': ''}\nPRESETS |= {'cpu': ' MATRIX_LR=0.9'}",
+		"NONE = ()\nA, B = 1, 2",
+		"class Hyperparameters:\n\t__slots__ = ()",
+		"class Hyperparameters:\n\tmatrix_lr = 0.02, 'rate'\nHyperparameters.matrix_lr = 0.9",
+		"class Hyperparameters:\n\tmatrix_lr = 0.02, 'rate'\n\tmatrix_lr = float('0.9')",
+		"class Hyperparameters:\n\tmatrix_lr = None, 'rate'",
+		"class Hyperparameters:\n\tmatrix_lr: float = 0.02",
+		"class Hyperparameters:\n\tmatrix_lr = {[]: 1}",
+	],
+)
+def test_a_setting_that_cannot_be_read_is_named(text):
+	run = Run(Path(), "", "ok", settings={"preset": "cpu", "seed": 5, "matrix_lr": 0.02}, steps=1)
+	command = Program(ast.parse(text)).command(run)
+	assert command == "SEED=5 PRESET=cpu MATRIX_LR=0.02 python train_gpt.py"
 
 
 def test_logs_keep_all_but_paths(finished, tmp_path):
