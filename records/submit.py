@@ -59,8 +59,9 @@ def collect(paths: list[Path], alone: str) -> tuple[list[Run], list[str]]:
 	"""The runs in these folders, named by arm; faults of those not run to an end."""
 	runs, faults = [], []
 	marks = ("result.json", "train.log", "output.txt", "command.sh")
-	files = (file for path in paths for file in path.rglob("*") if file.name in marks)
-	for folder in sorted({file.parent.resolve() for file in files}):
+	found = {path: [x.parent for x in path.rglob("*") if x.name in marks] for path in paths}
+	faults += [f"{path}: no run is there" for path, folders in found.items() if not folders]
+	for folder in sorted({folder.resolve() for folders in found.values() for folder in folders}):
 		if re.search(r"\.cut\d+$", folder.name):  # put aside by sweep.py
 			continue
 		run = read_trial(folder)
@@ -70,7 +71,7 @@ def collect(paths: list[Path], alone: str) -> tuple[list[Run], list[str]]:
 		of_trial = not named(folder)[0]  # it is seed<N>
 		runs.append(run if of_trial else replace(run, name=alone))
 	if not runs:
-		raise ValueError(f"{', '.join(map(str, paths))}: no run is there")
+		raise ValueError("\n".join(faults))
 	return runs, faults
 
 

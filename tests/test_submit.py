@@ -476,6 +476,13 @@ def test_no_runs(tmp_path, capsys):
 	assert refused(capsys, tmp_path, tmp_path) == [f"error: {tmp_path}: no run is there"]
 
 
+def test_each_path_has_runs(finished, tmp_path, capsys):
+	"""A name mistyped would drop an arm."""
+	lost = tmp_path / "tyni"
+	told = refused(capsys, tmp_path, finished / "tiny", lost, finished / "plain", main="tiny")
+	assert f"error: {lost}: no run is there" in told
+
+
 def test_the_command_line(finished, tmp_path, capsys, monkeypatch):
 	monkeypatch.setattr(sys, "argv", ["submit.py", *making(tmp_path, finished / "tiny")])
 	with pytest.raises(SystemExit) as ended:
