@@ -298,7 +298,7 @@ def test_memory_for_no_window_at_all_is_status_3_and_the_weights_are_there(
 		limit_windows(0, patch)
 		assert tg.main([], env) == 3
 	assert result()["status"] == "oom"
-	assert "or VAL_BATCH_SIZE in scoring" in result()["reason"]
+	assert "EVAL_SEQ_LEN or EVAL_WINDOW" in result()["reason"]
 	assert "out of memory: scoring 1 windows at once" in capsys.readouterr().out
 	again = {**env, "RUN_DIR": "next"}
 	assert tg.main(["--quantize", "run/final_model.safetensors"], again) == 0

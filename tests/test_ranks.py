@@ -99,7 +99,8 @@ def test_an_artifact_has_the_same_score_on_any_number_of_ranks(worlds, world):
 	for rank in range(world):
 		some = json.loads((worlds[world] / f"scores{rank}.json").read_text())
 		for kind, score in some.items():
-			near = 1e-9 if kind != "ttt" else 1e-4  # which trains
+			# ttt trains; attention under a mask is summed in another order by another thread count.
+			near = {"ttt": 1e-4, "window": 1e-7}.get(kind, 1e-9)
 			for name in ("val_loss", "val_bpb", "nats"):
 				assert score[name] == pytest.approx(one[kind][name], rel=near, abs=near)
 			assert (score["tokens"], score["bytes"]) == (one[kind]["tokens"], one[kind]["bytes"])
