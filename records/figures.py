@@ -163,9 +163,16 @@ def block(runs: list[Run], main: str, base: str, ran: Program) -> str:
 	lines += [*runs_table(runs), "", *limits_table(done), "", "## Commands", ""]
 	lines += ["Each seed of the table takes its place in SEED.", ""]
 	if any(run.repacked for run in runs):
-		lines[-2] += " With --quantize weights are packed that a run of that seed trained."
+		lines[-2] += (
+			" `final_model_seed<N>.safetensors` is the `final_model.safetensors` of the run"
+		)
+		lines[-2] += " of seed N that was trained to the same bpb before int6."
 	for name, arm in arms.items():
-		lines += [*[f"`{name}`:", ""] * bool(name), f"    {ran.command(arm[0])}", ""]
+		lines += [
+			*[f"`{name}`:", ""] * bool(name),
+			f"    {ran.command((scored(arm) or arm)[0])}",
+			"",
+		]
 	lines += ["## Machines", ""]
 	lines += dict.fromkeys(f"- {machine_of(run)}" for run in runs if run.machine)
 	return "\n".join([*lines, "", END])

@@ -150,8 +150,7 @@ def check_source(expect: Expect, tree: ast.Module, needs: str) -> None:
 		if id(node) in allowed:
 			continue
 		at = f"line {getattr(node, 'lineno', 0)}:"
-		plain = isinstance(node, ast.Name) and node.id == C_NAME and id(node) not in called
-		taken = plain and isinstance(node.ctx, ast.Load)
+		taken = C_NAME in used(node) and id(node) not in called
 		expect(not taken, PROGRAM, f"{at} {C_NAME}, not called", "code that can be read")
 		for name in imported(node):
 			expect(name in modules, PROGRAM, f"{at} import {name}", "modules that a program needs")

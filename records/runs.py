@@ -104,7 +104,8 @@ class Run:
 	@property
 	def repacked(self) -> bool:
 		"""Whether it packed and scored weights that another run trained (--quantize)."""
-		return self.finished and not self.steps and "train_seconds" not in self.verdicts
+		trained = self.steps or self.parameters  # which a run counts before its first step
+		return self.finished and not trained and "model_dim" in self.settings
 
 	@property
 	def final(self) -> str | None:
@@ -137,7 +138,9 @@ class Program:
 		classes = "ModelSettings", "Hyperparameters"
 		for node in tree.body:
 			if isinstance(node, ast.ClassDef) and node.name in classes:
-				self.defaults |= literals(node.body)
+				names = {getattr(part, "id", "") for part in ast.walk(node)}
+				kept = {name: x for name, x in self.defaults.items() if name not in names}
+				self.defaults = kept | literals(node.body)
 		stored = (x for x in ast.walk(tree) if isinstance(getattr(x, "ctx", None), ast.Store))
 		for node in stored:  # as Hyperparameters.seed = 7
 			owner = getattr(getattr(node, "value", None), "id", "")

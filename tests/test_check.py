@@ -81,12 +81,30 @@ def test_an_arm_may_be_weights_that_other_runs_trained(finished, tmp_path, capsy
 	assert check.faults_of(folder, run=False) == []
 	text = (folder / "README.md").read_text(encoding="utf-8")
 	assert text.count("train_gpt.py --quantize final_model_seed1337.safetensors\n") == 1
+	env |= {"EVAL_SEQ_LEN": "32", "RUN_DIR": str(tmp_path / "short" / "seed1337")}
+	assert train_gpt.main(["--quantize", str(weights)], env) == 0
+	(tmp_path / "shorter").mkdir()
+	folder = made(tmp_path / "shorter", runs[0], tmp_path / "short", main="tiny", base="tiny")
+	assert check.faults_of(folder, run=False) == []
 	said = refused(capsys, tmp_path / "others", *runs, main="rounding", base="tiny")
 	assert any("0 steps; needed: 6" in line for line in said)
 	assert any("needed: 3 verdicts" in line for line in said)
 
 
 OF_ITS_SEED = "those of a run of its seed, by the score before int6"
+
+
+def test_an_arm_of_no_steps_at_all(finished, tmp_path):
+	settings = json.loads((finished / "tiny/seed7/result.json").read_text())["settings"]
+	env = {key.upper(): str(int(x) if isinstance(x, bool) else x) for key, x in settings.items()}
+	env |= {"ITERATIONS": "0", "RUN_DIR": str(tmp_path / "untrained" / "seed7")}
+	assert train_gpt.main([], env) == 0
+	(tmp_path / "out").mkdir()
+	folder = made(
+		tmp_path / "out", finished / "tiny", tmp_path / "untrained", main="tiny", base="tiny"
+	)
+	assert check.faults_of(folder, run=False) == []
+	assert "--quantize" not in (folder / "README.md").read_text(encoding="utf-8")
 
 
 def test_an_arm_that_hides_its_steps_is_none_of_others_weights(several, copy):
@@ -732,6 +750,8 @@ SOURCES = {
 	"ctypes.CDLL(None).mallopt.errcheck": "ctypes",
 	"type(ctypes.CDLL(None).mallopt)((b'system', x))": "ctypes",
 	"mallopt = ctypes.CDLL(None).mallopt\ntype(mallopt)": "mallopt, not called",
+	"class A:\n\tmallopt = ctypes.CDLL(None).mallopt\ntype(A.mallopt)": "mallopt, not called",
+	"mallopt = ctypes.CDLL(None).mallopt\nvars()['mallopt']": "mallopt, not called",
 	"getattr(x, b'system'.decode())": "system",
 	"sys.modules": "sys.modules",
 }

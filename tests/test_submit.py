@@ -182,6 +182,8 @@ class Hyperparameters(ModelSettings):
 		"class Hyperparameters:\n\tmatrix_lr = 0.02, 'rate'\nHyperparameters.matrix_lr = 0.9",
 		"class Hyperparameters:\n\tmatrix_lr = 0.02, 'rate'\n\tmatrix_lr = float('0.9')",
 		"class Hyperparameters:\n\tmatrix_lr = None, 'rate'",
+		"class ModelSettings:\n\tmatrix_lr = 0.02, 'rate'\n"
+		"class Hyperparameters(ModelSettings):\n\tmatrix_lr = float('0.9'), 'rate'",
 		"class Hyperparameters:\n\tmatrix_lr: float = 0.02",
 		"class Hyperparameters:\n\tmatrix_lr = {[]: 1}",
 	],
@@ -190,6 +192,14 @@ def test_a_setting_that_cannot_be_read_is_named(text):
 	run = Run(Path(), "", "ok", settings={"preset": "cpu", "seed": 5, "matrix_lr": 0.02}, steps=1)
 	command = Program(ast.parse(text)).command(run)
 	assert command == "SEED=5 PRESET=cpu MATRIX_LR=0.02 python train_gpt.py"
+
+
+def test_a_log_of_another_script_is_of_no_other_weights(tmp_path):
+	"""It has scores and no line of steps or settings."""
+	log = tmp_path / "train_seed3.log"
+	log.write_text("final_int6_roundtrip_exact val_loss:2.0 val_bpb:1.2\n", encoding="utf-8")
+	command = Program(ast.parse("")).command(read_run(log))
+	assert command == "SEED=3 python train_gpt.py"
 
 
 def test_logs_keep_all_but_paths(finished, tmp_path):
