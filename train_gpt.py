@@ -268,8 +268,8 @@ def settings_notes(h, env):
 	for name in sorted(env.keys() - names):
 		for near in difflib.get_close_matches(name, names, n=1, cutoff=0.88):
 			notes.append(f"warning: {name} is no setting; is {near} meant?")
-	unbuilt = "SWA_ENABLED", "STP_ENABLED", "LATE_QAT_THRESHOLD"
-	return notes + [f"warning: {n} is not built" for n in unbuilt if env.get(n, "0") not in "0.0"]
+	left_out = "SWA_ENABLED", "STP_ENABLED", "LATE_QAT_THRESHOLD"
+	return notes + [f"warning: {n} is not built" for n in left_out if env.get(n, "").strip("0.")]
 
 
 def settings_table():

@@ -24,7 +24,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent)]
 import figures
 import program
 from figures import BEGIN, END, FIGURES, LOG_NAME, NEEDS, NON_RECORD, PROGRAM, RECORD, TEXT
-from runs import INCIDENTAL, Program, Run, by_name, starts_of, train_gpt
+from runs import INCIDENTAL, Defaults, Run, by_name, starts_of, train_gpt
 
 RECORD_SEEDS = 3
 RECORD_RANKS, RECORD_GPU = 8, "H100"
@@ -319,8 +319,8 @@ class Check:
 		)
 		self.expect(len(results) < 2, TEXT, f"headings {results}", "one")
 		if found and self.done:
-			ran = Program(self.tree or ast.Module([], []))
-			needed = figures.block(self.runs, self.main, self.base, ran).splitlines()
+			defaults = Defaults(self.tree or ast.Module([], []))
+			needed = figures.block(self.runs, self.main, self.base, defaults).splitlines()
 			for a, b in zip_longest(found[0].splitlines(), needed, fillvalue="no line"):
 				self.expect(a == b, TEXT, a, f"{b}, by the logs")
 		for name in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text):

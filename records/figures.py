@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
-from runs import Program, Run, RunError, Score, by_name, read_run, train_gpt
+from runs import Defaults, Run, RunError, Score, by_name, read_run, train_gpt
 
 TRAIN_SECONDS_LIMIT = 600.0  # the challenge's
 RECORD, NON_RECORD = "track_10min_16mb", "track_non_record_16mb"
@@ -141,8 +141,8 @@ def submission(runs: list[Run], main: str, base: str) -> dict[str, Any]:
 	}
 
 
-def block(runs: list[Run], main: str, base: str, ran: Program) -> str:
-	"""The part of README that holds all figures, marks included; `ran` gives the commands."""
+def block(runs: list[Run], main: str, base: str, defaults: Defaults) -> str:
+	"""The part of README that holds all figures, marks included; commands by the defaults."""
 	arms, told = by_name(runs), submission(runs, main, base)
 	done = scored(arms[main])
 	score = done[0].scores[done[0].final]
@@ -161,18 +161,14 @@ def block(runs: list[Run], main: str, base: str, ran: Program) -> str:
 		except ValueError as error:  # as where an arm has one seed
 			lines += [f"The arms are not compared: {str(error).splitlines()[0]}.", ""]
 	lines += [*runs_table(runs), "", *limits_table(done), "", "## Commands", ""]
-	lines += ["Each seed of the table takes its place in SEED.", ""]
+	seeds = "Each seed of the table takes its place in SEED."
 	if any(run.repacked for run in runs):
-		lines[-2] += (
-			" `final_model_seed<N>.safetensors` is the `final_model.safetensors` of the run"
-		)
-		lines[-2] += " of seed N that was trained to the same bpb before int6."
+		seeds += " `final_model_seed<N>.safetensors` is the `final_model.safetensors` of the run"
+		seeds += " of seed N that was trained to the same bpb before int6."
+	lines += [seeds, ""]
 	for name, arm in arms.items():
-		lines += [
-			*[f"`{name}`:", ""] * bool(name),
-			f"    {ran.command((scored(arm) or arm)[0])}",
-			"",
-		]
+		command = defaults.command((scored(arm) or arm)[0])
+		lines += [*[f"`{name}`:", ""] * bool(name), f"    {command}", ""]
 	lines += ["## Machines", ""]
 	lines += dict.fromkeys(f"- {machine_of(run)}" for run in runs if run.machine)
 	return "\n".join([*lines, "", END])

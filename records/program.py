@@ -40,11 +40,11 @@ NAMES = {
 	"no other program, for it might use the network": r"exec[lv]\w*|fork\w*|popen|posix_spawn\w*|"
 	r"spawn\w*|startfile|subprocess|system",
 	"code that can be read": r"compile|eval|exec|globals|locals|jit|load|load_inline|"
-	r"load_library|cpp_extension|allow_pickle|ctypes|importlib|pickle|marshal|builtins|"
+	r"load_library|cpp_extension|allow_pickle|ctypes|mallopt|importlib|pickle|marshal|builtins|"
 	r"(?!__(?:annotations|doc|file|init|main|metadata|name|version)__)__\w+__",
 }
 # All that a program may have of the C library: how it keeps memory, called or given its own name.
-C_LIBRARY, C_NAME = {"import ctypes", "ctypes.CDLL(None).mallopt"}, "mallopt"
+C_LIBRARY = {"import ctypes", "ctypes.CDLL(None).mallopt"}
 VARIABLES, METHODS = {"load"}, {"compile", "eval"}  # harmless as such
 REQUIREMENT = re.compile(r"[A-Za-z][\w.-]*(?:,?(?:[=~]=|[<>]=?)\d[\w.+]*)+")
 READ_VAL = {"load_data", "evaluate", "finish"}  # the last for its hash
@@ -130,6 +130,18 @@ def imported(node: ast.AST) -> list[str]:
 	return []
 
 
+def of_c_library(tree: ast.Module) -> set[int]:
+	"""The nodes, by id, that take no more of the C library than a program may, or call it."""
+	nodes = [*ast.walk(tree)]
+	called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
+	named = (node for node in nodes if isinstance(node, ast.Assign))
+	kept = {id(n.value) for n in named if [ast.unparse(t) for t in n.targets] == ["mallopt"]}
+	whole = [n for n in nodes if isinstance(n, ast.Import) or id(n) in called | kept]
+	whole = [node for node in whole if ast.unparse(node) in C_LIBRARY]
+	calls = {id(n) for n in nodes if id(n) in called and used(n) == {"mallopt"}}
+	return calls | {id(part) for node in whole for part in ast.walk(node)}
+
+
 def check_source(expect: Expect, tree: ast.Module, needs: str) -> None:
 	"""What it imports and calls, whether all of it can be read, and who sees validation data."""
 	lines = [line.partition(" #")[0].strip() for line in needs.splitlines()]
@@ -139,19 +151,11 @@ def check_source(expect: Expect, tree: ast.Module, needs: str) -> None:
 	listed = {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in lines}
 	installed = listed | {OPTIONAL} | sys.stdlib_module_names
 	modules = MODULES.split()
-	called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-	named = (node for node in ast.walk(tree) if isinstance(node, ast.Assign))
-	kept = {id(node.value) for node in named if [ast.unparse(t) for t in node.targets] == [C_NAME]}
-	whole = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.Attribute))]
-	whole = [node for node in whole if isinstance(node, ast.Import) or id(node) in called | kept]
-	whole = [node for node in whole if ast.unparse(node) in C_LIBRARY]
-	allowed = {id(part) for node in whole for part in ast.walk(node)}
+	allowed = of_c_library(tree)
 	for node in ast.walk(tree):
 		if id(node) in allowed:
 			continue
 		at = f"line {getattr(node, 'lineno', 0)}:"
-		taken = C_NAME in used(node) and id(node) not in called
-		expect(not taken, PROGRAM, f"{at} {C_NAME}, not called", "code that can be read")
 		for name in imported(node):
 			expect(name in modules, PROGRAM, f"{at} import {name}", "modules that a program needs")
 			expect(name in installed, PROGRAM, f"{at} import {name}", f"modules of {NEEDS}")

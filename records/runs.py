@@ -121,8 +121,8 @@ def by_name(runs: Iterable[Run]) -> dict[str, list[Run]]:
 	return trials
 
 
-class Program:
-	"""What the settings of a program are unless told, by its source: nothing of it is run.
+class Defaults:
+	"""What a program's settings are unless told, by its source: nothing of it is run.
 
 	A submission's program has presets and defaults of its own. What cannot be read here, or is
 	changed after it is first given, counts as none, so that a command names the setting.

@@ -39,7 +39,7 @@ from figures import (
 	submission,
 	why,
 )
-from runs import ROOT, Program, Run, by_name, named, read_run, read_trial
+from runs import ROOT, Defaults, Run, by_name, named, read_run, read_trial
 
 README = """# {name}
 
@@ -150,8 +150,8 @@ def build(folder: Path, runs: list[Run], args: argparse.Namespace) -> None:
 	prose = args.text.read_text(encoding="utf-8").strip() + "\n\n" if args.text else ""
 	for path in drawn(runs, folder, base) if args.plots else []:
 		prose += f"![{path.stem}]({path.name})\n\n"
-	ran = Program(ast.parse((folder / PROGRAM).read_text(encoding="utf-8")))
-	about |= {"figures": block(logged, main, base, ran), "prose": prose}
+	defaults = Defaults(ast.parse((folder / PROGRAM).read_text(encoding="utf-8")))
+	about |= {"figures": block(logged, main, base, defaults), "prose": prose}
 	(folder / TEXT).write_text(README.format(**about), encoding="utf-8")
 
 

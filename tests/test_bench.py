@@ -38,7 +38,12 @@ ROWS = {
 	"attention": {"1 x 16, forward: flash", "1 x 16, forward and backward: math"},
 	"muon": {"step, stacked", "step, matrix by matrix", "Newton-Schulz, stacked"},
 	"gptq": {"rounding", "GPTQ, collecting Hessians", "GPTQ, solving"},
-	"loop": {"plain loop", "train_gpt.py, eager", "train_gpt.py, compiled"},
+	"loop": {
+		"plain loop",
+		"plain loop, products as ours",
+		"train_gpt.py, eager",
+		"train_gpt.py, compiled",
+	},
 	"scoring": {"sliding, a window at a time", "plain, scored", "one pass", "one pass, scored"},
 	"packing": {"zstd-22", "zlib-9", "lzma-9e", "order-0 entropy", "the artifact"},
 	"bytes": {"step", "  backward", "speed"},

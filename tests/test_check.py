@@ -18,7 +18,7 @@ import check
 import figures
 import program
 import train_gpt
-from runs import Program
+from runs import Defaults
 
 GUARD = '\nif __name__ == "__main__":\n'
 
@@ -61,18 +61,17 @@ def test_a_good_folder_passes_whole(study, capsys):
 	assert {path: path.read_bytes() for path in study.rglob("*")} == before
 
 
+def env_of(run):
+	"""The variables that give a run's settings."""
+	settings = json.loads((run / "result.json").read_text(encoding="utf-8"))["settings"]
+	return {k.upper(): str(int(x) if isinstance(x, bool) else x) for k, x in settings.items()}
+
+
 def test_an_arm_may_be_weights_that_other_runs_trained(finished, tmp_path, capsys):
 	"""It has no steps; the main arm must have been trained."""
 	weights = finished / "tiny" / "seed1337" / "final_model.safetensors"
-	settings = json.loads((weights.parent / "result.json").read_text())["settings"]
-	env = {
-		name.upper(): str(int(x) if x is True or x is False else x) for name, x in settings.items()
-	}
-	env |= {
-		"GPTQ_ENABLED": "0",
-		"EVAL_WINDOW": "32",
-		"RUN_DIR": str(tmp_path / "rounding" / "seed1337"),
-	}
+	env = env_of(weights.parent) | {"GPTQ_ENABLED": "0", "EVAL_WINDOW": "32"}
+	env |= {"RUN_DIR": str(tmp_path / "rounding" / "seed1337")}
 	assert train_gpt.main(["--quantize", str(weights)], env) == 0
 	runs = finished / "tiny", tmp_path / "rounding"
 	for name in ("records", "others"):
@@ -95,8 +94,7 @@ OF_ITS_SEED = "those of a run of its seed, by the score before int6"
 
 
 def test_an_arm_of_no_steps_at_all(finished, tmp_path):
-	settings = json.loads((finished / "tiny/seed7/result.json").read_text())["settings"]
-	env = {key.upper(): str(int(x) if isinstance(x, bool) else x) for key, x in settings.items()}
+	env = env_of(finished / "tiny/seed7")
 	env |= {"ITERATIONS": "0", "RUN_DIR": str(tmp_path / "untrained" / "seed7")}
 	assert train_gpt.main([], env) == 0
 	(tmp_path / "out").mkdir()
@@ -234,7 +232,7 @@ def every_log(pattern, text):
 			of_seed |= kept
 		path.write_text(json.dumps(values | told), encoding="utf-8")
 		tree = ast.parse((folder / PROGRAM).read_text(encoding="utf-8"))
-		made_again = figures.block(runs, "", "", Program(tree))
+		made_again = figures.block(runs, "", "", Defaults(tree))
 		readme = folder / "README.md"
 		old = readme.read_text(encoding="utf-8")
 		head, tail = old.partition(figures.BEGIN)[0], old.partition(figures.END)[2]
@@ -749,9 +747,9 @@ SOURCES = {
 	"ctypes.pythonapi": "ctypes",
 	"ctypes.CDLL(None).mallopt.errcheck": "ctypes",
 	"type(ctypes.CDLL(None).mallopt)((b'system', x))": "ctypes",
-	"mallopt = ctypes.CDLL(None).mallopt\ntype(mallopt)": "mallopt, not called",
-	"class A:\n\tmallopt = ctypes.CDLL(None).mallopt\ntype(A.mallopt)": "mallopt, not called",
-	"mallopt = ctypes.CDLL(None).mallopt\nvars()['mallopt']": "mallopt, not called",
+	"mallopt = ctypes.CDLL(None).mallopt\ntype(mallopt)": "mallopt",
+	"class A:\n\tmallopt = ctypes.CDLL(None).mallopt\ntype(A.mallopt)": "mallopt",
+	"mallopt = ctypes.CDLL(None).mallopt\nvars()['mallopt']": "mallopt",
 	"getattr(x, b'system'.decode())": "system",
 	"sys.modules": "sys.modules",
 }

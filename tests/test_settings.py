@@ -134,7 +134,7 @@ def test_an_instance_is_checked_however_it_is_made(value):
 def test_all_that_the_published_command_asks_for_is_built():
 	env = {"GPTQ_ENABLED": "1", "LABEL_SMOOTHING": "0.0", "TTT_ENABLED": "0"}
 	assert env.keys() <= {name.upper() for name in tg.Hyperparameters.__dataclass_fields__}
-	off = {"STP_ENABLED": "0", "SWA_ENABLED": "0", "LATE_QAT_THRESHOLD": "0.0"}
+	off = {"STP_ENABLED": "0", "SWA_ENABLED": "0", "LATE_QAT_THRESHOLD": "0.00"}
 	assert not tg.settings_notes(from_env(env | off), env | off)
 	assert from_env(env | off) == tg.Hyperparameters()  # GPTQ too is a default
 

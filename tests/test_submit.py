@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "records"))
 
 import figures
 import submit
-from runs import Program, Run, read_run
+from runs import Defaults, Run, read_run
 
 DAY = "2026-03-25"
 
@@ -136,13 +136,13 @@ def test_the_readme_says_how_it_was_made(finished, tmp_path):
 )
 def test_the_settings_of_a_program_by_its_source(line):
 	env = tg.assignments(line)
-	found = Program(ast.parse((ROOT / "train_gpt.py").read_text(encoding="utf-8"))).settings(env)
+	found = Defaults(ast.parse((ROOT / "train_gpt.py").read_text(encoding="utf-8"))).settings(env)
 	assert found == vars(tg.Hyperparameters.from_env(env))
 
 
 def test_a_command_is_for_the_program_that_ran(tmp_path):
 	"""Whose presets, defaults and settings are its own; today's trainer has others."""
-	theirs = Program(
+	theirs = Defaults(
 		ast.parse("""
 PRESETS = {"cpu": "VE_DIM=8 THEIR_DROPOUT=0.25 LN_SCALE=0"}
 BYTE_RULES = "MODEL_DIM=32"
@@ -190,7 +190,7 @@ class Hyperparameters(ModelSettings):
 )
 def test_a_setting_that_cannot_be_read_is_named(text):
 	run = Run(Path(), "", "ok", settings={"preset": "cpu", "seed": 5, "matrix_lr": 0.02}, steps=1)
-	command = Program(ast.parse(text)).command(run)
+	command = Defaults(ast.parse(text)).command(run)
 	assert command == "SEED=5 PRESET=cpu MATRIX_LR=0.02 python train_gpt.py"
 
 
@@ -198,7 +198,7 @@ def test_a_log_of_another_script_is_of_no_other_weights(tmp_path):
 	"""It has scores and no line of steps or settings."""
 	log = tmp_path / "train_seed3.log"
 	log.write_text("final_int6_roundtrip_exact val_loss:2.0 val_bpb:1.2\n", encoding="utf-8")
-	command = Program(ast.parse("")).command(read_run(log))
+	command = Defaults(ast.parse("")).command(read_run(log))
 	assert command == "SEED=3 python train_gpt.py"
 
 
