@@ -179,7 +179,7 @@ class Hyperparameters(ModelSettings):
 	# Evaluate
 	eval_seq_len = 0, "tokens a window; 0: TRAIN_SEQ_LEN"
 	eval_stride = 64, "of the sliding window; 0: no sliding pass"
-	eval_window = 0, "score in one pass, attending over so many; 0: no", 0, 1e9
+	eval_window = 0, "tokens of the one-pass score's window; 0: none", 0, 1e9
 	val_batch_size = 524_288, "tokens scored at once / 8 ranks", 1
 	ttt_enabled = False, "score again, learning from scored chunks"
 	ttt_chunk_tokens = 32_768, "tokens of a chunk", 2
@@ -1071,7 +1071,7 @@ def plan_windows(total, seq_len, stride, size, chunk):
 	"""Batches int64 [n, 2], n at most size, of windows (start, how many last positions it scores).
 
 	Each ends stride after the one before, or at the end, and scores what that did not; a batch's
-	begin to score in one chunk. A sliding first scores all and is alone; empty ones fill batches.
+	begin scoring in one chunk. Sliding, the first scores all and is alone; empty ones fill batches.
 	"""
 	ends = torch.cat((torch.arange(seq_len, total, stride), torch.tensor([total])))
 	counts = ends.diff(prepend=torch.tensor([0]))

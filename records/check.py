@@ -149,8 +149,16 @@ class Check:
 
 	def own_log(self, run: Run, text: str, whole: str) -> None:
 		"""That a log of our program, from its last start, agrees; `whole` has all its starts."""
+		repacked = run.repacked and run.name != self.main  # the main arm must have been trained
+		self.own_limits(run, text, repacked)
+		self.own_steps(run, text, whole, repacked)
+		if repacked:
+			self.own_weights(run)
+		self.own_text(run, text)
+
+	def own_limits(self, run: Run, text: str, repacked: bool) -> None:
+		"""That the verdicts on time and size are there and right."""
 		file, settings = run.path.name, run.settings
-		repacked = run.repacked and run.name != self.main
 		verdicts = 2 if repacked or not settings.get("iterations") else 3  # none on no steps
 		self.expect(
 			len(run.verdicts) == verdicts, file, f"limits: {run.verdicts}", f"{verdicts} verdicts"
@@ -174,20 +182,16 @@ class Check:
 		right = packed and int(packed[-1]) == run.sizes.get("model")
 		found = f"size: {packed[-1] if packed else 'no'} bytes packed"
 		self.expect(right, file, found, f"{run.sizes.get('model')}, as Serialized model")
-		planned, every = settings.get("iterations"), settings.get("train_log_every")
+
+	def own_steps(self, run: Run, text: str, whole: str, repacked: bool) -> None:
+		"""That it took the steps it was to take, and logged each that it logs."""
+		file = run.path.name
+		planned, every = (run.settings.get(name) for name in ("iterations", "train_log_every"))
 		totals = {int(n) for n in re.findall(r"^step:\d+/(\d+) ", text, re.MULTILINE)}
 		self.expect(totals <= {planned}, file, f"steps of {totals}", f"{planned}, by ITERATIONS")
 		early = re.findall(r"^stopping_early: .* step:(\d+)/", text, re.MULTILINE)
 		end = int(early[-1]) if early else 0 if repacked else planned
 		self.expect(run.steps == end, file, f"{run.steps} steps", f"{end}, where it ended")
-		if repacked:  # its weights are of a run that is here, and no step is hidden
-			trained = [other for other in self.runs if other.seed == run.seed and other.steps]
-			same = any(may_be_of_one(run, other) for other in trained)
-			needed = "those of a run of its seed, by the score before int6"
-			self.expect(same, file, "weights of no run here", needed)
-			own, read = (run.seconds.get(name, 0) for name in ("train", "calibrate"))
-			right = not run.curve and own <= (settings.get("gptq_calib") == "train") * (read + 0.1)
-			self.expect(right, file, f"{own} s of training", "none, where others trained")
 		began = re.search(r"^(?:resume: step (\d+)|step:)", whole, re.MULTILINE)
 		began = int(began[1] or 0) if began else 0
 		steps = {
@@ -195,6 +199,22 @@ class Check:
 		}
 		lost = sorted(steps - {step for step, *_ in run.curve})
 		self.expect(not lost, file, f"no line of steps {lost[:10]}", "each step it logged")
+
+	def own_weights(self, run: Run) -> None:
+		"""That repacked weights are of a run that is here, and no step is hidden."""
+		file = run.path.name
+		trained = [other for other in self.runs if other.seed == run.seed and other.steps]
+		same = any(may_be_of_one(run, other) for other in trained)
+		needed = "those of a run of its seed, by the score before int6"
+		self.expect(same, file, "weights of no run here", needed)
+		own, read = (run.seconds.get(name, 0) for name in ("train", "calibrate"))
+		calibrating = run.settings.get("gptq_calib") == "train"  # reads, and counts as, training
+		right = not run.curve and own <= (read + 0.1 if calibrating else 0)
+		self.expect(right, file, f"{own} s of training", "none, where others trained")
+
+	def own_text(self, run: Run, text: str) -> None:
+		"""That its scores are of as many bytes as its validation text has."""
+		file, settings = run.path.name, run.settings
 		of_text = run.scores[run.final].bytes
 		told = re.findall(r"^warning: (\d+) bytes of validation text", text, re.MULTILINE)
 		proven = re.findall(r"^byte_table:proven against (\d+)", text, re.MULTILINE)

@@ -40,9 +40,8 @@ def flops_per_token(model, h):
 class Steps:
 	"""Training steps on random text, one at a call; a subclass takes them."""
 
-	def __init__(
-		self, h, rt, data, precision="medium"
-	):  # of float32 products: as `tg.train` sets it
+	def __init__(self, h, rt, data, precision="medium"):
+		# Of float32 products; "medium" as `tg.train` sets it.
 		self.h, self.rt, self.data, self.number, self.losses = h, rt, data, 0, []
 		self.precision = precision
 		self.model = random_model(h, rt).train()
