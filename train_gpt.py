@@ -1,26 +1,48 @@
-"""Train, shrink and score a language model for the OpenAI Parameter Golf challenge, in one file.
+"""Train, quantize, pack and score a language model for the OpenAI Parameter Golf challenge.
 
-Of models that fit in 16,000,000 bytes, with this file, after 600 s on 8xH100, the best has the
-fewest bits per byte (bpb) on unseen text.
+The challenge: of all models that fit in 16,000,000 bytes together with this program, and that
+train in 600 s on 8xH100, the best has the fewest bits per byte (bpb) on unseen text.
 
-    PRESET=cpu python train_gpt.py  # a laptop, minutes
-    torchrun --standalone --nproc_per_node=8 train_gpt.py  # eight GPUs
-    python train_gpt.py --eval logs/<RUN_ID>/final_model.int6.ptz  # score it again
+    PRESET=cpu python train_gpt.py                                 # a laptop, a few minutes
+    python train_gpt.py                                            # one GPU
+    torchrun --standalone --nproc_per_node=8 train_gpt.py          # eight GPUs
+    python train_gpt.py --eval logs/<RUN_ID>/final_model.int6.ptz  # score an artifact again
 
-A section uses itself and earlier ones: Settings, Runtime, Data,
-Model, Evaluate, Optimizers, Training, Quantize and pack, Run.
-B sequences, T tokens, D model width, H query heads, K key/value heads, d head width, V vocabulary.
+Every setting is an environment variable; `--help` lists them.
+
+Sections, in reading order. A section uses itself and earlier ones only.
+
+    Settings       what the run is told: settings, their rules, presets
+    Runtime        where it runs: the ranks of a distributed run, the device
+    Attention      attention back ends, and the choice of one that works here
+    Log and files  the run's log, atomic writes, tensors on disk
+    Data           token shards, training batches, bytes of text per token
+    Model          the network, one forward pass for training and scoring
+    Schedule       what changes during training, as a function of progress
+    Evaluate       from logits to bits per byte
+    Optimizers     Muon, AdamW, the average of the weights
+    Training       clock, checkpoints, one step, the loop
+    Quantize       from float32 weights to integer codes
+    Artifact       from codes to a file that fits, and back
+    Run            the commands, and what happens when something fails
+
+Dimensions: B sequences, T tokens in a sequence, D model width, H query heads, K key/value heads,
+d width of a head, V vocabulary size, L layers.
 """
 
 import argparse
+import base64
 import ctypes
 import difflib
 import hashlib
+import importlib.util
 import json
+import lzma
 import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -29,17 +51,19 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 if __name__ == "__main__" and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-	# Threads that spin make a step ten times slower beside a busy process; to be told before torch.
-	os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+    # OpenMP threads that spin while they wait make a step ten times slower on a busy machine.
+    # The OpenMP library reads this once, when torch is imported.
+    os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 
 import numpy as np
 import torch
@@ -51,1949 +75,3327 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # ---- Settings: what the run is told ----
 
-BYTES_LIMIT = 16_000_000  # the challenge's, for this file and the artifact together
-EVAL_SECONDS_LIMIT = 600.0  # the challenge's, for scoring
-BYTE_VOCAB = 260  # ids 0-3 are special, 4 + b is byte b
-BOS_ID = 1  # opens every document
-BYTE_RULES = "VE_ENABLED=0 GPTQ_ENABLED=0 ROPE_TRAIN_SEQ_LEN=4096"  # of bytes, as in PR #832
+BYTES_LIMIT = 16_000_000  # the challenge's limit for code and artifact together
+EVAL_SECONDS_LIMIT = 600.0  # the challenge's limit for scoring
+BYTE_VOCAB = 260  # vocabulary of bytes: ids 0 to 3 are special, id 4 + b is byte b
+FIRST_TEXT_ID = 4  # ids below are special: padding, BOS, EOS, unknown
+BOS_ID = 1  # the first token of every document
+UNKNOWN_ID = 3
+T = TypeVar("T")
 
-# Whole configurations, as one would type them.
-PRESETS = {
-	# A first run: the embedded corpus, minutes on two cores.
-	"cpu": "CORPUS=python NUM_LAYERS=2 MODEL_DIM=128 NUM_HEADS=2 NUM_KV_HEADS=1 VE_DIM=32 "
-	"BIGRAM_VOCAB_SIZE=16384 BIGRAM_DIM=64 TRAIN_SEQ_LEN=512 TRAIN_BATCH_TOKENS=2048 "
-	"ITERATIONS=1600 WARMDOWN_ITERS=960 MAX_WALLCLOCK_SECONDS=0 MATRIX_LR=0.02 EMA_DECAY=0.97 "
-	"MUON_MOMENTUM=0.95 UNET_SKIPS=0 TRAIN_LOG_EVERY=100 VAL_LOSS_EVERY=0",
-	# PR #832: bytes and the JEPA head, less the defaults.
-	"byte_jepa": "VOCAB_SIZE=260 NUM_LAYERS=13 MLP_MULT=2 XSA_LAST_N=4 BIGRAM_VOCAB_SIZE=4096 "
-	"BIGRAM_DIM=32 TRAIN_SEQ_LEN=4096 TRAIN_BATCH_TOKENS=393216 ITERATIONS=9000 "
-	"WARMDOWN_ITERS=3000 EVAL_STRIDE=512 JEPA_CHUNK_SIZE=8",
-	"v9": "",  # PR #1124: the defaults
+
+# Defaults of the byte vocabulary, as in PR #832.
+BYTE_RULES: dict[str, Any] = {
+    "ve_enabled": False,
+    "gptq_enabled": False,
+    "rope_train_seq_len": 4096,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # A first run: the embedded corpus, a few minutes on two cores.
+    "cpu": {
+        "corpus": "python",
+        "num_layers": 2,
+        "model_dim": 128,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "ve_dim": 32,
+        "bigram_vocab_size": 16_384,
+        "bigram_dim": 64,
+        "unet_skips": False,
+        "train_seq_len": 512,
+        "train_batch_tokens": 2048,
+        "iterations": 1600,
+        "warmdown_iters": 960,
+        "max_wallclock_seconds": 0.0,
+        "matrix_lr": 0.02,
+        "muon_momentum": 0.95,
+        "ema_decay": 0.97,
+        "train_log_every": 100,
+        "val_loss_every": 0,
+    },
+    # PR #832: bytes and the JEPA head.
+    "byte_jepa": {
+        "vocab_size": BYTE_VOCAB,
+        "num_layers": 13,
+        "mlp_mult": 2.0,
+        "xsa_last_n": 4,
+        "bigram_vocab_size": 4096,
+        "bigram_dim": 32,
+        "train_seq_len": 4096,
+        "train_batch_tokens": 393_216,
+        "iterations": 9000,
+        "warmdown_iters": 3000,
+        "eval_stride": 512,
+        "jepa_chunk_size": 8,
+    },
+    # PR #1124: batched Muon and GPTQ, the defaults.
+    "v9": {},
 }
 
 
 class SettingsError(ValueError):
-	"""Settings that cannot be used, a line for each."""
+    """Settings that cannot be used; the message has one line per fault."""
 
 
-def from_tuples(cls):
-	"""A frozen dataclass of tuples: default (and so the type), meaning, bounds or choices."""
-	tuples = {name: x for name, x in vars(cls).items() if type(x) is tuple and name[0] != "_"}
-	cls.__annotations__ = {name: type(default) for name, (default, *_) in tuples.items()}
-	for name, (default, doc, *legal) in tuples.items():
-		doc += "".join(f" ({choices})" for choices in legal if type(default) is str)
-		setattr(cls, name, field(default=default, metadata={"doc": doc, "legal": legal}))
-	return dataclass(frozen=True)(cls)
+def setting(
+    default: T, meaning: str, *, low: float = 0, high: float = 1e18, choices: tuple[str, ...] = ()
+) -> T:
+    """Returns a dataclass field: its default, what it means, and the values that are legal."""
+    legal = {"meaning": meaning, "low": low, "high": high, "choices": choices}
+    return field(default=default, metadata=legal)
 
 
-@from_tuples
+@dataclass(frozen=True)
 class ModelSettings:
-	"""What the model is: these travel in the artifact."""
+    """Settings that define the architecture. The artifact stores them in its header."""
 
-	# Data
-	corpus = "fineweb10B", "data set family, for both paths"
-	vocab_size = 1024, "tokens; 260: bytes", 5, 65_536
-	train_seq_len = 2048, "tokens a sequence", 2
-	# Model
-	num_layers = 11, "blocks", 1, 200
-	model_dim = 512, "width of the stream", 2
-	num_heads = 8, "query heads", 1
-	num_kv_heads = 4, "key/value heads (GQA)", 1
-	mlp_mult = 3.0, "MLP width over MODEL_DIM", 0.01
-	negative_slope = 0.5, "leaky_relu(., slope)^2; 0: relu^2", 0, 1
-	logit_softcap = 30.0, "c in c tanh(logits / c)", 0.01
-	rope_base = 10_000.0, "RoPE base", 1
-	rope_dims = 16, "rotated dims of a head; 0: all"
-	rope_train_seq_len = 1024, "longer ones stretch the base (NTK)", 1
-	xsa_last_n = 11, "last layers with exclusive attention"
-	ln_scale = True, "norms times 1/sqrt(layer + 1)"
-	unet_skips = True, "late layers read early ones"
-	smear_gate = True, "mix in the token before"
-	bigram_vocab_size = 2048, "BigramHash buckets; 0: none"
-	bigram_dim = 128, "BigramHash width", 1
-	bos_mask = True, "pairs stop at BOS; 0: as published"
-	ve_enabled = True, "value embeddings"
-	ve_dim = 128, "their width", 1
-	ve_layers = "", "their layers, as 9,10; empty: the last two"
-	# JEPA head (PR #832)
-	jepa_chunk_size = 0, "positions a latent stands for; 0: no JEPA"
-	jepa_latent_dim = 256, "width of a latent", 1
-	jepa_proj_hidden = 256, "hidden width of projector", 1
+    # Data
+    corpus: str = setting(
+        "fineweb10B", "Name of the data set, from which DATA_PATH and TOKENIZER_PATH follow."
+    )
+    vocab_size: int = setting(
+        1024, "Number of tokens in the vocabulary; 260 selects bytes.", low=5, high=65_536
+    )
+    train_seq_len: int = setting(2048, "Tokens in a training sequence.", low=2, high=1 << 20)
+    # Model
+    num_layers: int = setting(11, "Number of transformer blocks.", low=1, high=200)
+    model_dim: int = setting(512, "Width of the residual stream.", low=2, high=65_536)
+    num_heads: int = setting(8, "Number of query heads.", low=1, high=4096)
+    num_kv_heads: int = setting(4, "Number of key/value heads (GQA).", low=1, high=4096)
+    mlp_mult: float = setting(3.0, "Width of the MLP divided by MODEL_DIM.", low=0.01, high=64)
+    negative_slope: float = setting(
+        0.5, "Slope s of the MLP's leaky_relu(x, s)^2; 0 gives relu^2.", high=1
+    )
+    logit_softcap: float = setting(
+        30.0, "Bound c of the logits: c * tanh(logits / c).", low=0.01, high=1e6
+    )
+    tie_embeddings: bool = setting(True, "Use the token embedding as the output head.")
+    rope_base: float = setting(10_000.0, "Base of the RoPE frequencies.", low=1)
+    rope_dims: int = setting(16, "Dimensions of each head that RoPE rotates; 0 rotates all.")
+    rope_train_seq_len: int = setting(
+        1024, "Context length above which the RoPE base grows (NTK).", low=1, high=1 << 20
+    )
+    xsa_last_n: int = setting(11, "Number of last layers with exclusive self-attention (XSA).")
+    ln_scale: bool = setting(True, "Multiply the norms of a layer by 1 / sqrt(layer + 1).")
+    unet_skips: bool = setting(True, "Add outputs of the first half of the layers to the second.")
+    smear_gate: bool = setting(True, "Blend each embedding with that of the previous position.")
+    bigram_vocab_size: int = setting(
+        2048, "Rows in the table of hashed token pairs (BigramHash); 0 disables it.", high=1 << 24
+    )
+    bigram_dim: int = setting(128, "Width of the BigramHash table.", low=1, high=65_536)
+    bos_mask: bool = setting(
+        True, "SmearGate and BigramHash stop at BOS; 0 crosses documents as published."
+    )
+    ve_enabled: bool = setting(True, "Add a second token embedding to the values of some layers.")
+    ve_dim: int = setting(128, "Width of the value embedding's table.", low=1, high=65_536)
+    ve_layers: str = setting(
+        "", "Layers with value embeddings, such as 9,10; empty selects the last two."
+    )
+    # JEPA head (PR #832)
+    jepa_chunk_size: int = setting(0, "Positions in a chunk of the JEPA head; 0 disables the head.")
+    jepa_latent_dim: int = setting(256, "Width of a JEPA latent.", low=1, high=65_536)
+    jepa_proj_hidden: int = setting(256, "Hidden width of the JEPA projector.", low=1, high=65_536)
+
+    def __init_subclass__(cls) -> None:
+        """Makes plain attributes of a subclass its defaults: `class Tiny(...): num_layers = 2`.
+
+        Without this the inherited `__init__` would keep the defaults of the base class.
+        """
+        inherited = getattr(cls, "__dataclass_fields__", {})
+        overrides = {name: value for name, value in vars(cls).items() if name in inherited}
+        if overrides:
+            for name, value in overrides.items():
+                setattr(cls, name, field(default=value, metadata=inherited[name].metadata))
+            cls.__annotations__ = {name: inherited[name].type for name in overrides}
+            dataclass(frozen=True)(cls)
+
+    def __post_init__(self) -> None:
+        raise_faults(value_faults(self) or model_rules(self))
 
 
-@from_tuples
+@dataclass(frozen=True)
 class Hyperparameters(ModelSettings):
-	"""Every setting; the upper-cased name is the environment variable."""
+    """All settings. The environment variable is the upper-case name. Defaults are PR #1124's."""
 
-	# Run; the defaults are the stack of PR #1124
-	preset = "", "a whole configuration", " ".join(PRESETS)
-	run_id = "", "empty: date, time, seed"
-	run_dir = "", "empty: logs/<RUN_ID>"
-	checkpoint_every = "0", "steps, or seconds as 60s, between checkpoints; 0: none"
-	resume = "", "a checkpoint to go on from; auto: the run's own, if any"
-	seed = 1337, "of the initial weights"
-	attn = "auto", "attention", "auto fa3 cudnn flash math"
-	compile = "auto", "torch.compile; auto: on CUDA", "auto 0 1"
-	# Data
-	data_path = "", "shards; empty: ./data/datasets/<CORPUS>_sp<VOCAB_SIZE>"
-	tokenizer_path = "", "empty: ./data/tokenizers/<CORPUS>_<VOCAB_SIZE>_bpe.model"
-	train_batch_tokens = 786_432, "tokens a step", 2
-	micro_batch_tokens = 98_304, "most tokens in one pass", 1
-	# Model
-	tied_embed_init_std = 0.005, "std of the token embedding, which is the head too"
-	qk_gain_init = 1.5, "initial gain of q, per head", -1e18
-	# JEPA head (PR #832)
-	jepa_lambda_max = 0.001, "peak weight of its losses; 0: random latents"
-	jepa_phase1_frac = 0.3, "part of the run before they start", 0, 1
-	jepa_phase2_frac = 0.5, "next part: rise to the peak; then none", 1e-9, 1
-	jepa_backbone_grad = False, "its losses teach the backbone"
-	jepa_sigreg = "published", "SIGReg", "published lejepa"
-	jepa_sigreg_weight = 0.02, "of SIGReg beside the prediction error"
-	jepa_lr = 0.001, "AdamW: JEPA head"
-	# Training loss
-	label_smoothing = 0.0, "of targets, in training only", 0, 0.99
-	# Optimizers
-	matrix_lr = 0.025, "Muon: block matrices"
-	scalar_lr = 0.025, "AdamW: gains, gates, small projections"
-	tied_embed_lr = 0.035, "AdamW: embeddings"
-	beta1 = 0.9, "AdamW", 0, 0.9999
-	beta2 = 0.95, "AdamW", 0, 0.99999
-	adam_eps = 1e-8, "AdamW"
-	adam_wd = 0.04, "AdamW weight decay"
-	muon_wd = 0.04, "Muon weight decay"
-	muon_momentum = 0.99, "Muon momentum, once warm", 0, 0.9999
-	muon_momentum_warmup_start = 0.92, "at the start", 0, 0.9999
-	muon_momentum_warmup_steps = 1500, "steps from start to warm"
-	muon_backend_steps = 5, "Newton-Schulz iterations", 1
-	grad_clip_norm = 0.3, "largest gradient norm; 0: any"
-	ema_enabled = True, "end with a moving average"
-	ema_decay = 0.997, "its decay; at most (1 + t)/(10 + t)", 0, 0.999999
-	# Schedule
-	iterations = 20_000, "most steps"
-	max_wallclock_seconds = 600.0, "most training seconds; 0: any"
-	warmup_steps = 20, "steps thrown away before"
-	warmdown_iters = 3500, "last steps: the rates fall to 0"
-	warmdown_max_fraction = 0.6, "at most this part of the run", 0, 1
-	val_loss_every = 4000, "steps between; 0: the last only"
-	train_log_every = 500, "steps between lines; 0: the first ten"
-	# Evaluate
-	eval_seq_len = 0, "tokens a window; 0: TRAIN_SEQ_LEN"
-	eval_stride = 64, "of the sliding window; 0: no sliding pass"
-	eval_window = 0, "tokens of the one-pass score's window; 0: none", 0, 1e9
-	val_batch_size = 524_288, "tokens scored at once / 8 ranks", 1
-	ttt_enabled = False, "score again, learning from scored chunks"
-	ttt_chunk_tokens = 32_768, "tokens of a chunk", 2
-	ttt_epochs = 3, "times it is learned from"
-	ttt_lr = 0.002, "SGD, falling to 0 as half a cosine"
-	# Quantize and pack
-	gptq_enabled = True, "GPTQ for the matrices; 0: rounding"
-	gptq_calib = "random", "what GPTQ reads", "random train"
-	gptq_calib_tokens = 131_072, "that GPTQ reads", 1
-	gptq_reserve_seconds = 14.0, "of the cap, for GPTQ_CALIB=train"
+    # Run
+    preset: str = setting(
+        "",
+        "A whole configuration under one name; other variables override parts of it.",
+        choices=tuple(PRESETS),
+    )
+    run_id: str = setting("", "Name of the run; empty takes date, time and seed.")
+    run_dir: str = setting("", "Folder of the run; empty takes logs/<RUN_ID>.")
+    checkpoint_every: str = setting(
+        "0", "Steps (500) or training seconds (60s) between checkpoints; 0 writes none."
+    )
+    resume: str = setting(
+        "", "Checkpoint file to continue; auto takes the run's own, if there is one."
+    )
+    seed: int = setting(1337, "Seed of the initial weights and of all random choices.")
+    attn: str = setting(
+        "auto",
+        "Attention back end; auto takes the first that works.",
+        choices=("auto", "fa3", "cudnn", "flash", "math"),
+    )
+    compile: str = setting(
+        "auto", "Use torch.compile; auto compiles on CUDA only.", choices=("auto", "0", "1")
+    )
+    # Data
+    data_path: str = setting(
+        "", "Folder of token shards; empty takes ./data/datasets/<CORPUS>_sp<VOCAB_SIZE>."
+    )
+    tokenizer_path: str = setting(
+        "", "SentencePiece model; empty takes ./data/tokenizers/<CORPUS>_<VOCAB_SIZE>_bpe.model."
+    )
+    train_batch_tokens: int = setting(786_432, "Tokens in a training step, over all ranks.", low=2)
+    micro_batch_tokens: int = setting(
+        98_304, "Largest number of tokens in one forward pass of a rank.", low=1
+    )
+    # Initial weights
+    tied_embed_init_std: float = setting(
+        0.005, "Standard deviation of the token embedding where it is also the head."
+    )
+    qk_gain_init: float = setting(1.5, "Initial gain of the queries, per head.", low=-1e18)
+    # Auxiliary losses
+    jepa_lambda_max: float = setting(
+        0.001, "Peak weight of the JEPA losses; 0 leaves the latents random."
+    )
+    jepa_phase1_frac: float = setting(
+        0.3, "Fraction of the run before the JEPA losses start.", high=1
+    )
+    jepa_phase2_frac: float = setting(
+        0.5,
+        "Fraction of the run in which their weight rises; then it is 0 again.",
+        low=1e-9,
+        high=1,
+    )
+    jepa_backbone_grad: bool = setting(False, "The JEPA losses also train the backbone.")
+    jepa_sigreg: str = setting(
+        "published",
+        "Form of SIGReg: as in PR #832, or as in LeJEPA.",
+        choices=("published", "lejepa"),
+    )
+    jepa_sigreg_weight: float = setting(0.02, "Weight of SIGReg relative to the prediction error.")
+    stp_enabled: bool = setting(False, "Train with the Semantic Tube Prediction loss (STP).")
+    stp_lambda: float = setting(0.05, "Weight of the STP loss.")
+    label_smoothing: float = setting(
+        0.0, "Smoothing of the targets in the training loss; no score has it.", high=0.99
+    )
+    # Optimizers
+    matrix_lr: float = setting(0.025, "Muon learning rate: matrices of the blocks.")
+    scalar_lr: float = setting(
+        0.025, "AdamW learning rate: gains, gates and projections of small tables."
+    )
+    tied_embed_lr: float = setting(0.035, "AdamW learning rate: embeddings.")
+    embed_lr: float = setting(0.6, "The same with TIE_EMBEDDINGS=0.")
+    head_lr: float = setting(0.008, "AdamW learning rate: the head with TIE_EMBEDDINGS=0.")
+    jepa_lr: float = setting(0.001, "AdamW learning rate: the JEPA head.")
+    beta1: float = setting(0.9, "AdamW: decay of the first moment.", high=0.9999)
+    beta2: float = setting(0.95, "AdamW: decay of the second moment.", high=0.99999)
+    adam_eps: float = setting(1e-8, "AdamW: epsilon.")
+    adam_wd: float = setting(0.04, "AdamW: weight decay; the head and the JEPA head have none.")
+    muon_wd: float = setting(0.04, "Muon: weight decay.")
+    muon_momentum: float = setting(0.99, "Muon: momentum after its warm-up.", high=0.9999)
+    muon_momentum_warmup_start: float = setting(0.92, "Muon: momentum at step 0.", high=0.9999)
+    muon_momentum_warmup_steps: int = setting(1500, "Muon: steps of the momentum's linear rise.")
+    muon_backend_steps: int = setting(5, "Muon: Newton-Schulz iterations.", low=1)
+    grad_clip_norm: float = setting(0.3, "Largest norm of the gradient; 0 does not clip.")
+    ema_enabled: bool = setting(True, "Keep an exponential moving average (EMA) of the weights.")
+    ema_decay: float = setting(
+        0.997, "Decay of the EMA; at step t at most (1 + t) / (10 + t).", high=0.999999
+    )
+    swa_enabled: bool = setting(
+        False, "Average the weights of late steps equally (SWA), instead of the EMA."
+    )
+    swa_start_frac: float = setting(
+        0.2, "SWA takes steps at which the learning rate is below this part of its peak.", high=1
+    )
+    swa_every: int = setting(50, "Steps between the weights that SWA averages.", low=1)
+    # Schedule
+    iterations: int = setting(20_000, "Largest number of training steps.")
+    max_wallclock_seconds: float = setting(
+        600.0, "Largest number of training seconds; 0 is no limit."
+    )
+    warmup_steps: int = setting(
+        20, "Steps before training that compile the program; their effect is undone."
+    )
+    warmdown_iters: int = setting(3500, "Last steps, in which the learning rates fall to 0.")
+    warmdown_max_fraction: float = setting(
+        0.6, "Largest part of the run that the warm-down takes.", high=1
+    )
+    val_loss_every: int = setting(4000, "Steps between validations; 0 validates at the end only.")
+    train_log_every: int = setting(500, "Steps between log lines; 0 logs the first ten steps only.")
+    # Evaluate
+    eval_seq_len: int = setting(
+        0, "Tokens in a scoring window; 0 takes TRAIN_SEQ_LEN.", high=1 << 20
+    )
+    eval_stride: int = setting(
+        64, "Tokens between windows of the sliding score; 0 omits that score."
+    )
+    eval_window: int = setting(
+        0, "Attention window in tokens of the one-pass score; 0 omits that score.", high=1 << 20
+    )
+    val_batch_size: int = setting(
+        524_288, "Tokens scored at once by 8 GPUs, as published; each takes an eighth.", low=1
+    )
+    ttt_enabled: bool = setting(False, "Also score with test-time training (TTT, PR #549).")
+    ttt_chunk_tokens: int = setting(32_768, "TTT: tokens scored before training on them.", low=2)
+    ttt_epochs: int = setting(3, "TTT: passes over a scored chunk.")
+    ttt_lr: float = setting(0.002, "TTT: initial learning rate of SGD; falls to 0 as a cosine.")
+    # Quantize and pack
+    gptq_enabled: bool = setting(True, "Quantize matrices by GPTQ; 0 rounds to nearest.")
+    gptq_calib: str = setting(
+        "random",
+        "Tokens that calibrate GPTQ: random ones, or training text.",
+        choices=("random", "train"),
+    )
+    gptq_calib_tokens: int = setting(131_072, "Number of tokens that calibrate GPTQ.", low=1)
+    gptq_reserve_seconds: float = setting(
+        14.0, "Part of MAX_WALLCLOCK_SECONDS kept for GPTQ_CALIB=train."
+    )
+    compressor: str = setting("zstd", "Codec of the artifact.", choices=("zstd", "lzma", "brotli"))
 
-	def __post_init__(self):
-		check_settings(self)
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> "Hyperparameters":
+        """Returns settings by precedence: environment, PRESET, rule of VOCAB_SIZE, default.
 
-	@classmethod
-	def from_env(cls, env):
-		"""By environment, else PRESET, else rule of VOCAB_SIZE, else default."""
-		env = assignments(PRESETS.get(env.get("PRESET"), "")) | env
-		if parse_value(env.get("VOCAB_SIZE", ""), int) == BYTE_VOCAB:
-			env = assignments(BYTE_RULES) | env
-		given = {f: env[f.name.upper()] for f in fields(cls) if f.name.upper() in env}
-		return cls(**{f.name: parse_value(text, f.type) for f, text in given.items()})
+        Raises SettingsError with all faults at once.
+        """
+        given = {
+            f.name: parse_value(env[f.name.upper()], f.type)
+            for f in fields(cls)
+            if f.name.upper() in env
+        }
+        values = PRESETS.get(given.get("preset", ""), {}) | given
+        if values.get("vocab_size") == BYTE_VOCAB:
+            values = BYTE_RULES | values
+        h = cls(**values)
+        check_settings(h)
+        return h
 
+    @property
+    def window_tokens(self) -> int:
+        """Tokens in a scoring window."""
+        return self.eval_seq_len or self.train_seq_len
 
-def assignments(text):
-	"""The variables of a line `A=1 B=2`."""
-	return dict(pair.split("=", 1) for pair in text.split())
+    @property
+    def training_seconds(self) -> float:
+        """Seconds for everything that reads training data, math.inf without a limit."""
+        return self.max_wallclock_seconds or math.inf
 
-
-def parse_value(text, kind):
-	"""The text as a value of its kind or, at fault, as it is."""
-	if kind is bool:
-		return {"0": False, "1": True}.get(text, text)
-	with suppress(ValueError):
-		return kind(text)
-	return text
-
-
-def demand(h, f):
-	"""What a setting must be and is not, if anything."""
-	kind, legal, value = f.type, f.metadata["legal"], getattr(h, f.name)
-	if type(value) is not kind and (kind, type(value)) != (float, int):
-		return {bool: "0 or 1", int: "a whole number", float: "a number", str: "text"}[kind]
-	if kind is str:
-		return legal and value not in (f.default, *legal[0].split()) and f"one of {legal[0]}"
-	low, high = legal + [0, 1e18][len(legal) :]
-	return not low <= value <= high and f"from {low} to {high}"  # NaN neither
+    @property
+    def calibrates_on_text(self) -> bool:
+        """Whether GPTQ reads training text, which counts as training."""
+        return self.gptq_enabled and self.gptq_calib == "train"
 
 
-def rules_together(h, world):
-	"""Rules for values legal alone, on so many ranks, and which are broken."""
-	width, unit = h.model_dim // h.num_heads, h.train_seq_len * world
-	near, odd = max(round(h.train_batch_tokens / unit), 1) * unit, h.train_batch_tokens % unit
-	unnamed = h.resume == "auto" and not (h.run_id or h.run_dir)
-	reserve = h.gptq_reserve_seconds * (h.gptq_enabled and h.gptq_calib == "train")
-	cap, every = h.max_wallclock_seconds, re.fullmatch(r"\d+s?", h.checkpoint_every)
-	layers = {*h.ve_layers.split(",")} - {"", *map(str, range(h.num_layers))}
-	return {
-		"MODEL_DIM must be an even multiple of NUM_HEADS": h.model_dim % (2 * h.num_heads),
-		"NUM_KV_HEADS must divide NUM_HEADS": h.num_heads % h.num_kv_heads,
-		f"ROPE_DIMS must be even and at most {width}": h.rope_dims % 2 or h.rope_dims > width,
-		f"TRAIN_BATCH_TOKENS must be a multiple of TRAIN_SEQ_LEN x {world} ranks, as {near}": odd,
-		"RUN_ID must be a name without / and ..": re.search(r"[/\\]|\.\.", h.run_id),
-		"CHECKPOINT_EVERY must be steps, as 500, or seconds, as 60s": not every,
-		"RESUME can be auto only with RUN_ID or RUN_DIR": unnamed,
-		"JEPA_CHUNK_SIZE must fit twice in TRAIN_SEQ_LEN": 2 * h.jepa_chunk_size > h.train_seq_len,
-		"GPTQ_RESERVE_SECONDS must be below MAX_WALLCLOCK_SECONDS": 0 < cap <= reserve,
-		"BIGRAM_VOCAB_SIZE must be 0 (none) or at least 2": h.bigram_vocab_size == 1,
-		"VE_LAYERS must be layers below NUM_LAYERS, as 9,10": layers,
-	}
+def parse_value(text: str, kind: Any) -> Any:
+    """Returns the text as a value of its kind, or unchanged if it is not one."""
+    if kind is bool:
+        return {"0": False, "1": True}.get(text, text)
+    with suppress(ValueError):
+        return kind(text)
+    return text
 
 
-def check_settings(h, world=1):
-	"""SettingsError with all that is wrong with values or, if nothing, with them together."""
-	rules = {f"{f.name.upper()}: must be {x}": x for f in fields(h) if (x := demand(h, f))}
-	rules = rules or rules_together(h, world)
-	if faults := "\n".join(rule for rule, broken in rules.items() if broken):
-		name = r"[A-Z][A-Z_\d]{3,}"  # to which its value is added
-		raise SettingsError(re.sub(name, lambda m: f"{m[0]}={getattr(h, m[0].lower())!r}", faults))
+def value_faults(settings: ModelSettings) -> list[str]:
+    """Returns a message for each setting whose own value is not legal."""
+    kinds: dict[Any, str] = {bool: "0 or 1", int: "a whole number", float: "a number", str: "text"}
+    faults = []
+    for f in fields(settings):
+        value, legal = getattr(settings, f.name), f.metadata
+        says = f"{f.name.upper()}={value!r}: must be"
+        accepted = (int, float) if f.type is float else (f.type,)
+        if type(value) not in accepted:
+            faults.append(f"{says} {kinds[f.type]}")
+        elif f.type is str:
+            if legal["choices"] and value not in (f.default, *legal["choices"]):
+                faults.append(f"{says} one of {', '.join(legal['choices'])}")
+        elif not legal["low"] <= value <= legal["high"]:  # false for NaN too
+            faults.append(f"{says} from {legal['low']:g} to {legal['high']:g}")
+    return faults
 
 
-def settings_notes(h, env):
-	"""What a rule set; variables nearly settings, or not built."""
-	names = [f.name.upper() for f in fields(h)]
-	notes = [f"rule: VOCAB_SIZE=260 sets {BYTE_RULES}, unless given"] * (h.vocab_size == BYTE_VOCAB)
-	for name in sorted(env.keys() - names):
-		for near in difflib.get_close_matches(name, names, n=1, cutoff=0.88):
-			notes.append(f"warning: {name} is no setting; is {near} meant?")
-	left_out = "SWA_ENABLED", "STP_ENABLED", "LATE_QAT_THRESHOLD"
-	return notes + [f"warning: {n} is not built" for n in left_out if env.get(n, "").strip("0.")]
+def is_plain_name(text: str) -> bool:
+    """Returns whether a text can be part of a file's name: no separators, no leading dot."""
+    return re.fullmatch(r"\w[\w.+=-]*", text) is not None
 
 
-def settings_table():
-	"""Every setting for --help and README."""
-	every = fields(Hyperparameters)
-	return "\n".join(f"{f.name.upper():<28}{f.default:<12}{f.metadata['doc']}" for f in every)
+def model_rules(m: ModelSettings) -> list[str]:
+    """Returns a message for each rule that settings of the model break together."""
+    head_dim = m.model_dim // m.num_heads
+    layers = [name for name in m.ve_layers.split(",") if name]
+    unknown = [name for name in layers if not (name.isdecimal() and int(name) < m.num_layers)]
+    faults = []
+    if not is_plain_name(m.corpus):
+        faults.append(f"CORPUS={m.corpus!r}: must be a name of letters, digits and - _ . + =")
+    if m.model_dim % (2 * m.num_heads):
+        faults.append(
+            f"MODEL_DIM={m.model_dim}: must be an even multiple of NUM_HEADS={m.num_heads}"
+        )
+    if m.num_heads % m.num_kv_heads:
+        faults.append(f"NUM_KV_HEADS={m.num_kv_heads}: must divide NUM_HEADS={m.num_heads}")
+    if m.rope_dims % 2 or m.rope_dims > head_dim:
+        faults.append(
+            f"ROPE_DIMS={m.rope_dims}: must be even and at most {head_dim}, the width of a head"
+        )
+    if 2 * m.jepa_chunk_size > m.train_seq_len:
+        faults.append(
+            f"JEPA_CHUNK_SIZE={m.jepa_chunk_size}: two chunks must fit in "
+            f"TRAIN_SEQ_LEN={m.train_seq_len}"
+        )
+    if m.bigram_vocab_size == 1:
+        faults.append("BIGRAM_VOCAB_SIZE=1: must be 0 (disabled) or at least 2")
+    if unknown:
+        faults.append(
+            f"VE_LAYERS={m.ve_layers!r}: must be layers below NUM_LAYERS={m.num_layers}, as 9,10"
+        )
+    return faults
 
 
-def model_settings(h):
-	"""The settings that travel in the artifact."""
-	return {f.name: getattr(h, f.name) for f in fields(ModelSettings)}
+def rules(h: Hyperparameters, world_size: int) -> list[str]:
+    """Returns a message for each rule that settings of a run break together on so many ranks."""
+    faults = []
+    unit = h.train_seq_len * world_size
+    if h.train_batch_tokens % unit:
+        nearest = max(round(h.train_batch_tokens / unit), 1) * unit
+        faults.append(
+            f"TRAIN_BATCH_TOKENS={h.train_batch_tokens}: must be a multiple of "
+            f"TRAIN_SEQ_LEN={h.train_seq_len} x {world_size} ranks, such as {nearest}"
+        )
+    if h.stp_enabled and h.train_seq_len < 3:
+        faults.append(f"TRAIN_SEQ_LEN={h.train_seq_len}: STP_ENABLED=1 needs at least 3")
+    if h.run_id and not is_plain_name(h.run_id):
+        faults.append(f"RUN_ID={h.run_id!r}: must be a name of letters, digits and - _ . + =")
+    if not re.fullmatch(r"\d+s?", h.checkpoint_every, re.ASCII):
+        faults.append(
+            f"CHECKPOINT_EVERY={h.checkpoint_every!r}: must be steps, such as 500, or seconds, "
+            "such as 60s"
+        )
+    if h.resume == "auto" and not (h.run_id or h.run_dir):
+        faults.append("RESUME=auto: needs RUN_ID or RUN_DIR, to know which run to continue")
+    if h.calibrates_on_text and h.training_seconds <= h.gptq_reserve_seconds:
+        faults.append(
+            f"GPTQ_RESERVE_SECONDS={h.gptq_reserve_seconds:g}: must be below "
+            f"MAX_WALLCLOCK_SECONDS={h.max_wallclock_seconds:g}"
+        )
+    return faults
+
+
+def raise_faults(faults: list[str]) -> None:
+    """Raises SettingsError with a line for each fault, if there are any."""
+    if faults:
+        raise SettingsError("\n".join(faults))
+
+
+def check_settings(h: Hyperparameters, world_size: int = 1) -> None:
+    """Raises SettingsError if the settings break a rule on so many ranks."""
+    raise_faults(rules(h, world_size))
+
+
+def settings_notes(h: Hyperparameters, env: Mapping[str, str]) -> list[str]:
+    """Returns what the log should say of the environment: rules applied, variables ignored."""
+    notes = []
+    if h.vocab_size == BYTE_VOCAB:
+        notes.append(f"rule: VOCAB_SIZE={BYTE_VOCAB} sets {env_form(BYTE_RULES)}, unless given")
+    names = [f.name.upper() for f in fields(h)]
+    for name in sorted(env.keys() - names):
+        for near in difflib.get_close_matches(name, names, n=1, cutoff=0.88):
+            notes.append(f"warning: {name} is not a setting; did you mean {near}?")
+    late_qat = parse_value(env.get("LATE_QAT_THRESHOLD", "0"), float)
+    if late_qat not in ("", 0.0):
+        notes.append(
+            "warning: LATE_QAT_THRESHOLD is ignored: late QAT never ran in the published scripts, "
+            "and had no effect where it did run"
+        )
+    return notes
+
+
+def env_form(settings: Mapping[str, Any]) -> str:
+    """Returns settings as one would type them before a command: NAME=value, quoted."""
+    values = {k: int(v) if isinstance(v, bool) else v for k, v in settings.items()}
+    return " ".join(f"{name.upper()}={shlex.quote(str(v))}" for name, v in values.items())
+
+
+def changed_settings(h: Hyperparameters) -> dict[str, Any]:
+    """Returns the settings that differ from the defaults."""
+    return {f.name: getattr(h, f.name) for f in fields(h) if getattr(h, f.name) != f.default}
+
+
+def settings_table() -> str:
+    """Returns a table of every setting for --help: name, default, meaning."""
+    lines = []
+    for f in fields(Hyperparameters):
+        default: Any = f.default
+        default = int(default) if f.type is bool else default
+        choices = ", ".join(f.metadata["choices"])
+        meaning = f.metadata["meaning"] + (f" ({choices})" if choices else "")
+        lines.append(f"{f.name.upper():<28}{default!s:<12}{meaning}")
+    return "\n".join(lines)
+
+
+def model_settings(settings: ModelSettings) -> dict[str, Any]:
+    """Returns the settings that the artifact stores."""
+    return {f.name: getattr(settings, f.name) for f in fields(ModelSettings)}
 
 
 # ---- Runtime: where it runs ----
 
 
-def ranks():
-	"""This process's rank, and how many there are."""
-	return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of a distributed run, and every collective that the program uses.
+
+    A single process has no process group; its collectives return their inputs.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+
+    def broadcast_from_rank0(self, make: Callable[[], T]) -> T:
+        """Returns on every rank what make() returns on rank 0; only rank 0 calls it."""
+        values: list[Any] = [make() if self.rank == 0 else None]
+        if dist.is_initialized():
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    def all_reduce_(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        """Replaces a tensor by its sum (or other reduction) over all ranks, and returns it."""
+        if dist.is_initialized():
+            dist.all_reduce(tensor, op)
+        return tensor
+
+    def all_reduce_max(self, *values: float) -> list[float]:
+        """Returns the largest of each value over all ranks."""
+        return self.all_reduce_(
+            torch.tensor(values, dtype=torch.float64), dist.ReduceOp.MAX
+        ).tolist()
+
+    def barrier(self) -> None:
+        """Returns when every rank has called this."""
+        self.all_reduce_max(0.0)
+
+    def map_over_ranks(
+        self, function: Callable[..., Sequence[Tensor]], *stacks: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Applies `function` to stacks [n, ...] with the n items divided among the ranks.
+
+        Returns the gathered outputs [n, ...] on every rank. A stack that is None stays None.
+        """
+        n = next(len(stack) for stack in stacks if stack is not None)
+        if self.world_size == 1:
+            return tuple(function(*stacks))
+        share = -(-n // self.world_size)
+        # The last ranks repeat the last item, so that all shares have one shape.
+        mine = torch.arange(self.rank * share, (self.rank + 1) * share).clamp(max=n - 1)
+        own = [stack if stack is None else stack[mine.to(stack.device)] for stack in stacks]
+        gathered = []
+        for output in function(*own):
+            raw = output.contiguous().view(torch.uint8)  # collectives do not take every dtype
+            parts = [torch.empty_like(raw) for _ in range(self.world_size)]
+            dist.all_gather(parts, raw)
+            gathered.append(torch.cat(parts)[:n].view(output.dtype))
+        return tuple(gathered)
 
 
-def from_first(make):
-	"""What make() gives rank 0, on every rank."""
-	values = [make() if ranks()[0] == 0 else None]
-	if dist.is_initialized():
-		dist.broadcast_object_list(values)
-	return values[0]
+def join_ranks(env: Mapping[str, str], on_lost: Callable[[], None]) -> Ranks:
+    """Joins the process group that torchrun describes in the environment, if there is one.
+
+    A thread calls on_lost() when another rank is gone, or silent for 30 s. Raises SettingsError
+    where torchrun's variables are incomplete or ask for more GPUs than there are.
+    """
+    if (env.get("WORLD_SIZE", "1"), env.get("RANK", "0")) == ("1", "0"):
+        return Ranks()
+    gpus, local_rank = torch.cuda.device_count(), int(env.get("LOCAL_RANK", 0))
+    if gpus:
+        if local_rank >= gpus:
+            raise SettingsError(
+                f"LOCAL_RANK={local_rank}: this machine has {gpus} GPUs; lower --nproc_per_node"
+            )
+        torch.cuda.set_device(local_rank)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+    except ValueError as error:  # a variable is missing
+        raise SettingsError(f"{error}; launch several processes with torchrun") from None
+    heartbeat = dist.new_group(backend="gloo", timeout=timedelta(seconds=30))
+
+    def watch() -> None:
+        with suppress(Exception):
+            while True:
+                time.sleep(1)
+                dist.barrier(heartbeat)
+        time.sleep(5)  # time for this rank to end by itself
+        on_lost()
+
+    threading.Thread(target=watch, daemon=True).start()
+    return Ranks(dist.get_rank(), dist.get_world_size())
 
 
-def summed(tensor, how=dist.ReduceOp.SUM):
-	"""The tensor, now the sum, or other reduction, of all ranks'."""
-	if dist.is_initialized():
-		dist.all_reduce(tensor, how)
-	return tensor
+def bind_flat_gradient_(params: Sequence[nn.Parameter]) -> Tensor:
+    """Makes the gradients of float32 parameters views of one tensor, and returns it.
 
-
-def highest(*values):
-	"""The largest of all ranks, of each value."""
-	return summed(torch.tensor(values, dtype=torch.float64), dist.ReduceOp.MAX).tolist()
-
-
-def shared_out(function, *stacks):
-	"""Outputs [n, ...] of function(*stacks [n, ...] or None), each rank computing some of the n."""
-	(rank, world), n = ranks(), len(stacks[0])
-	if world == 1 or stacks[0].is_meta:
-		return tuple(function(*stacks))
-	part, wholes = -(-n // world), []
-	mine = torch.arange(rank * part, rank * part + part, device=stacks[0].device).clamp(max=n - 1)
-	for output in function(*(x if x is None else x[mine] for x in stacks)):
-		raw = output.contiguous().view(torch.uint8)  # not every type travels
-		parts = [torch.empty_like(raw) for _ in range(world)]
-		dist.all_gather(parts, raw)
-		wholes.append(torch.cat(parts)[:n].view(output.dtype))
-	return tuple(wholes)
-
-
-def flat_gradient(params):
-	"""One tensor, whose parts are the params' gradients: summed, clipped and cleared at once."""
-	flat = torch.zeros(sum(p.numel() for p in params), device=params[0].device)
-	for p, part in zip(params, flat.split([p.numel() for p in params])):
-		p.grad = part.view_as(p)
-	return flat
-
-
-def join_ranks(env, lost):
-	"""Meet the processes of torchrun; a thread calls lost() when one is gone or silent for 30 s."""
-	gpus, local = torch.cuda.device_count(), int(env.get("LOCAL_RANK", 0))
-	if gpus:
-		if local >= gpus:
-			raise SettingsError(f"LOCAL_RANK={local}: {gpus} GPUs are here; lower --nproc_per_node")
-		torch.cuda.set_device(local)
-	try:
-		dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
-	except ValueError as error:  # a variable is missing
-		raise SettingsError(f"{error}; launch several processes by torchrun") from None
-	watched = dist.new_group(backend="gloo", timeout=timedelta(seconds=30))
-
-	def watch():
-		with suppress(Exception):
-			while True:
-				time.sleep(1)
-				dist.barrier(watched)
-		time.sleep(5)  # in which this rank may end by itself
-		lost()
-
-	threading.Thread(target=watch, daemon=True).start()
-
-
-def attend_sdpa(q, k, v, window=0):
-	"""Causal attention of q [B, T, H, d] to k and v [B, T, K, d] or, of them, the last `window`."""
-	if 0 < window < q.size(1):
-		return attend_window(q, k, v, window)
-	q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-	y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
-	return y.transpose(1, 2)
-
-
-def attend_window(q, k, v, window):
-	"""The first positions alone, then blocks of queries, each with all it sees, under one mask."""
-	first, rest = attend_sdpa(*(x[:, :window] for x in (q, k, v))), q.size(1) - window
-	size, group = -(-window // 8), q.size(2) // k.size(2)
-	q, k, v = (F.pad(x, (0,) * 5 + (-rest % size,)) for x in (q[:, window:], k, v))
-	k, v = (x.repeat_interleave(group, 2).unfold(1, window + size, size) for x in (k, v))
-	q, k, v = (x.mT.flatten(0, 1) for x in (q.unfold(1, size, size), k, v))
-	mask = torch.ones(size, window + size, dtype=torch.bool, device=q.device).tril(window).triu(1)
-	with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
-		y = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
-	return torch.cat((first, y.reshape(len(first), -1, *y.shape[2:])[:, :rest]), dim=1)
-
-
-def load_attention(name):
-	"""One back end; PyTorch's others are disabled."""
-	if name == "fa3":
-		from flash_attn_interface import flash_attn_func
-
-		def attend_fa3(q, k, v, window=0):
-			y = flash_attn_func(q, k, v, causal=True, window_size=(window - 1, 0))  # -1: all
-			return y[0] if isinstance(y, tuple) else y  # some versions add the log-sum-exp
-
-		return attend_fa3
-	for back_end in ("cudnn", "flash", "math", "mem_efficient"):
-		getattr(torch.backends.cuda, f"enable_{back_end}_sdp")(back_end == name)
-	return attend_sdpa
+    Reducing, clipping and clearing all gradients is then one operation each.
+    """
+    sizes = [p.numel() for p in params]
+    flat = torch.zeros(sum(sizes), device=params[0].device)
+    for p, part in zip(params, flat.split(sizes)):
+        p.grad = part.view_as(p)
+    return flat
 
 
 @dataclass(frozen=True)
-class Runtime:
-	"""The machine as this run uses it."""
+class Device:
+    """The device of this rank and how the program computes there."""
 
-	device: torch.device
-	dtype: torch.dtype  # of activations; weights are float32
-	attention: str
-	attend: object  # see attend_sdpa
-	compiled: bool
-	notes: list[str]  # what was chosen, and why
+    device: torch.device
+    dtype: torch.dtype  # of activations; weights are float32
+    compiled: bool
 
-	@classmethod
-	def start(cls, h):
-		"""The first attention that runs forward and backward on all ranks; else SettingsError."""
-		cuda, notes = torch.cuda.is_available(), []
-		device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-		generation = torch.cuda.get_device_capability()[0] if cuda else 0
-		bf16 = generation >= 8  # else emulated: slow
-		if not cuda:
-			notes.append("device:cpu, no CUDA GPU is here: not comparable with the records")
-			with suppress(AttributeError, OSError, TypeError):  # where it is not glibc
-				mallopt = ctypes.CDLL(None).mallopt  # keep what is freed: new pages are slow
-				mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, its highest
-				mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-		elif not bf16:
-			notes.append("dtype:fp32, this GPU has no bf16")
-		dtype = torch.bfloat16 if bf16 else torch.float32
-		order = ("fa3", "cudnn", "flash", "math") if generation == 9 else ("flash", "cudnn", "math")
-		order = order if h.attn == "auto" else (h.attn,)
-		compiles = {"0": [False], "1": [True], "auto": [True, False][not cuda :]}[h.compile]
-		heads = (h.num_heads, h.num_kv_heads, h.num_kv_heads)
-		shape = (1, h.train_seq_len, sum(heads), h.model_dim // h.num_heads)
-		for compiled, name in product(compiles, order):
-			try:
-				rt = cls(device, dtype, name, load_attention(name), compiled, notes)
-				qkv = torch.linspace(-1, 1, math.prod(shape)).view(shape).to(device, dtype)
-				q, k, v = qkv.requires_grad_().split(heads, dim=2)
-				y = rt.compile(lambda q, k, v: rt.attend(q.sin(), k, v))(q, k, v)  # noqa: B023
-				y.sum().backward()
-				good = y.isfinite().all() and qkv.grad.isfinite().all()
-				fault = "" if good else "it gave NaN"
-			except Exception as error:  # the next one may run
-				fault = f"{error!r:.200}"
-			if not any(highest(len(fault))):
-				return rt
-			notes.append(f"attention:{name} compiled:{compiled} not used: {fault or 'other rank'}")
-			torch.compiler.reset()
-		asked = f"ATTN={h.attn} COMPILE={h.compile}: cannot run here; use auto or COMPILE=0"
-		raise SettingsError("\n".join((asked, *notes)))
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns the function, compiled for fixed shapes if this device compiles."""
+        return torch.compile(function, dynamic=False, fullgraph=True) if self.compiled else function
 
-	def compile(self, function):
-		"""The function, for fixed shapes if compiled."""
-		return torch.compile(function, dynamic=False, fullgraph=True) if self.compiled else function
+    def now(self) -> float:
+        """Returns seconds of a monotonic clock, after all queued work is done."""
+        if self.is_cuda:
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
-	def now(self):
-		"""Seconds, once all queued work is done."""
-		if self.device.type == "cuda":
-			torch.cuda.synchronize(self.device)
-		return time.perf_counter()
+    @property
+    def is_cuda(self) -> bool:
+        """Whether it is a GPU."""
+        return self.device.type == "cuda"
 
-	def describe(self):
-		"""Device, choices and versions."""
-		cuda = self.device.type == "cuda"
-		return {
-			"device": torch.cuda.get_device_name(self.device) if cuda else platform.machine(),
-			"dtype": str(self.dtype).removeprefix("torch."),
-			"attention": self.attention,
-			"compiled": self.compiled,
-			"torch": torch.__version__,
-			"python": platform.python_version(),
-		}
+    def describe(self) -> dict[str, str]:
+        """Returns the name of the device, and versions."""
+        name = torch.cuda.get_device_name(self.device) if self.is_cuda else platform.machine()
+        return {
+            "device": name,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "compiled": str(self.compiled),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
 
 
-def out_of_memory(error):
-	"""Whether it was the memory, of a GPU or a CPU, that ran out."""
-	return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate mem" in str(error)
+def start_device(compile_mode: str) -> tuple[Device, list[str]]:
+    """Returns the device of this rank, and notes for the log.
+
+    bf16 needs a GPU of compute capability 8; older ones emulate it slowly, so they take float32.
+    """
+    if not torch.cuda.is_available():
+        keep_freed_memory()
+        device = Device(torch.device("cpu"), torch.float32, compiled=compile_mode == "1")
+        return device, ["device:cpu, no CUDA GPU found: times are not comparable with the records"]
+    index = torch.cuda.current_device()
+    has_bf16 = torch.cuda.get_device_capability(index)[0] >= 8
+    dtype = torch.bfloat16 if has_bf16 else torch.float32
+    notes = [] if has_bf16 else ["dtype:fp32, this GPU has no bf16"]
+    return Device(torch.device("cuda", index), dtype, compiled=compile_mode != "0"), notes
 
 
-class Log:
-	"""Lines for people, events for programs, a moving line."""
-
-	def __init__(self, folder=None, silent=False):
-		self.folder, self.silent = folder, silent
-		self.watched = not silent and sys.stderr.isatty()
-
-	def append(self, name, text):
-		"""Add a line; a full disk ends no run."""
-		if self.folder and not self.silent:
-			with suppress(OSError), open(self.folder / name, "a", encoding="utf-8") as f:
-				f.write(text + "\n")
-
-	def __call__(self, text):
-		"""Print and keep a line, unless silent."""
-		self.progress("")
-		if not self.silent:
-			with suppress(OSError):
-				print(text, flush=True)
-		self.append("train.log", text)
-
-	def event(self, kind, **values):
-		"""Keep a JSON object in events.jsonl."""
-		self.append("events.jsonl", json.dumps({"event": kind, **values}))
-
-	def progress(self, text):
-		"""Show text in place of the last."""
-		if self.watched:
-			with suppress(OSError):
-				print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-
-
-def write_atomically(path, data):
-	"""Write a file whole or not at all."""
-	partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-	try:
-		with open(partial, "wb") as file:
-			file.write(data)
-			file.flush()
-			os.fsync(file.fileno())
-		partial.replace(path)
-	finally:
-		partial.unlink(missing_ok=True)  # on a full disk it would take room
-
-
-def expect(true, else_fault):
-	"""ValueError unless true."""
-	if not true:
-		raise ValueError(else_fault)
-
-
-def write_tensors(path, tensors, **texts):
-	"""Write a safetensors file: size of its header, types, shapes and texts as JSON, raw floats."""
-	head, arrays, end = {"__metadata__": texts}, [t.cpu().numpy() for t in tensors.values()], 0
-	for name, array in zip(tensors, arrays):
-		at, end = end, end + array.nbytes
-		kind = f"F{8 * array.itemsize}"
-		head[name] = {"dtype": kind, "shape": array.shape, "data_offsets": (at, end)}
-	head = json.dumps(head).encode()
-	head += b" " * (-len(head) % 8)
-	parts = len(head).to_bytes(8, "little"), head, *arrays
-	write_atomically(path, b"".join(parts))
-
-
-def read_tensors(path):
-	"""Tensors, mapped, and texts of such a file; some error unless it is one, and whole."""
-	data, tensors = np.memmap(path, mode="c"), {}
-	start = end = 8 + int.from_bytes(data[:8].tobytes(), "little")
-	expect(start < 1 << 20, "the header is too long")
-	head = json.loads(data[8:start].tobytes())
-	texts = head.pop("__metadata__")
-	for name, of in head.items():
-		kind = {"F32": "<f4", "F64": "<f8"}[of["dtype"]]
-		array = np.ndarray(of["shape"], kind, data, end)
-		at, end = end, end + array.nbytes
-		expect(of["data_offsets"] == [at - start, end - start], f"{name} is not in its place")
-		tensors[name] = torch.from_numpy(array)
-	expect(end == len(data), f"{len(data)} bytes, not {end}")
-	return tensors, texts
-
-
-# ---- Data: what it eats ----
-
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
-PROOF_TOKENS = 1_000_000  # on which the byte table must agree with decoded text
-VAL_BYTES = 151_080_113  # of the challenge's text, as PR #832 scored it
-
-
-class DataError(ValueError):
-	"""A shard, tokenizer or artifact that cannot be used."""
+def keep_freed_memory() -> None:
+    """Tells glibc, if it is the C library, to keep freed memory: fresh pages are slow."""
+    with suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, its maximum
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
 @contextmanager
-def refused(why):
-	"""DataError for whatever a damaged file raises."""
-	try:
-		yield
-	except Exception as error:
-		raise DataError(f"{why}: {error!r:.300}") from None
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Sets the precision of float32 products inside a block; restores it afterwards.
+
+    "highest" is float32. "medium" allows TF32 on a GPU, and oneDNN's faster kernels on a CPU.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
-def read_shard(path):
-	"""Tokens uint16 [count], mapped from disk, after 256 int32: magic, version, count, zeros."""
-	header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
-	magic, version, count = (*header.tolist(), 0, 0, 0)[:3]
-	expected, size = 4 * SHARD_HEADER_INTS + 2 * count, path.stat().st_size
-	if (magic, version) != (SHARD_MAGIC, SHARD_VERSION) or count <= 0 or size != expected:
-		found = f"magic {magic}, version {version}, {size} bytes, but {count} tokens need"
-		raise DataError(f"{path}: no whole shard: {found} {expected}; make or fetch it again")
-	return np.memmap(path, "<u2", "r", offset=4 * SHARD_HEADER_INTS, shape=(count,))
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether the memory of a GPU or a CPU ran out."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "allocate mem" in str(error)
+
+
+# ---- Attention: the back ends, and one that works here ----
+
+Attend = Callable[..., Tensor]  # attend(q, k, v, *, window=0), see attend_sdpa
+
+
+class Attention(NamedTuple):
+    """An attention back end and its name."""
+
+    name: str
+    attend: Attend
+
+
+def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, *, window: int = 0) -> Tensor:
+    """Returns causal grouped-query attention by PyTorch. Shapes: q [B, T, H, d], k, v [B, T, K, d].
+
+    With a window each position attends to the last `window` positions, itself included.
+    """
+    if 0 < window < q.size(1):
+        return attend_window(q, k, v, window)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
+    return y.transpose(1, 2)
+
+
+def attend_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Returns causal attention to the last `window` positions, for T > window.
+
+    The first `window` positions are plain causal attention. The others are cut into blocks of S
+    queries; each block attends to the window + S keys that end with it, under one mask for all.
+    """
+    first = attend_sdpa(q[:, :window], k[:, :window], v[:, :window])
+    rest = q.size(1) - window
+    block = -(-window // 8)
+    padding = (0, 0, 0, 0, 0, -rest % block)
+    q = F.pad(q[:, window:], padding)  # [B, N S, H, d]
+    k, v = F.pad(k, padding), F.pad(v, padding)  # [B, window + N S, K, d]
+    group = q.size(2) // k.size(2)
+    k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
+    q = q.unfold(1, block, block)  # [B, N, H, d, S]
+    k, v = (x.unfold(1, window + block, block) for x in (k, v))  # [B, N, H, d, window + S]
+    q, k, v = (x.transpose(3, 4).flatten(0, 1) for x in (q, k, v))  # [B N, H, S or window + S, d]
+    mask = torch.ones(block, window + block, dtype=torch.bool, device=q.device)
+    mask = mask.tril(window).triu(1)  # query s sees keys s + 1 to s + window
+    backends = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(backends):
+        y = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)  # [B N, S, H, d]
+    y = y.reshape(len(first), -1, *y.shape[2:])[:, :rest]
+    return torch.cat((first, y), dim=1)
+
+
+def load_attention(name: str) -> Attend:
+    """Returns one back end, and disables PyTorch's others."""
+    if name == "fa3":
+        from flash_attn_interface import flash_attn_func
+
+        def attend_fa3(q: Tensor, k: Tensor, v: Tensor, *, window: int = 0) -> Tensor:
+            y = flash_attn_func(q, k, v, causal=True, window_size=(window - 1, 0))  # -1: all
+            return y[0] if isinstance(y, tuple) else y  # some versions add the log-sum-exp
+
+        return attend_fa3
+    for backend in ("cudnn", "flash", "math", "mem_efficient"):
+        getattr(torch.backends.cuda, f"enable_{backend}_sdp")(backend == name)
+    return attend_sdpa
+
+
+def probe_attention(name: str, device: Device, h: Hyperparameters) -> tuple[Attend | None, str]:
+    """Loads a back end and runs it forward and backward on one training sequence.
+
+    Returns it and "", or None and what went wrong.
+    """
+    heads = (h.num_heads, h.num_kv_heads, h.num_kv_heads)
+    shape = (1, h.train_seq_len, sum(heads), h.model_dim // h.num_heads)
+    try:
+        attend = load_attention(name)
+        qkv = torch.linspace(-1, 1, math.prod(shape)).view(shape).to(device.device, device.dtype)
+        q, k, v = qkv.requires_grad_().split(heads, dim=2)
+        y = device.compile(lambda q, k, v: attend(q.sin(), k, v))(q, k, v)
+        (gradient,) = torch.autograd.grad(y.sum(), qkv)
+    except Exception as error:  # the next back end may run
+        return None, f"{error!r:.200}"
+    if not (y.isfinite().all() and gradient.isfinite().all()):
+        return None, "it gave NaN"
+    return attend, ""
+
+
+def choose_attention(
+    h: Hyperparameters, device: Device, ranks: Ranks
+) -> tuple[Attention, Device, list[str]]:
+    """Returns the first back end that runs on all ranks, the device, and notes for the log.
+
+    With COMPILE=auto the device no longer compiles if that failed with every back end. Raises
+    SettingsError if nothing works, or what ATTN or COMPILE names does not.
+    """
+    hopper = device.is_cuda and torch.cuda.get_device_capability(device.device)[0] == 9
+    names = ["fa3", "cudnn", "flash", "math"] if hopper else ["flash", "cudnn", "math"]
+    if h.attn != "auto":
+        names = [h.attn]
+    candidates = [device]
+    if device.compiled and h.compile == "auto":
+        candidates.append(replace(device, compiled=False))
+    notes: list[str] = []
+    for candidate in candidates:
+        for name in names:
+            attend, fault = probe_attention(name, candidate, h)
+            failed_anywhere = ranks.all_reduce_max(len(fault))[0] > 0
+            if attend is not None and not failed_anywhere:
+                return Attention(name, attend), candidate, notes
+            reason = fault or "it failed on another rank"
+            notes.append(f"attention:{name} compiled:{candidate.compiled} not used: {reason}")
+            torch.compiler.reset()
+    fault = f"ATTN={h.attn} COMPILE={h.compile}: cannot run here; use ATTN=auto or COMPILE=0"
+    raise SettingsError("\n".join((fault, *notes)))
+
+
+# ---- Log and files: the run's log, atomic writes, tensors on disk ----
+
+
+class DataError(ValueError):
+    """A shard, tokenizer, checkpoint or artifact that cannot be used."""
+
+
+@contextmanager
+def raise_data_error(what: str) -> Iterator[None]:
+    """Turns whatever a damaged file raises inside a block into a DataError that names it."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{what}: {error!r:.300}") from None
+
+
+def check(condition: object, fault: str) -> None:
+    """Raises ValueError with a message unless the condition holds."""
+    if not condition:
+        raise ValueError(fault)
+
+
+class Log:
+    """The run's output: lines for people, JSON events for programs, a line that shows progress.
+
+    Lines go to the screen and, once `folder` is set, to train.log there; events to events.jsonl.
+    A silent log, that of any rank but the first, writes nothing.
+    """
+
+    def __init__(self, folder: Path | None = None, silent: bool = False) -> None:
+        self.folder, self.silent = folder, silent
+        self.shows_progress = not silent and sys.stderr.isatty()
+
+    def __call__(self, line: str) -> None:
+        """Writes a line."""
+        if self.silent:
+            return
+        self.progress("")
+        with suppress(OSError):
+            print(line, flush=True)
+        self.append("train.log", line)
+
+    def event(self, kind: str, **values: Any) -> None:
+        """Writes an event."""
+        if not self.silent:
+            self.append("events.jsonl", json.dumps({"event": kind, **values}))
+
+    def progress(self, text: str) -> None:
+        """Shows a text in place of the previous one, on a terminal only."""
+        if self.shows_progress:
+            with suppress(OSError):
+                print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+    def append(self, name: str, line: str) -> None:
+        """Appends a line to a file of the folder; a full disk must not end the run."""
+        if self.folder:
+            with suppress(OSError), open(self.folder / name, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file so that, whatever happens, either the new or the old content is there."""
+    partial_path = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with open(partial_path, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial_path.replace(path)
+    finally:
+        partial_path.unlink(missing_ok=True)
+
+
+def require(package: str, purpose: str) -> None:
+    """Raises SettingsError that names an optional package and its purpose if it is missing."""
+    if importlib.util.find_spec(package) is None:
+        raise SettingsError(f"{purpose} needs the {package} package: pip install {package}")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
+    """Writes tensors and settings as a safetensors file."""
+    from safetensors.torch import save
+
+    copies = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, save(copies, {"settings": json.dumps(settings)}))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns the tensors, mapped from disk, and the settings of a file by write_tensors."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        check("settings" in metadata, "it has no settings: this program did not write it")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return tensors, json.loads(metadata["settings"])
+
+
+# ---- Data: shards, batches, bytes of text ----
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
+PROOF_TOKENS = 1_000_000  # validation tokens on which the byte table must agree with decoded text
+VAL_BYTES = 151_080_113  # bytes of the challenge's validation text, as PR #832 scored it
+
+
+def shard_header(count: int) -> bytes:
+    """Returns the header of a shard: 256 little-endian int32, namely magic, version, count, zeros.
+
+    The shard's tokens follow as little-endian uint16.
+    """
+    header = np.zeros(SHARD_HEADER_INTS, "<i4")
+    header[:3] = SHARD_MAGIC, SHARD_VERSION, count
+    return header.tobytes()
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """Returns the tokens of a shard, uint16 [count], mapped from disk. Raises DataError."""
+    header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
+    magic, version, count = (*header.tolist(), 0, 0, 0)[:3]
+    needed, size = 4 * SHARD_HEADER_INTS + 2 * count, path.stat().st_size
+    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION) or count <= 0 or size != needed:
+        raise DataError(
+            f"{path}: not a complete shard: magic {magic}, version {version}, {count} tokens need "
+            f"{needed} bytes, the file has {size}; make or download it again"
+        )
+    return np.memmap(path, "<u2", "r", offset=4 * SHARD_HEADER_INTS, shape=(count,))
 
 
 class TokenStream:
-	"""The shards of a split in name order, again and again."""
+    """The shards of one split in the order of their names, repeated without end."""
 
-	def __init__(self, folder, split, vocab_size):
-		self.pattern, self.vocab_size = folder / f"fineweb_{split}_*.bin", vocab_size
-		self.shards = [(path, read_shard(path)) for path in sorted(folder.glob(self.pattern.name))]
-		if not self.shards:
-			remedy = "make PRESET=cpu's by data/prepare.py, fetch others by data/download.py"
-			raise DataError(f"DATA_PATH={folder}: no {self.pattern.name} there; {remedy}")
-		self.ends = np.cumsum([len(shard) for _, shard in self.shards])
+    def __init__(self, folder: Path, split: str, vocab_size: int) -> None:
+        self.pattern, self.vocab_size = folder / f"fineweb_{split}_*.bin", vocab_size
+        self.paths = sorted(folder.glob(self.pattern.name))
+        if not self.paths:
+            raise DataError(
+                f"DATA_PATH={folder}: no file matches {self.pattern.name}. Run `python "
+                "data/prepare.py` for the embedded corpus (PRESET=cpu) or `python "
+                "data/download.py` for the challenge's shards"
+            )
+        self.shards = [read_shard(path) for path in self.paths]
+        self.ends = np.cumsum([len(shard) for shard in self.shards])
 
-	def __len__(self):
-		return self.ends[-1]
+    def __len__(self) -> int:
+        return int(self.ends[-1])
 
-	def check(self, log, reach, rank=0, world=1):
-		"""Warn of missing shards; DataError for an id of shards rank::world of `reach` tokens."""
-		here, last = len(self.shards), self.shards[-1][0].stem[-6:]
-		if last.isdecimal() and here <= int(last):
-			log(f"warning: {self.pattern}: {here} of {int(last) + 1} shards are here")
-		for path, shard in self.shards[: np.searchsorted(self.ends, reach) + 1][rank::world]:
-			log.progress(f"checking {path}")
-			if (largest := int(shard.max())) >= self.vocab_size:
-				raise DataError(f"{path}: id {largest}, VOCAB_SIZE={self.vocab_size}; change one")
+    def check(self, log: Log, reach: int, ranks: Ranks) -> None:
+        """Warns of missing shards. Raises DataError for a token id outside the vocabulary.
 
-	def read(self, position, count, dtype=np.int64):
-		"""Tokens [count] from a position on."""
-		tokens, filled = np.empty(count, dtype), 0
-		while filled < count:
-			at = (position + filled) % len(self)
-			index = np.searchsorted(self.ends, at, "right")
-			part = self.shards[index][1][at - self.ends[index] :][: count - filled]
-			tokens[filled : filled + len(part)] = part
-			filled += len(part)
-		return torch.from_numpy(tokens)
+        Ids are checked in the shards that the first `reach` tokens touch, divided among the ranks.
+        """
+        count, last = len(self.paths), self.paths[-1].stem[-6:]
+        if last.isdecimal() and count <= int(last):
+            log(f"warning: {self.pattern}: {count} of {int(last) + 1} shards found")
+        reached = int(np.searchsorted(self.ends, reach)) + 1
+        for index in range(ranks.rank, min(reached, count), ranks.world_size):
+            log.progress(f"checking {self.paths[index]}")
+            largest = int(self.shards[index].max())
+            if largest >= self.vocab_size:
+                raise DataError(
+                    f"{self.paths[index]}: token id {largest} is not below "
+                    f"VOCAB_SIZE={self.vocab_size}; change DATA_PATH or VOCAB_SIZE"
+                )
 
-	def batch(self, step, h):
-		"""Inputs and targets int64 [sequences, T] of a step."""
-		tokens = self.read(step * h.train_batch_tokens, h.train_batch_tokens + 1)
-		return tokens[:-1].view(-1, h.train_seq_len), tokens[1:].view(-1, h.train_seq_len)
+    def read(self, position: int, count: int, dtype: Any = np.int64) -> Tensor:
+        """Returns `count` tokens from a position on."""
+        tokens, filled = np.empty(count, dtype), 0
+        while filled < count:
+            at = (position + filled) % len(self)
+            index = int(np.searchsorted(self.ends, at, "right"))
+            part = self.shards[index][at - self.ends[index] :][: count - filled]
+            tokens[filled : filled + len(part)] = part
+            filled += len(part)
+        return torch.from_numpy(tokens)
 
 
-def micro_batches(h):
-	"""The fewest parts of this rank's share of a step within MICRO_BATCH_TOKENS."""
-	rows = h.train_batch_tokens // h.train_seq_len // ranks()[1]
-	most = max(h.micro_batch_tokens // h.train_seq_len, 1)
-	return next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= most)
+@dataclass(frozen=True)
+class TrainingBatches:
+    """The training text cut into steps; a step is a stack of sequences.
+
+    Steps follow the token stream in sequence. A rank reads its own rows only.
+    """
+
+    stream: TokenStream
+    batch_tokens: int  # of a step, over all ranks
+    seq_len: int
+    ranks: Ranks
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Returns this rank's inputs and targets of a step, int64 [rows, T]."""
+        share = self.batch_tokens // self.ranks.world_size
+        tokens = self.stream.read(step * self.batch_tokens + self.ranks.rank * share, share + 1)
+        return tokens[:-1].view(-1, self.seq_len), tokens[1:].view(-1, self.seq_len)
+
+    def sequences(self, step: int, count: int) -> Tensor:
+        """Returns the `count` sequences that step `step` would read first, int64 [count, T]."""
+        tokens = self.stream.read(step * self.batch_tokens, count * self.seq_len)
+        return tokens.view(count, self.seq_len)
+
+
+def grad_accum_steps(rows: int, seq_len: int, micro_batch_tokens: int) -> int:
+    """Returns the fewest equal parts of `rows` sequences with at most that many tokens each."""
+    most = max(micro_batch_tokens // seq_len, 1)
+    return next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= most)
 
 
 class ByteTable(NamedTuple):
-	"""Bytes of text of each token: the only byte accounting."""
+    """Bytes of text that each token stands for. All byte counts of the program come from here."""
 
-	size: Tensor  # int16 [V]; 0: a special token, as BOS
-	space: Tensor  # int16 [V]: 1 for a leading space, which decoders drop after no text
+    size: Tensor  # int16 [V]; 0 for a special token such as BOS
+    space: Tensor  # int16 [V]; 1 for a leading space, which decoders drop after a special token
 
-	def count(self, previous, target):
-		"""Bytes int16 of each target after its previous token."""
-		return self.size[target] - self.space[target] * (self.size[previous] == 0)
+    def text_bytes(self, previous: Tensor, target: Tensor) -> Tensor:
+        """Returns the bytes, int16, of each target that follows its previous token."""
+        return self.size[target] - self.space[target] * (self.size[previous] == 0)
 
-	@classmethod
-	def of_tokenizer(cls, tokenizer):
-		"""A sentencepiece processor's."""
-		rows = []
-		for i in range(tokenizer.vocab_size()):
-			special = tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i)
-			size = decoded = int(not special)
-			if not (special or tokenizer.is_byte(i)):
-				size = len(tokenizer.id_to_piece(i).replace("\u2581", " ").encode())
-				decoded = len(tokenizer.decode([i]).encode())
-			rows.append((size, size - decoded))
-		return cls(*torch.tensor(rows, dtype=torch.int16).unbind(1))
+    def to(self, device: torch.device) -> "ByteTable":
+        """Returns the table on a device."""
+        return ByteTable(self.size.to(device), self.space.to(device))
+
+    @classmethod
+    def of_bytes(cls) -> "ByteTable":
+        """Returns the table of the byte vocabulary."""
+        size = (torch.arange(BYTE_VOCAB) >= FIRST_TEXT_ID).short()
+        return cls(size, torch.zeros_like(size))
+
+    @classmethod
+    def of_tokenizer(cls, tokenizer: Any) -> "ByteTable":
+        """Returns the table of a SentencePiece processor."""
+        rows = []
+        for i in range(tokenizer.vocab_size()):
+            if tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i):
+                rows.append((0, 0))
+            elif tokenizer.is_byte(i):
+                rows.append((1, 0))
+            else:
+                size = len(tokenizer.id_to_piece(i).replace("\u2581", " ").encode())
+                decoded_alone = len(tokenizer.decode([i]).encode())
+                rows.append((size, size - decoded_alone))
+        return cls(*torch.tensor(rows, dtype=torch.int16).unbind(1))
 
 
-def prove_byte_table(table, tokenizer, tokens):
-	"""Bytes on which table and decoder agree, else DataError."""
-	head = tokens[:PROOF_TOKENS]
-	counts = table.count(head[:-1], head[1:]).long()
-	edges = (table.size[head] == 0).nonzero().flatten().tolist()
-	if len(head) == len(tokens):
-		edges.append(len(head))  # else the last text may end within a character
-	proven = 0
-	for start, end in pairwise(edges):
-		counted = int(counts[start : end - 1].sum())
-		decoded = len(tokenizer.decode(head[start + 1 : end].tolist()).encode())
-		if counted != decoded:
-			found = f"the byte table counts {counted}, the decoder {decoded} bytes"
-			raise DataError(f"validation token {start + 1}: {found}; no bpb of these data counts")
-		proven += counted
-	return proven
+def verify_byte_table(table: ByteTable, tokenizer: Any, tokens: Tensor) -> int:
+    """Returns the bytes on which the table and the decoder agree, document by document.
+
+    Reads the first PROOF_TOKENS tokens. Raises DataError where they disagree.
+    """
+    head = tokens[:PROOF_TOKENS]
+    counts = table.text_bytes(head[:-1], head[1:]).long()
+    edges = (table.size[head] == 0).nonzero().flatten().tolist()
+    if len(head) == len(tokens):
+        edges.append(len(head))  # otherwise the last document may end inside a character
+    proven = 0
+    for start, end in pairwise(edges):
+        counted = int(counts[start : end - 1].sum())
+        decoded = len(tokenizer.decode(head[start + 1 : end].tolist()).encode())
+        if counted != decoded:
+            raise DataError(
+                f"validation token {start + 1}: the byte table counts {counted} bytes, the decoder "
+                f"{decoded}; no bpb of these data would be right"
+            )
+        proven += counted
+    return proven
+
+
+class Validation(NamedTuple):
+    """The validation text."""
+
+    tokens: Tensor  # int32 [N]
+    table: ByteTable
+    canonical: bool  # whether it has the bytes of the challenge's text
 
 
 class Data(NamedTuple):
-	"""Both splits and the byte table."""
-
-	val: Tensor  # int32 [N]
-	table: ByteTable
-	train: TokenStream | None  # None: only scored
-	canonical: bool = False  # val is the challenge's text
-
-
-def load_data(h, log, training=True):
-	"""Open and check the splits, of training shards this rank's part; prove the byte table."""
-	kind = "byte" if h.vocab_size == BYTE_VOCAB else "sp"
-	folder = Path(h.data_path or f"./data/datasets/{h.corpus}_{kind}{h.vocab_size}")
-	if re.search(rf"_(sp|byte)(?!{h.vocab_size}$)\d+$", folder.name):
-		raise DataError(f"DATA_PATH={folder}: not of VOCAB_SIZE={h.vocab_size}; change one")
-	val_stream = TokenStream(folder, "val", h.vocab_size)
-	val_stream.check(log, len(val_stream))
-	val = val_stream.read(0, len(val_stream), np.int32)
-	if len(val) <= (h.eval_seq_len or h.train_seq_len):
-		raise DataError(f"{folder}: {len(val)} validation tokens are no window; lower EVAL_SEQ_LEN")
-	if kind == "byte":
-		size = (torch.arange(BYTE_VOCAB) >= 4).short()
-		table, proven = ByteTable(size, 0 * size), True
-		log(f"val_bpb:enabled tokenizer_kind=byte260 vocab_size={BYTE_VOCAB}")
-	else:
-		import sentencepiece
-
-		family = h.corpus.removesuffix("10B")
-		path = h.tokenizer_path or f"./data/tokenizers/{family}_{h.vocab_size}_bpe.model"
-		try:
-			tokenizer = sentencepiece.SentencePieceProcessor(model_file=path)
-		except Exception as error:  # any, by version
-			raise DataError(f"TOKENIZER_PATH={path}: {error}; fetch it with its data") from None
-		if (pieces := tokenizer.vocab_size()) != h.vocab_size:
-			raise DataError(f"{path}: {pieces} pieces, VOCAB_SIZE={h.vocab_size}; change one")
-		table = ByteTable.of_tokenizer(tokenizer)
-		proven = prove_byte_table(table, tokenizer, val)
-		log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={path}")
-		log(f"byte_table:proven against {proven} bytes of decoded text")
-	log(f"val_loader:shards pattern={val_stream.pattern} tokens:{len(val) - 1}")
-	nbytes = int(table.count(val[:-1], val[1:]).sum())
-	if not (proven and nbytes):
-		raise DataError(f"{folder}: the validation tokens hold no text that follows BOS")
-	canonical = math.isclose(nbytes, VAL_BYTES, rel_tol=1e-4)  # less a cut last window
-	if h.corpus == "fineweb10B" and not canonical:
-		log(f"warning: {nbytes} bytes of validation text, not the challenge's {VAL_BYTES}")
-	train_stream = TokenStream(folder, "train", h.vocab_size) if training else None
-	if training:
-		reach = h.iterations * h.train_batch_tokens + h.gptq_calib_tokens + h.train_seq_len
-		train_stream.check(log, reach, *ranks())
-		for (one, a), (other, b) in product(val_stream.shards, train_stream.shards):
-			if np.array_equal(a[:1000], b[:1000]):
-				raise DataError(f"{one}: as {other}: what is trained on cannot be scored")
-		log(f"train_loader:dataset:{folder.name} train_shards:{len(train_stream.shards)}")
-	return Data(val, table, train_stream, canonical)
-
-
-# ---- Model: what it is ----
-
-
-def rms_norm(x):
-	"""x over its root mean square; torch's default eps has changed."""
-	return F.rms_norm(x, (x.size(-1),), eps=1.2e-7)
-
-
-class Part(nn.Module):
-	"""A part of the model of `h`."""
-
-	role = "scalar"  # of its own parameters: how they are learned and stored, see ROLE_POLICY
-
-	def __init__(self, h):
-		super().__init__()
-		self.h = h
-
-
-class Linear(nn.Linear):
-	"""Bias-free; starts orthogonal times `gain` or, for None, uniform within 1/sqrt(in)."""
-
-	def __init__(self, fan_in, fan_out, gain=1.0, role="matrix"):
-		super().__init__(fan_in, fan_out, bias=False)
-		self.role = role
-		if gain is not None:
-			nn.init.orthogonal_(self.weight, gain) if gain else nn.init.zeros_(self.weight)
-
-	def forward(self, x):
-		"""x [..., in] to [..., out], in its dtype."""
-		return F.linear(x, self.weight.to(x.dtype))
-
-
-class Embedding(nn.Embedding):
-	"""A table [count, width], normal."""
-
-	role = "embed"
-
-	def __init__(self, count, width, std):
-		super().__init__(count, width, _weight=torch.empty(count, width).normal_(std=std))
-
-
-def rotary_angles(h, length, reach, device):
-	"""cos and sin [2, T, 1, n/2] of the n rotated dims; NTK, as in the records, by the reach."""
-	dims, base = h.rope_dims or h.model_dim // h.num_heads, h.rope_base
-	if reach > h.rope_train_seq_len and dims > 2:
-		base *= (reach / h.rope_train_seq_len) ** (dims / (dims - 2))
-	frequencies = base ** (-torch.arange(0, dims, 2, device=device) / dims)
-	angles = torch.arange(length, device=device)[:, None, None] * frequencies
-	return torch.stack((angles.cos(), angles.sin()))
-
-
-def rotate(x, rotation):
-	"""RoPE on the first n dims of x [B, T, heads, d], in pairs (i, i + n/2)."""
-	cos, sin = rotation.to(x.dtype)
-	half = cos.size(-1)
-	a, b, rest = x.split((half, half, x.size(-1) - 2 * half), dim=-1)
-	return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
-
-
-class CausalSelfAttention(Part):
-	"""Grouped-query attention with partial RoPE and, in late layers, XSA (arXiv 2603.09078)."""
-
-	def __init__(self, h, layer, attend):
-		super().__init__(h)
-		self.head_dim = h.model_dim // h.num_heads
-		self.c_q = Linear(h.model_dim, h.model_dim)
-		self.c_k = Linear(h.model_dim, self.head_dim * h.num_kv_heads)
-		self.c_v = Linear(h.model_dim, self.head_dim * h.num_kv_heads)
-		self.proj = Linear(h.model_dim, h.model_dim, gain=0)
-		self.q_gain = nn.Parameter(torch.ones(h.num_heads, 1) * h.qk_gain_init)
-		self.xsa = layer >= h.num_layers - h.xsa_last_n
-		self.attend = attend
-
-	def forward(self, x, rotation, extra):
-		"""Attend within x [B, T, D]; `extra` [B, T, K d] joins the values."""
-		heads = (*x.shape[:2], -1, self.head_dim)
-		q = rotate(rms_norm(self.c_q(x).view(heads)), rotation) * self.q_gain.to(x.dtype)
-		k = rotate(rms_norm(self.c_k(x).view(heads)), rotation)
-		v = (self.c_v(x) + extra).view(heads)
-		y = self.attend(q, k, v)
-		if self.xsa:  # y less its part along its position's v
-			y, unit = y.unflatten(2, (v.size(2), -1)), F.normalize(v.float(), dim=-1).unsqueeze(3)
-			along = (y.float() * unit).sum(-1, keepdim=True)
-			y = y - (along * unit).to(y.dtype)
-		return self.proj(y.flatten(2))
-
-
-class MLP(Part):
-	"""Two maps around leaky_relu(., slope)^2."""
-
-	def __init__(self, h):
-		super().__init__(h)
-		width = max(int(h.mlp_mult * h.model_dim), 1)
-		self.up = Linear(h.model_dim, width)
-		self.down = Linear(width, h.model_dim, gain=0)
-
-	def forward(self, x):
-		"""Shape [..., D] is kept."""
-		return self.down(F.leaky_relu(self.up(x), self.h.negative_slope).square())
-
-
-class SmearGate(Part):
-	"""Each position mixed with the one before."""
-
-	def __init__(self, h):
-		super().__init__(h)
-		self.gate = nn.Parameter(torch.zeros(h.model_dim))
-
-	def forward(self, x, ids):
-		"""Smear x [B, T, D]; nothing precedes the first token or, masked, BOS."""
-		fresh = (ids[..., None] == BOS_ID) & self.h.bos_mask
-		before = F.pad(x[:, :-1], (0, 0, 1, 0)).masked_fill(fresh, 0)
-		return torch.lerp(x, before, self.gate.sigmoid().to(x.dtype))
-
-
-class BigramHash(Part):
-	"""A learned vector for each hashed pair."""
-
-	def __init__(self, h):
-		super().__init__(h)
-		self.embed = Embedding(h.bigram_vocab_size, h.bigram_dim, std=0.0)
-		# Not 0 as in PR #832: beside a table of 0 both would stay 0 for ever.
-		self.proj = Linear(h.bigram_dim, h.model_dim, (2 * h.num_layers) ** -0.5, "scalar")
-		self.scale = nn.Parameter(torch.tensor(0.05))
-
-	def forward(self, ids):
-		"""Vectors [B, T, D] of ids [B, T]; where none stands before, that of the last bucket."""
-		last, ids = self.h.bigram_vocab_size - 1, ids.int()
-		pairs = (36_313 * ids[:, 1:] ^ 27_191 * ids[:, :-1]) % last
-		fresh = (ids[:, 1:] == BOS_ID) & self.h.bos_mask
-		buckets = F.pad(pairs.masked_fill(fresh, last), (1, 0), value=last)
-		return self.proj(self.embed(buckets)) * self.scale
-
-
-class ValueEmbedding(Part):
-	"""A second embedding, which some layers add to their values."""
-
-	def __init__(self, h):
-		super().__init__(h)
-		kv_dim = h.model_dim // h.num_heads * h.num_kv_heads
-		self.embed = Embedding(h.vocab_size, h.ve_dim, std=0.01)
-		self.proj = Linear(h.ve_dim, kv_dim, (2 * h.num_layers) ** -0.5, "scalar")
-		self.scale = nn.Parameter(torch.tensor(0.1))
-		named = {int(n) for n in h.ve_layers.split(",") if n}
-		self.layers = sorted(named or range(h.num_layers)[-2:])
-		self.layer_scales = nn.Parameter(torch.ones(len(self.layers)))
-
-	def forward(self, ids, dtype):
-		"""What each layer adds, [B, T, K d]."""
-		value = self.proj(self.embed(ids)) * self.scale
-		return {n: (value * self.layer_scales[i]).to(dtype) for i, n in enumerate(self.layers)}
-
-
-class Block(Part):
-	"""Mix in the embedding, then attention and MLP."""
-
-	def __init__(self, h, layer, attend):
-		super().__init__(h)
-		self.attn = CausalSelfAttention(h, layer, attend)
-		self.mlp = MLP(h)
-		self.attn_scale = nn.Parameter(torch.ones(h.model_dim))
-		self.mlp_scale = nn.Parameter(torch.ones(h.model_dim))
-		self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, h.model_dim))
-		self.norm_scale = (layer + 1) ** -0.5 if h.ln_scale else 1.0
-
-	def forward(self, x, x0, rotation, extra):
-		"""The stream x [B, T, D] after this layer; x0: before the first."""
-		keep, restart = self.resid_mix.to(x.dtype)
-		x = keep * x + restart * x0
-		attended = self.attn(rms_norm(x) * self.norm_scale, rotation, extra)
-		x = x + self.attn_scale.to(x.dtype) * attended
-		return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.norm_scale)
-
-
-def sigreg(z, directions, knots, form, parts=1):
-	"""How far rows of z [N / parts, n] are from samples of N(0, I): a float32 scalar.
-
-	Along unit columns [n, P] their characteristic function is held against exp(-t^2/2) at `knots`
-	points (Epps-Pulley). "lejepa" (arXiv 2511.08544): N times the integral under that Gaussian.
-	"published" (PR #832): a mean, blind to the rows' mean and scale.
-	"""
-	published, z = form == "published", z.float()
-	if published:
-		z = (z - z.mean(0)) / z.var(0).clamp_min(1e-12).sqrt()
-	t = torch.linspace(0.2 if published else 0.0, 3.0, knots, device=z.device)
-	angles, normal = (z @ directions).unsqueeze(-1) * t, torch.exp(-t.square() / 2)
-	error = (angles.cos().mean(0) - normal).square() + angles.sin().mean(0).square()
-	if published:
-		return error.mean()
-	# Twice: t < 0 gives as much. N is the whole step's: its parts change no weight.
-	return 2 * parts * len(z) * torch.trapezoid(error * normal, t).mean()
-
-
-class JEPA(Part):
-	"""Predicts the latent of each chunk of positions from that of the chunk before (PR #832).
-
-	A latent is a chunk's projected mean, or `start` before the first; predictions enter the stream.
-	Squared error and SIGReg teach projector and predictor, cross-entropy the injection.
-	"""
-
-	role, learns = "aux", False
-	DIRECTIONS, KNOTS = 256, 17  # of SIGReg
-
-	def __init__(self, h):
-		super().__init__(h)
-		latent = h.jepa_latent_dim
-
-		def mlp(fan_in, hidden):
-			into, out = Linear(fan_in, hidden, None, "aux"), Linear(hidden, latent, None, "aux")
-			return nn.Sequential(into, nn.RMSNorm(hidden, 1.2e-7, False), nn.SiLU(), out)
-
-		self.projector, self.predictor = mlp(h.model_dim, h.jepa_proj_hidden), mlp(latent, latent)
-		self.start = nn.Parameter(torch.empty(1, latent).normal_(std=0.02))
-		self.inject = Linear(latent, h.model_dim, 0, "aux")
-
-	def prepare(self, weight, step):
-		"""Set lambda for a step; LeJEPA draws new directions for each."""
-		h, device, self.learns = self.h, self.start.device, weight > 0
-		weights = torch.tensor((weight, weight * h.jepa_sigreg_weight))
-		self.weights = weights.to(device, non_blocking=True)  # a number would be compiled in
-		draw = torch.Generator(device).manual_seed(h.seed + step * (h.jepa_sigreg == "lejepa"))
-		shape = h.jepa_latent_dim, self.DIRECTIONS
-		self.directions = F.normalize(torch.randn(shape, generator=draw, device=device), dim=0)
-
-	def forward(self, x):
-		"""The stream x [B, T, D] with predictions; losses [2] while it learns."""
-		h, size = self.h, self.h.jepa_chunk_size
-		count, rest = divmod(x.size(1), size)
-		read = x if h.jepa_backbone_grad else x.detach()
-		latents = self.projector(read[:, : count * size].unflatten(1, (count, size)).mean(2))
-		start = self.start.to(latents.dtype).expand(len(x), 1, -1)
-		predicted = self.predictor(torch.cat((start, latents), dim=1)[:, :-1])
-		added = self.inject(predicted.detach()).repeat_interleave(size, dim=1)
-		x = x + F.pad(added, (0, 0, 0, rest))
-		if not (self.training and self.learns):
-			return x, None
-		error = F.mse_loss(predicted.float(), latents.detach().float())
-		parts = h.train_batch_tokens / x.shape[:2].numel()  # of all ranks
-		form = self.directions, self.KNOTS, h.jepa_sigreg, parts
-		return x, torch.stack((error, sigreg(latents.flatten(0, 1), *form)))
-
-
-class GPT(Part):
-	"""The model of `h`: float32, activations in `dtype`, attending over the `window`, or all."""
-
-	def __init__(self, h, attend=attend_sdpa, dtype=torch.float32, window=0):
-		super().__init__(h)
-		self.dtype, self.window = dtype, window
-		attend = partial(attend, window=window) if window else attend
-		self.tok_emb = Embedding(h.vocab_size, h.model_dim, h.tied_embed_init_std)
-		self.bigram = BigramHash(h) if h.bigram_vocab_size else None
-		self.smear = SmearGate(h) if h.smear_gate else None
-		self.value_embedding = ValueEmbedding(h) if h.ve_enabled else None
-		self.blocks = nn.ModuleList(Block(h, layer, attend) for layer in range(h.num_layers))
-		self.skip_weights = nn.Parameter(torch.ones(h.num_layers // 2 * h.unet_skips, h.model_dim))
-		self.jepa = JEPA(h) if h.jepa_chunk_size else None
-
-	def prepare(self, weight, step):
-		"""Set lambda of JEPA for a step."""
-		if self.jepa:
-			self.jepa.prepare(weight, step)
-
-	def hidden(self, ids):
-		"""Normed last states [B, T, D] of ids [B, T]; auxiliary losses, if any."""
-		x = self.tok_emb(ids)
-		if self.bigram:
-			x = x + self.bigram(ids)
-		x = rms_norm(x.to(self.dtype))
-		if self.smear:
-			x = self.smear(x, ids)
-		length = ids.size(1)
-		x0, rotation = x, rotary_angles(self.h, length, self.window or length, ids.device)
-		values = self.value_embedding(ids, self.dtype) if self.value_embedding else {}
-		# U-Net: outputs of the first half enter the second, last one first.
-		half, outputs = len(self.blocks) // 2, []
-		for layer, block in enumerate(self.blocks):
-			if layer >= half and outputs:
-				x = x + self.skip_weights[layer - half].to(x.dtype) * outputs.pop()
-			x = block(x, x0, rotation, values.get(layer, 0))
-			if layer < len(self.skip_weights):
-				outputs.append(x)
-		x, auxiliary = self.jepa(x) if self.jepa else (x, None)
-		return rms_norm(x), auxiliary
-
-	def logits(self, x):
-		"""Soft-capped float32 [..., V] of [..., D]."""
-		cap = self.h.logit_softcap
-		head = (self.tok_emb.weight / cap).to(x.dtype)  # fewer in training than logits
-		return F.linear(x, head).float().tanh_() * cap  # in place: V is large
-
-	def forward_logits(self, ids, last=0):
-		"""Logits [B, T, V] of ids [B, T] or of their `last` positions."""
-		return self.logits(self.hidden(ids)[0][:, -last:])
-
-	def losses(self, ids, targets):
-		"""The loss to descend and its terms, cross-entropy first, in nats."""
-		smoothing = self.training * self.h.label_smoothing
-		x, auxiliary = self.hidden(ids)
-		logits = self.logits(x).flatten(0, 1)
-		loss = F.cross_entropy(logits, targets.flatten(), label_smoothing=smoothing)
-		terms = {"train_loss": loss}
-		if auxiliary is not None:
-			loss = loss + auxiliary @ self.jepa.weights
-			terms["jepa_error"], terms["jepa_sigreg"] = auxiliary
-		return loss, terms
-
-	def forward(self, ids, targets):
-		"""The loss, a scalar."""
-		return self.losses(ids, targets)[0]
-
-
-def parameter_roles(model):
-	"""Role by parameter name, that of its module; AttributeError for a module without."""
-	return {n: model.get_submodule(n.rpartition(".")[0]).role for n, _ in model.named_parameters()}
-
-
-# ---- Evaluate: how it is judged ----
-
-
-class DivergenceError(RuntimeError):
-	"""A loss or a weight is no finite number."""
-
-
-class Score(NamedTuple):
-	"""What scoring gives; bpb is bits per byte."""
-
-	val_loss: float  # nats a token
-	val_bpb: float
-	nats: float
-	tokens: int
-	bytes: int  # of text
-	seconds: float
-	stride: int
-
-
-def plan_windows(total, seq_len, stride, size, chunk):
-	"""Batches int64 [n, 2], n at most size, of windows (start, how many last positions it scores).
-
-	Each ends stride after the one before, or at the end, and scores what that did not; a batch's
-	begin scoring in one chunk. Sliding, the first scores all and is alone; empty ones fill batches.
-	"""
-	ends = torch.cat((torch.arange(seq_len, total, stride), torch.tensor([total])))
-	counts = ends.diff(prepend=torch.tensor([0]))
-	windows, size = torch.stack((ends - seq_len, counts), dim=1), min(size, len(ends))
-	cuts = 1 + ((ends - counts) // chunk).diff().nonzero().flatten()
-	if stride < seq_len:
-		cuts = torch.cat((torch.tensor([1]), cuts)).unique()
-	batches = [batch for part in windows.tensor_split(cuts) for batch in part.split(size)]
-	return [F.pad(batch, (0, 0, 0, size - len(batch))) for batch in batches if len(batch)]
-
-
-@torch.inference_mode()
-def evaluate(forward_logits, data, h, rt, log, stride=0, learn=None):
-	"""Score the validation split: the only loop from logits to a score.
-
-	forward_logits(ids [B, T], last) gives logits [B, last, V]; without a stride windows lie side by
-	side. learn gets each scored chunk, [TTT_CHUNK_TOKENS + 1], but the last, and how far that is.
-	"""
-	began, total, (rank, world) = rt.now(), len(data.val) - 1, ranks()
-	seq_len = min(h.eval_seq_len or h.train_seq_len, total)
-	stride = stride or seq_len
-	most = 4096 if rt.device.type == "cpu" else math.inf  # more spills a CPU's caches
-	size = max(min(h.val_batch_size // 8, most) // seq_len, 1)
-	chunk, learned = max(h.ttt_chunk_tokens, seq_len) if learn else total, 0
-	batches = plan_windows(total, seq_len, stride, size, chunk)
-	tokens, table = data.val.to(rt.device), ByteTable(*(t.to(rt.device) for t in data.table))
-	offsets = torch.arange(seq_len + 1, device=rt.device)
-	sums = torch.zeros(3, dtype=torch.float64, device=rt.device)
-
-	def add(batch, last):  # nats, tokens and bytes of windows [n, 2]
-		starts, counts = batch.to(rt.device).unsqueeze(-1).unbind(1)
-		ids = tokens[starts + offsets].long()
-		inputs, targets = ids[:, :-1], ids[:, -last:]
-		logits = forward_logits(inputs, last).flatten(0, 1)
-		nats = F.cross_entropy(logits, targets.flatten(), reduction="none")
-		nbytes = table.count(inputs[:, -last:], targets)
-		scored = offsets[:last] >= last - counts
-		columns = torch.stack((nats.view_as(nbytes).double(), scored, nbytes))
-		sums.add_(columns.where(scored, 0).sum((1, 2)))
-
-	for n, batch in enumerate(batches):  # alike for any number of ranks
-		start, count = batch[0].tolist()
-		if (at := (start + seq_len - count) // chunk) > learned:
-			learn(tokens[learned * chunk : at * chunk + 1], learned * chunk / total)
-			learned = at
-		rest = batch.split(size) if n % world == rank else ()
-		while rest:
-			try:
-				add(rest[0], stride if n else seq_len)
-				rest = rest[1:]
-			except Exception as error:
-				if len(rest[0]) == 1 or not out_of_memory(error):
-					raise
-				size = len(rest[0]) // 2
-				log(f"out of memory: scoring {size} windows at once; lower VAL_BATCH_SIZE")
-				rest = torch.cat(rest).split(size)
-		log.progress(f"scoring batch {n + 1} of {len(batches)}")
-	nats, count, nbytes = summed(sums).tolist()
-	if count != total:
-		raise RuntimeError(f"scored {count:.0f} tokens of {total}")
-	if not math.isfinite(nats):
-		raise DivergenceError("the score is no finite number: the weights have diverged")
-	bpb = nats / math.log(2) / nbytes
-	return Score(nats / total, bpb, nats, total, int(nbytes), rt.now() - began, stride)
-
-
-def test_time_learner(model, h, rt):
-	"""What learns from a scored chunk: SGD, its rate falling as half a cosine (PR #549)."""
-	params = [*model.parameters()]
-	sgd, loss_of = torch.optim.SGD(params, h.ttt_lr, 0.9), rt.compile(model)
-	seq_len, gradient = h.eval_seq_len or h.train_seq_len, flat_gradient(params)
-	rank, world = ranks()
-
-	@torch.inference_mode(False)
-	def learn(tokens, done):
-		sgd.param_groups[0]["lr"] = h.ttt_lr * (1 + math.cos(math.pi * done)) / 2
-		rows = (len(tokens) - 1) // seq_len
-		inputs, targets = (tokens[i:][: rows * seq_len].long().view(rows, -1) for i in (0, 1))
-		for x, y in h.ttt_epochs * list(zip(inputs.split(32), targets.split(32))):
-			if len(x) > rank:
-				mine = x[rank::world], y[rank::world]
-				(loss_of(*mine) * (len(mine[0]) / len(x))).backward()
-			gradient.mul_((1 / (summed(gradient).norm() + 1e-6)).clamp(max=1))
-			sgd.step()
-			gradient.zero_()
-
-	return learn
-
-
-# ---- Optimizers: how it learns ----
-
-# By role: settings of rate and decay ("": none); bits, of codes with a scale a row or 16: float16.
-ROLE_POLICY = {
-	"matrix": ("matrix_lr", "muon_wd", 6),  # by Muon, the others by AdamW
-	"embed": ("tied_embed_lr", "adam_wd", 8),
-	"scalar": ("scalar_lr", "adam_wd", 16),
-	"aux": ("jepa_lr", "", 8),
+    """Both splits; `train` is None where nothing reads training text."""
+
+    val: Validation
+    train: TrainingBatches | None
+
+
+def data_folder(h: Hyperparameters) -> Path:
+    """Returns the folder of the shards. Raises DataError if its name tells another vocabulary."""
+    kind = "byte" if h.vocab_size == BYTE_VOCAB else "sp"
+    folder = Path(h.data_path or f"./data/datasets/{h.corpus}_{kind}{h.vocab_size}")
+    if re.search(rf"_(sp|byte)(?!{h.vocab_size}$)\d+$", folder.name):
+        raise DataError(
+            f"DATA_PATH={folder}: its shards are not of VOCAB_SIZE={h.vocab_size}; change one"
+        )
+    return folder
+
+
+def load_tokenizer(h: Hyperparameters, log: Log) -> Any:
+    """Returns the SentencePiece processor of the settings. Raises DataError."""
+    import sentencepiece
+
+    family = h.corpus.removesuffix("10B")
+    path = h.tokenizer_path or f"./data/tokenizers/{family}_{h.vocab_size}_bpe.model"
+    try:
+        tokenizer = sentencepiece.SentencePieceProcessor(model_file=path)
+    except Exception as error:  # its type depends on the version
+        raise DataError(
+            f"TOKENIZER_PATH={path}: {error}; make or download it together with its shards"
+        ) from None
+    pieces = tokenizer.vocab_size()
+    if pieces != h.vocab_size:
+        raise DataError(
+            f"TOKENIZER_PATH={path}: it has {pieces} pieces, VOCAB_SIZE={h.vocab_size}; change one"
+        )
+    log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={path}")
+    return tokenizer
+
+
+def load_byte_table(h: Hyperparameters, tokens: Tensor, log: Log) -> ByteTable:
+    """Returns the byte table of the vocabulary, verified on the validation tokens."""
+    if h.vocab_size == BYTE_VOCAB:
+        log(f"val_bpb:enabled tokenizer_kind=byte260 vocab_size={BYTE_VOCAB}")
+        return ByteTable.of_bytes()
+    tokenizer = load_tokenizer(h, log)
+    table = ByteTable.of_tokenizer(tokenizer)
+    proven = verify_byte_table(table, tokenizer, tokens)
+    log(f"byte_table:proven against {proven} bytes of decoded text")
+    unknown = int((tokens == tokenizer.unk_id()).sum())
+    if unknown:
+        log(
+            f"warning: {unknown} of {len(tokens)} validation tokens are unknown to the tokenizer "
+            "and count 0 bytes: bpb is higher than of a tokenizer that covers the text"
+        )
+    return table
+
+
+def load_validation(h: Hyperparameters, stream: TokenStream, log: Log) -> Validation:
+    """Returns the validation text; every token id and the byte table are checked."""
+    stream.check(log, len(stream), Ranks())
+    tokens = stream.read(0, len(stream), np.int32)
+    folder = stream.pattern.parent
+    if len(tokens) <= h.window_tokens:
+        raise DataError(
+            f"{folder}: {len(tokens)} validation tokens do not fill a window of {h.window_tokens}; "
+            "lower EVAL_SEQ_LEN"
+        )
+    table = load_byte_table(h, tokens, log)
+    log(f"val_loader:shards pattern={stream.pattern} tokens:{len(tokens) - 1}")
+    text_bytes = int(table.text_bytes(tokens[:-1], tokens[1:]).sum())
+    if not text_bytes:
+        raise DataError(f"{folder}: the validation tokens stand for no text")
+    canonical = math.isclose(text_bytes, VAL_BYTES, rel_tol=1e-4)  # a last window may be cut
+    if h.corpus == "fineweb10B" and not canonical:
+        log(
+            f"warning: {text_bytes} bytes of validation text, not the challenge's {VAL_BYTES}: "
+            "scores are not comparable with the records"
+        )
+    return Validation(tokens, table, canonical)
+
+
+def load_data(h: Hyperparameters, ranks: Ranks, log: Log, training: bool = True) -> Data:
+    """Opens and checks both splits, or the validation split alone. Raises DataError."""
+    folder = data_folder(h)
+    val_stream = TokenStream(folder, "val", h.vocab_size)
+    val = load_validation(h, val_stream, log)
+    if not training:
+        return Data(val, None)
+    train_stream = TokenStream(folder, "train", h.vocab_size)
+    reach = h.iterations * h.train_batch_tokens + h.gptq_calib_tokens + h.train_seq_len
+    train_stream.check(log, reach, ranks)
+    for val_path, val_shard in zip(val_stream.paths, val_stream.shards):
+        for path, shard in zip(train_stream.paths, train_stream.shards):
+            if np.array_equal(val_shard[:1000], shard[:1000]):
+                raise DataError(
+                    f"{path}: the same tokens as {val_path}; training text cannot be scored"
+                )
+    log(f"train_loader:dataset:{folder.name} train_shards:{len(train_stream.paths)}")
+    return Data(val, TrainingBatches(train_stream, h.train_batch_tokens, h.train_seq_len, ranks))
+
+
+# ---- Model: the network ----
+
+
+class Role(NamedTuple):
+    """How parameters of one kind are learned and stored."""
+
+    optimizer: str  # "muon" or "adamw"
+    learning_rate: str  # the setting
+    weight_decay: str  # the setting; "" for none
+    bits: int  # of a stored code, with a scale per row; 16 for float16 without codes
+
+
+# Each module class states the role of its own parameters. A new parameter needs no other entry.
+ROLES = {
+    "matrix": Role("muon", "matrix_lr", "muon_wd", 6),
+    "embed": Role("adamw", "tied_embed_lr", "adam_wd", 8),
+    "untied_embed": Role("adamw", "embed_lr", "adam_wd", 8),
+    "head": Role("adamw", "head_lr", "", 8),
+    "scalar": Role("adamw", "scalar_lr", "adam_wd", 16),
+    "aux": Role("adamw", "jepa_lr", "", 8),
 }
 
 
-def newton_schulz(matrices, steps):
-	"""About U V^T of each U S V^T of a stack [n, rows, cols] (Jordan et al. 2024, Muon)."""
-	a, b, c = 3.4445, -4.7750, 2.0315
-	x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-	tall = x.size(-2) > x.size(-1)
-	x = x.mT if tall else x
-	for _ in range(steps):
-		gram = x @ x.mT
-		x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-	return x.mT if tall else x
+def parameter_roles(model: nn.Module) -> dict[str, str]:
+    """Returns the role of each parameter by name. Raises AttributeError for one without a role."""
+    roles = {}
+    for name, _ in model.named_parameters():
+        module: Any = model.get_submodule(name.rpartition(".")[0])
+        roles[name] = module.role
+    return roles
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """Returns x divided by its root mean square over the last dimension.
+
+    The eps is fixed because PyTorch's default for bf16 has changed between versions.
+    """
+    return F.rms_norm(x, (x.size(-1),), eps=1.2e-7)
+
+
+class Linear(nn.Linear):
+    """A linear map without bias: float32 weight, product in the dtype of its input.
+
+    The weight starts orthogonal times `gain`; at zero for gain 0; PyTorch's default for None.
+    """
+
+    def __init__(
+        self, fan_in: int, fan_out: int, gain: float | None = 1.0, role: str = "matrix"
+    ) -> None:
+        super().__init__(fan_in, fan_out, bias=False)
+        self.role = role
+        if gain == 0:
+            nn.init.zeros_(self.weight)
+        elif gain is not None:
+            nn.init.orthogonal_(self.weight, gain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps x [..., fan_in] to [..., fan_out]."""
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Embedding(nn.Embedding):
+    """A table [rows, width] that starts normal with standard deviation `std`."""
+
+    def __init__(self, h: Hyperparameters, rows: int, width: int, std: float) -> None:
+        super().__init__(rows, width, _weight=torch.empty(rows, width).normal_(std=std))
+        self.role = "embed" if h.tie_embeddings else "untied_embed"
+
+
+def rotary_angles(
+    length: int, dims: int, base: float, reach: int, train_seq_len: int, device: torch.device
+) -> Tensor:
+    """Returns cos and sin of RoPE's angles, [2, T, 1, dims / 2].
+
+    The base grows with the reach of attention beyond `train_seq_len` (NTK scaling, as in the
+    records).
+    """
+    if reach > train_seq_len and dims > 2:
+        base *= (reach / train_seq_len) ** (dims / (dims - 2))
+    frequencies = base ** (-torch.arange(0, dims, 2, device=device) / dims)
+    angles = torch.arange(length, device=device)[:, None, None] * frequencies
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotates the first n dimensions of x [B, T, heads, d] in pairs (i, i + n/2) (RoPE)."""
+    cos, sin = rotation.to(x.dtype)
+    half = cos.size(-1)
+    a, b, rest = x.split((half, half, x.size(-1) - 2 * half), dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
+
+
+def subtract_self_value(y: Tensor, v: Tensor) -> Tensor:
+    """Removes from attention outputs y [B, T, H, d] their part along v [B, T, K, d].
+
+    This is exclusive self-attention, XSA (arXiv 2603.09078): each head keeps only what other
+    positions contribute.
+    """
+    grouped = y.unflatten(2, (v.size(2), -1))  # [B, T, K, H / K, d]
+    unit = F.normalize(v.float(), dim=-1).unsqueeze(3)
+    along = (grouped.float() * unit).sum(-1, keepdim=True)
+    return (grouped - (along * unit).to(y.dtype)).flatten(2, 3)
+
+
+class Context(NamedTuple):
+    """What every block of one forward pass may read."""
+
+    x0: Tensor  # [B, T, D], the embeddings that enter the first block
+    rotation: Tensor  # [2, T, 1, n/2], see rotary_angles
+    value_embeds: dict[int, Tensor]  # by layer: [B, T, K d], added to the values
+    window: int  # positions that attention reaches back; 0 for all
+
+
+# The residual streams of a forward pass, each [B, T, D]. Blocks map lanes to lanes.
+Lanes = tuple[Tensor, ...]
+
+
+class CausalSelfAttention(nn.Module):
+    """Grouped-query attention with partial RoPE and, in the last layers, XSA."""
+
+    role = "scalar"
+
+    def __init__(self, h: Hyperparameters, layer: int, attend: Attend) -> None:
+        super().__init__()
+        self.layer, self.attend = layer, attend
+        self.head_dim = h.model_dim // h.num_heads
+        kv_dim = self.head_dim * h.num_kv_heads
+        self.c_q = Linear(h.model_dim, h.model_dim)
+        self.c_k = Linear(h.model_dim, kv_dim)
+        self.c_v = Linear(h.model_dim, kv_dim)
+        self.proj = Linear(h.model_dim, h.model_dim, gain=0)
+        self.q_gain = nn.Parameter(torch.full((h.num_heads, 1), h.qk_gain_init))
+        self.xsa = layer >= h.num_layers - h.xsa_last_n
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """Maps x [B, T, D] to attention's output [B, T, D]."""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q, k, v = self.c_q(x).view(heads), self.c_k(x).view(heads), self.c_v(x)
+        if self.layer in context.value_embeds:
+            v = v + context.value_embeds[self.layer]
+        v = v.view(heads)
+        q = rotate(rms_norm(q), context.rotation) * self.q_gain.to(x.dtype)
+        k = rotate(rms_norm(k), context.rotation)
+        y = self.attend(q, k, v, window=context.window)
+        if self.xsa:
+            y = subtract_self_value(y, v)
+        return self.proj(y.flatten(2))
+
+
+class MLP(nn.Module):
+    """Two linear maps around leaky_relu(x, slope)^2."""
+
+    def __init__(self, h: Hyperparameters) -> None:
+        super().__init__()
+        width = max(int(h.mlp_mult * h.model_dim), 1)
+        self.up = Linear(h.model_dim, width)
+        self.down = Linear(width, h.model_dim, gain=0)
+        self.negative_slope = h.negative_slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps x [..., D] to [..., D]."""
+        return self.down(F.leaky_relu(self.up(x), self.negative_slope).square())
+
+
+class SmearGate(nn.Module):
+    """Blends each position's embedding with the previous one's: lerp(x[t], x[t-1], sigmoid(g))."""
+
+    role = "scalar"
+
+    def __init__(self, h: Hyperparameters) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(h.model_dim))
+        self.bos_mask = h.bos_mask
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        """Maps x [B, T, D] of ids [B, T]; nothing precedes position 0 or a masked BOS."""
+        starts = (ids[..., None] == BOS_ID) & self.bos_mask
+        previous = F.pad(x[:, :-1], (0, 0, 1, 0)).masked_fill(starts, 0)
+        return torch.lerp(x, previous, self.gate.sigmoid().to(x.dtype))
+
+
+class BigramHash(nn.Module):
+    """A learned vector for each hashed pair of a token and the one before."""
+
+    role = "scalar"
+
+    def __init__(self, h: Hyperparameters) -> None:
+        super().__init__()
+        self.embed = Embedding(h, h.bigram_vocab_size, h.bigram_dim, std=0.0)
+        # Not zero, as it is in PR #832: beside a table of zeros neither would ever get a gradient.
+        self.proj = Linear(h.bigram_dim, h.model_dim, (2 * h.num_layers) ** -0.5, role="scalar")
+        self.scale = nn.Parameter(torch.tensor(0.05))
+        self.bos_mask = h.bos_mask
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Returns vectors [B, T, D] for ids [B, T]; positions without a pair take the last row."""
+        last, ids = self.embed.num_embeddings - 1, ids.int()
+        pairs = (36_313 * ids[:, 1:] ^ 27_191 * ids[:, :-1]) % last
+        starts = (ids[:, 1:] == BOS_ID) & self.bos_mask
+        rows = F.pad(pairs.masked_fill(starts, last), (1, 0), value=last)
+        return self.proj(self.embed(rows)) * self.scale
+
+
+class ValueEmbedding(nn.Module):
+    """A second token embedding, which some layers add to their values."""
+
+    role = "scalar"
+
+    def __init__(self, h: Hyperparameters) -> None:
+        super().__init__()
+        kv_dim = h.model_dim // h.num_heads * h.num_kv_heads
+        self.embed = Embedding(h, h.vocab_size, h.ve_dim, std=0.01)
+        self.proj = Linear(h.ve_dim, kv_dim, (2 * h.num_layers) ** -0.5, role="scalar")
+        self.scale = nn.Parameter(torch.tensor(0.1))
+        named = {int(name) for name in h.ve_layers.split(",") if name}
+        self.layers = sorted(named or range(h.num_layers)[-2:])
+        self.layer_scales = nn.Parameter(torch.ones(len(self.layers)))
+
+    def forward(self, ids: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
+        """Returns what each layer adds to its values, [B, T, K d], for ids [B, T]."""
+        values = self.proj(self.embed(ids)) * self.scale
+        return {n: (values * self.layer_scales[i]).to(dtype) for i, n in enumerate(self.layers)}
+
+
+class Block(nn.Module):
+    """A layer: blends in the first embedding, then adds attention and the MLP to the stream."""
+
+    role = "scalar"
+
+    def __init__(self, h: Hyperparameters, layer: int, attend: Attend) -> None:
+        super().__init__()
+        self.attn = CausalSelfAttention(h, layer, attend)
+        self.mlp = MLP(h)
+        self.attn_scale = nn.Parameter(torch.ones(h.model_dim))
+        self.mlp_scale = nn.Parameter(torch.ones(h.model_dim))
+        self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, h.model_dim))
+        self.norm_scale = (layer + 1) ** -0.5 if h.ln_scale else 1.0
+
+    def forward(self, lanes: Lanes, context: Context) -> Lanes:
+        """Maps the one lane [B, T, D] to the one lane after this layer."""
+        x = lanes[0]
+        keep, restart = self.resid_mix.to(x.dtype)
+        x = keep * x + restart * context.x0
+        attention = self.attn(rms_norm(x) * self.norm_scale, context)
+        x = x + self.attn_scale.to(x.dtype) * attention
+        x = x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.norm_scale)
+        return (x,)
+
+
+class LayerPlan(NamedTuple):
+    """The order in which one forward pass visits the blocks, in two halves for U-Net skips.
+
+    The decoder's visits read the outputs of the encoder's visits, last one first.
+    """
+
+    encoder: tuple[int, ...]
+    decoder: tuple[int, ...]
+
+
+def layer_plan(h: Hyperparameters) -> LayerPlan:
+    """Returns the plan that visits every block once; the decoder has the odd one."""
+    half = h.num_layers // 2
+    return LayerPlan(tuple(range(half)), tuple(range(half, h.num_layers)))
+
+
+class JepaInputs(NamedTuple):
+    """What the JEPA losses of a step need. Tensors, so that new values compile nothing anew."""
+
+    weight: Tensor  # [], lambda
+    directions: Tensor  # [latent, P] unit columns, along which SIGReg looks
+    latents: Tensor  # [], the number of latents in the whole step, over all ranks
+
+
+class StpInputs(NamedTuple):
+    """What the STP loss of a step needs."""
+
+    weight: Tensor  # []
+    positions: Tensor  # int64 [rows, 3], s < r < t in each sequence
+
+
+class AuxiliaryInputs(NamedTuple):
+    """What the auxiliary losses of a step need; None for a loss that the step does not have."""
+
+    jepa: JepaInputs | None = None
+    stp: StpInputs | None = None
+
+    def rows(self, part: slice) -> "AuxiliaryInputs":
+        """Returns the inputs for some of the sequences."""
+        if self.stp is None:
+            return self
+        return self._replace(stp=self.stp._replace(positions=self.stp.positions[part]))
+
+
+NO_AUXILIARY = AuxiliaryInputs()
+
+
+def sigreg(z: Tensor, directions: Tensor, knots: int, form: str) -> Tensor:
+    """Returns how far the rows of z [N, n] are from samples of N(0, I): a float32 scalar.
+
+    Along the columns of `directions` [n, P] the characteristic function of z is compared with
+    exp(-t^2/2) at `knots` points (Epps-Pulley test). Form "lejepa" (arXiv 2511.08544) integrates
+    the squared difference under that Gaussian; the paper's statistic is N times this. Form
+    "published" (PR #832) takes its mean after standardizing z, so that it sees neither the mean
+    nor the scale of the latents.
+    """
+    z = z.float()
+    if form == "published":
+        z = (z - z.mean(0)) / z.var(0).clamp_min(1e-12).sqrt()
+    t = torch.linspace(0.2 if form == "published" else 0.0, 3.0, knots, device=z.device)
+    angles, normal = (z @ directions).unsqueeze(-1) * t, torch.exp(-t.square() / 2)
+    error = (angles.cos().mean(0) - normal).square() + angles.sin().mean(0).square()
+    if form == "published":
+        return error.mean()
+    return 2 * torch.trapezoid(error * normal, t).mean()  # t < 0 contributes as much as t > 0
+
+
+class JEPA(nn.Module):
+    """Predicts the latent of each chunk of positions from that of the chunk before (PR #832).
+
+    A chunk's latent is the projected mean of the stream over its positions, or `start` before the
+    first chunk. The prediction, through a matrix that starts at zero, is added to the stream at all
+    positions of the chunk: only earlier chunks enter, so no position sees a later token. The
+    squared error of the prediction and SIGReg train projector and predictor, cross-entropy trains
+    the injection. As published, no JEPA gradient reaches the backbone (JEPA_BACKBONE_GRAD=0).
+    """
+
+    role = "aux"
+    DIRECTIONS, KNOTS = 256, 17  # of SIGReg
+
+    def __init__(self, h: Hyperparameters) -> None:
+        super().__init__()
+        latent = h.jepa_latent_dim
+
+        def two_layers(fan_in: int, hidden: int) -> nn.Sequential:
+            first, second = Linear(fan_in, hidden, None, "aux"), Linear(hidden, latent, None, "aux")
+            return nn.Sequential(first, nn.RMSNorm(hidden, 1.2e-7, False), nn.SiLU(), second)
+
+        self.projector = two_layers(h.model_dim, h.jepa_proj_hidden)
+        self.predictor = two_layers(latent, latent)
+        self.start = nn.Parameter(torch.empty(1, latent).normal_(std=0.02))
+        self.inject = Linear(latent, h.model_dim, 0, "aux")
+        self.chunk_size, self.form = h.jepa_chunk_size, h.jepa_sigreg
+        self.backbone_grad, self.sigreg_weight = h.jepa_backbone_grad, h.jepa_sigreg_weight
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the stream [B, T, D] with predictions added, latents and predicted latents."""
+        count, rest = divmod(x.size(1), self.chunk_size)
+        read = x if self.backbone_grad else x.detach()
+        chunks = read[:, : count * self.chunk_size].unflatten(1, (count, self.chunk_size))
+        latents = self.projector(chunks.mean(2))
+        start = self.start.to(latents.dtype).expand(len(x), 1, -1)
+        predicted = self.predictor(torch.cat((start, latents), dim=1)[:, :-1])
+        added = self.inject(predicted.detach()).repeat_interleave(self.chunk_size, dim=1)
+        return x + F.pad(added, (0, 0, 0, rest)), latents, predicted
+
+    def losses(
+        self, latents: Tensor, predicted: Tensor, inputs: JepaInputs
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the squared error of the prediction, and SIGReg of the latents."""
+        error = F.mse_loss(predicted.float(), latents.detach().float())
+        spread = sigreg(latents.flatten(0, 1), inputs.directions, self.KNOTS, self.form)
+        if self.form == "lejepa":
+            spread = spread * inputs.latents
+        return error, spread
+
+
+def stp_loss(states: Tensor, positions: Tensor) -> Tensor:
+    """Returns 1 - cos(h_t - h_r, h_r - h_s) for states h [B, T, D] at positions [B, 3], s < r < t.
+
+    Semantic Tube Prediction (arXiv 2602.22617; PR #1124): paths of hidden states should be
+    straight. Mean over the sequences; a path that stands still counts as at a right angle.
+    """
+    s, r, t = states.float().take_along_dim(positions.unsqueeze(-1), 1).unbind(1)
+    return 1 - F.cosine_similarity(t - r, r - s, eps=1e-6).mean()
+
+
+class GPT(nn.Module):
+    """The model. Weights are float32; activations have `dtype`.
+
+    `h` is Hyperparameters: the class, an instance, or a subclass that overrides fields.
+    """
+
+    role = "scalar"
+
+    def __init__(
+        self,
+        h: Hyperparameters | type[Hyperparameters],
+        attend: Attend = attend_sdpa,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.h = h = h() if isinstance(h, type) else h
+        self.dtype, self.plan = dtype, layer_plan(h)
+        std = h.tied_embed_init_std if h.tie_embeddings else 1.0
+        self.tok_emb = Embedding(h, h.vocab_size, h.model_dim, std)
+        self.bigram = BigramHash(h) if h.bigram_vocab_size else None
+        self.smear = SmearGate(h) if h.smear_gate else None
+        self.value_embedding = ValueEmbedding(h) if h.ve_enabled else None
+        self.blocks = nn.ModuleList(Block(h, layer, attend) for layer in range(h.num_layers))
+        skips = min(len(self.plan.encoder), len(self.plan.decoder)) if h.unet_skips else 0
+        self.skip_weights = nn.Parameter(torch.ones(skips, h.model_dim))
+        self.jepa = JEPA(h) if h.jepa_chunk_size else None
+        self.lm_head = None
+        if not h.tie_embeddings:
+            self.lm_head = Linear(h.model_dim, h.vocab_size, gain=0, role="head")
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Returns the embeddings [B, T, D] that enter the first block, for ids [B, T]."""
+        x = self.tok_emb(ids)
+        if self.bigram is not None:
+            x = x + self.bigram(ids)
+        x = rms_norm(x.to(self.dtype))
+        return x if self.smear is None else self.smear(x, ids)
+
+    def context(self, x0: Tensor, ids: Tensor, window: int) -> Context:
+        """Returns what the blocks read, for embeddings x0 [B, T, D] of ids [B, T]."""
+        h, length = self.h, ids.size(1)
+        dims, reach = h.rope_dims or h.model_dim // h.num_heads, window or length
+        rotation = rotary_angles(length, dims, h.rope_base, reach, h.rope_train_seq_len, ids.device)
+        value_embeds = {}
+        if self.value_embedding is not None:
+            value_embeds = self.value_embedding(ids, self.dtype)
+        return Context(x0, rotation, value_embeds, window)
+
+    def backbone(self, ids: Tensor, window: int = 0) -> Tensor:
+        """Returns the stream [B, T, D] after the last block, for ids [B, T]."""
+        x0 = self.embed(ids)
+        context, lanes = self.context(x0, ids, window), (x0,)
+        skips: list[Tensor] = []
+        for layer in self.plan.encoder:
+            lanes = self.blocks[layer](lanes, context)
+            skips.append(lanes[0])
+        for visit, layer in enumerate(self.plan.decoder):
+            if visit < len(self.skip_weights):
+                skip = self.skip_weights[visit].to(self.dtype) * skips.pop()
+                lanes = (lanes[0] + skip, *lanes[1:])
+            lanes = self.blocks[layer](lanes, context)
+        return lanes[0]
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Returns soft-capped logits [..., V], float32, of normalized states [..., D]."""
+        cap = self.h.logit_softcap
+        head = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
+        # Dividing the head is cheaper than dividing the logits; tanh_ saves a copy of them.
+        return F.linear(states, (head / cap).to(states.dtype)).float().tanh_() * cap
+
+    def forward_logits(self, ids: Tensor, last: int = 0, window: int = 0) -> Tensor:
+        """Returns logits [B, T, V] for ids [B, T], or [B, last, V] for their last positions."""
+        x = self.backbone(ids, window)
+        if self.jepa is not None:
+            x = self.jepa(x)[0]
+        return self.logits(rms_norm(x)[:, -last:])
+
+    def losses(
+        self, ids: Tensor, targets: Tensor, auxiliary: AuxiliaryInputs = NO_AUXILIARY
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss to minimize, and its terms; cross-entropy is `train_loss`, in nats."""
+        x = self.backbone(ids)
+        if self.jepa is not None:
+            x, latents, predicted = self.jepa(x)
+        states = rms_norm(x)
+        smoothing = self.h.label_smoothing if self.training else 0.0
+        loss = F.cross_entropy(
+            self.logits(states).flatten(0, 1), targets.flatten(), label_smoothing=smoothing
+        )
+        terms = {"train_loss": loss}
+        if self.jepa is not None and auxiliary.jepa is not None:
+            error, spread = self.jepa.losses(latents, predicted, auxiliary.jepa)
+            loss = loss + auxiliary.jepa.weight * (error + self.jepa.sigreg_weight * spread)
+            terms |= {"jepa_error": error, "jepa_sigreg": spread}
+        if auxiliary.stp is not None:
+            terms["stp"] = stp_loss(states, auxiliary.stp.positions)
+            loss = loss + auxiliary.stp.weight * terms["stp"]
+        return loss, terms
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Returns the mean cross-entropy of targets [B, T] given ids [B, T], a scalar in nats."""
+        return self.losses(ids, targets)[0]
+
+
+# ---- Schedule: what changes during training ----
+
+
+class Progress(NamedTuple):
+    """How far training is. A run ends by steps or by seconds, whichever comes first."""
+
+    step: int  # steps done
+    iterations: int
+    seconds: float  # of training so far
+    deadline: float  # seconds at which training ends; math.inf without a limit
+
+    @property
+    def fraction(self) -> float:
+        """The part of the run that is done, by steps or by seconds, whichever is further."""
+        return max(self.step / max(self.iterations, 1), self.seconds / self.deadline)
+
+    @property
+    def steps_left(self) -> float:
+        """Steps until the run ends, at the average speed so far."""
+        left = float(self.iterations - self.step)
+        if self.seconds and self.deadline < math.inf:
+            steps_per_second = max(self.step, 1) / self.seconds
+            left = min(left, max(self.deadline - self.seconds, 0.0) * steps_per_second)
+        return left
+
+
+class Phase(NamedTuple):
+    """What one training step is told by the schedule."""
+
+    lr_scale: float  # factor of every learning rate
+    muon_momentum: float
+    jepa_weight: float  # lambda of the JEPA losses; 0 leaves them out of the program
+    stp_weight: float  # of the STP loss; 0 leaves it out of the program
+
+
+def lr_scale(progress: Progress, warmdown_iters: int, max_fraction: float) -> float:
+    """Returns 1, then a linear fall to 0 over the last `warmdown_iters` steps of the run.
+
+    The warm-down takes at most `max_fraction` of the run, so that a slow machine does not begin in
+    it (as published, without that bound, it can).
+    """
+    left = progress.steps_left
+    warmdown = min(warmdown_iters, max_fraction * (progress.step + left))
+    return min(left / warmdown, 1.0) if warmdown else 1.0
+
+
+def muon_momentum(step: int, start: float, end: float, warmup_steps: int) -> float:
+    """Returns Muon's momentum: a linear rise from `start` to `end` over `warmup_steps`."""
+    warm = step / warmup_steps if step < warmup_steps else 1.0
+    return start + warm * (end - start)
+
+
+def jepa_weight(fraction: float, peak: float, phase1: float, phase2: float) -> float:
+    """Returns lambda at a fraction of the run: 0, then a rise to `peak`, then 0 (PR #832)."""
+    risen = (fraction - phase1) / phase2
+    return peak * risen if 0 <= risen < 1 else 0.0
+
+
+def schedule(progress: Progress, h: Hyperparameters) -> Phase:
+    """Returns what the next step is told."""
+    weight = 0.0
+    if h.jepa_chunk_size:
+        fractions = h.jepa_phase1_frac, h.jepa_phase2_frac
+        weight = jepa_weight(progress.fraction, h.jepa_lambda_max, *fractions)
+    return Phase(
+        lr_scale=lr_scale(progress, h.warmdown_iters, h.warmdown_max_fraction),
+        muon_momentum=muon_momentum(
+            progress.step,
+            h.muon_momentum_warmup_start,
+            h.muon_momentum,
+            h.muon_momentum_warmup_steps,
+        ),
+        jepa_weight=weight,
+        stp_weight=h.stp_lambda if h.stp_enabled else 0.0,
+    )
+
+
+def programs(h: Hyperparameters) -> list[Phase]:
+    """Returns one phase for each program that training compiles."""
+    phase = Phase(1.0, h.muon_momentum, 0.0, h.stp_lambda if h.stp_enabled else 0.0)
+    if h.jepa_chunk_size and h.jepa_lambda_max > 0:
+        return [phase, phase._replace(jepa_weight=h.jepa_lambda_max)]
+    return [phase]
+
+
+# ---- Evaluate: from logits to bits per byte ----
+
+
+class DivergenceError(RuntimeError):
+    """A loss, a weight or a score is not finite."""
+
+
+class Score(NamedTuple):
+    """The result of a scoring pass. bpb is bits per byte."""
+
+    val_loss: float  # nats per token
+    val_bpb: float
+    nats: float
+    tokens: int
+    bytes: int  # of text
+    seconds: float
+    stride: int
+
+
+class TestTimeLearner:
+    """Trains a model on scored text by SGD, at a rate that falls as half a cosine (PR #549)."""
+
+    def __init__(self, model: GPT, h: Hyperparameters, device: Device, ranks: Ranks) -> None:
+        self.seq_len, self.epochs, self.lr = h.window_tokens, h.ttt_epochs, h.ttt_lr
+        self.chunk_tokens = max(h.ttt_chunk_tokens, self.seq_len)
+        self.ranks, self.loss_fn = ranks, device.compile(model)
+        params = [*model.parameters()]
+        self.sgd = torch.optim.SGD(params, self.lr, momentum=0.9)
+        self.gradient = bind_flat_gradient_(params)
+
+    @torch.inference_mode(False)
+    def learn(self, tokens: Tensor, fraction: float) -> None:
+        """Takes the steps of one scored chunk [chunk_tokens + 1], at a fraction of the text."""
+        self.sgd.param_groups[0]["lr"] = self.lr * (1 + math.cos(math.pi * fraction)) / 2
+        rows = (len(tokens) - 1) // self.seq_len
+        inputs = tokens[: rows * self.seq_len].long().view(rows, self.seq_len)
+        targets = tokens[1 : rows * self.seq_len + 1].long().view(rows, self.seq_len)
+        for _ in range(self.epochs):
+            for x, y in zip(inputs.split(32), targets.split(32)):
+                self.step(x, y)
+
+    def step(self, inputs: Tensor, targets: Tensor) -> None:
+        """Takes one step on sequences [n, T], divided among the ranks."""
+        rank, world_size = self.ranks.rank, self.ranks.world_size
+        mine = inputs[rank::world_size]
+        if len(mine):
+            loss = self.loss_fn(mine, targets[rank::world_size])
+            (loss * (len(mine) / len(inputs))).backward()
+        norm = self.ranks.all_reduce_(self.gradient).norm()
+        self.gradient.mul_((1 / (norm + 1e-6)).clamp(max=1))
+        self.sgd.step()
+        self.gradient.zero_()
+
+
+class ScoringPass(NamedTuple):
+    """One way to score the validation text: its windows, and the logits of a batch of them."""
+
+    forward_logits: Callable[[Tensor, int], Tensor]  # (ids [B, T], last) to [B, last, V]
+    seq_len: int  # tokens in a window
+    stride: int  # tokens that a window scores, its last ones; the first window scores all
+    learner: TestTimeLearner | None = None  # trains between batches, on scored chunks only
+
+
+def plan_windows(
+    total: int, seq_len: int, stride: int, batch_windows: int, chunk: int
+) -> list[Tensor]:
+    """Returns batches, int64 [n, 2], of windows (start, how many last positions it scores).
+
+    Windows end `stride` apart, the last one at `total`. A window scores what the one before did
+    not reach, so that every position is scored exactly once. A batch starts to score in one chunk.
+    Where the first window scores more than the others it is a batch of its own. Batches are filled
+    to one size with windows that score nothing.
+    """
+    ends = torch.cat((torch.arange(seq_len, total, stride), torch.tensor([total])))
+    counts = ends.diff(prepend=torch.tensor([0]))
+    windows = torch.stack((ends - seq_len, counts), dim=1)
+    cuts = 1 + ((ends - counts) // chunk).diff().nonzero().flatten()
+    if stride < seq_len:
+        cuts = torch.cat((torch.tensor([1]), cuts)).unique()
+    size = min(batch_windows, len(windows))
+    batches = [batch for part in windows.tensor_split(cuts) for batch in part.split(size)]
+    return [F.pad(batch, (0, 0, 0, size - len(batch))) for batch in batches if len(batch)]
+
+
+class WindowScorer:
+    """Sums nats, tokens and bytes over windows. This is the only way from logits to a score.
+
+    When the memory runs out it goes on with half as many windows at once.
+    """
+
+    def __init__(
+        self, scoring_pass: ScoringPass, val: Validation, device: Device, log: Log
+    ) -> None:
+        self.forward_logits, self.log, self.device = scoring_pass.forward_logits, log, device.device
+        self.seq_len = min(scoring_pass.seq_len, len(val.tokens) - 1)
+        self.tokens, self.table = val.tokens.to(self.device), val.table.to(self.device)
+        self.offsets = torch.arange(self.seq_len + 1, device=self.device)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self.most = math.inf  # windows at once
+
+    def add(self, windows: Tensor, last: int) -> None:
+        """Adds windows [n, 2] of plan_windows, each of which scores at most `last` positions."""
+        while len(windows):
+            part = windows[: int(min(self.most, len(windows)))]
+            try:
+                self.sums += self.sums_of(part, last)
+                windows = windows[len(part) :]
+            except Exception as error:
+                if len(part) == 1 or not is_out_of_memory(error):
+                    raise
+                self.most = len(part) // 2
+                self.log(
+                    f"out of memory: scoring {self.most} windows at once; lower VAL_BATCH_SIZE"
+                )
+
+    def sums_of(self, windows: Tensor, last: int) -> Tensor:
+        """Returns nats, tokens and bytes, float64 [3], of windows [n, 2]."""
+        starts, counts = windows.to(self.device).unsqueeze(-1).unbind(1)
+        ids = self.tokens[starts + self.offsets].long()
+        inputs, targets = ids[:, :-1], ids[:, -last:]
+        logits = self.forward_logits(inputs, last).flatten(0, 1)
+        nats = F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
+        text_bytes = self.table.text_bytes(inputs[:, -last:], targets)
+        scored = self.offsets[:last] >= last - counts
+        columns = torch.stack((nats.double(), scored, text_bytes))
+        return columns.where(scored, 0).sum((1, 2))
+
+
+@torch.inference_mode()
+def score(
+    scoring_pass: ScoringPass,
+    val: Validation,
+    ranks: Ranks,
+    device: Device,
+    log: Log,
+    batch_tokens: int,
+) -> Score:
+    """Scores the validation text by one pass, in one sweep from left to right.
+
+    Batches of `batch_tokens` are divided among the ranks. Before a batch the learner, if there is
+    one, trains on the chunks that are scored completely; no score is revised.
+    """
+    began, total = device.now(), len(val.tokens) - 1
+    scorer = WindowScorer(scoring_pass, val, device, log)
+    seq_len, stride, learner = scorer.seq_len, scoring_pass.stride, scoring_pass.learner
+    chunk, learned = learner.chunk_tokens if learner else total, 0
+    batches = plan_windows(total, seq_len, stride, max(batch_tokens // seq_len, 1), chunk)
+    with matmul_precision("highest"):
+        for n, windows in enumerate(batches):  # every rank walks through all batches
+            start, count = windows[0].tolist()
+            complete = (start + seq_len - count) // chunk  # chunks before the first scored token
+            if learner and complete > learned:
+                text = scorer.tokens[learned * chunk : complete * chunk + 1]
+                learner.learn(text, learned * chunk / total)
+                learned = complete
+            if n % ranks.world_size == ranks.rank:
+                scorer.add(windows, min(stride, seq_len) if n else seq_len)
+            log.progress(f"scoring batch {n + 1} of {len(batches)}")
+    nats, tokens, text_bytes = ranks.all_reduce_(scorer.sums).tolist()
+    if tokens != total:
+        raise RuntimeError(f"scored {tokens:.0f} tokens of {total}")
+    if not math.isfinite(nats):
+        raise DivergenceError("the score is not finite: the weights have diverged")
+    bpb = nats / math.log(2) / text_bytes
+    seconds = device.now() - began
+    return Score(nats / total, bpb, nats, total, int(text_bytes), seconds, stride)
+
+
+def scoring_batch_tokens(val_batch_size: int, device: Device) -> int:
+    """Returns the tokens that one rank scores at once; a CPU's caches hold about 4,096."""
+    share = val_batch_size // 8  # the setting is for 8 GPUs
+    return share if device.is_cuda else min(share, 4096)
+
+
+def plain_pass(forward_logits: Callable[[Tensor, int], Tensor], h: Hyperparameters) -> ScoringPass:
+    """Returns the pass over windows that lie side by side."""
+    return ScoringPass(forward_logits, h.window_tokens, h.window_tokens)
+
+
+def sliding_pass(
+    forward_logits: Callable[[Tensor, int], Tensor],
+    h: Hyperparameters,
+    learner: TestTimeLearner | None = None,
+) -> ScoringPass:
+    """Returns the pass over windows that end EVAL_STRIDE apart; EVAL_STRIDE=0 is the plain pass."""
+    stride = min(h.eval_stride or h.window_tokens, h.window_tokens)
+    return ScoringPass(forward_logits, h.window_tokens, stride, learner)
+
+
+def one_pass(model: GPT, window: int, device: Device) -> ScoringPass:
+    """Returns the pass that reads the text once, with attention to the last `window` tokens.
+
+    A sequence is 16 windows long. It starts one window before the first token that it scores.
+    """
+
+    def forward_logits(ids: Tensor, last: int) -> Tensor:
+        return model.forward_logits(ids, last, window)
+
+    return ScoringPass(device.compile(forward_logits), 16 * window, 15 * window)
+
+
+# ---- Optimizers: Muon, AdamW, the average of the weights ----
+
+
+def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
+    """Returns about U V^T for each U S V^T of a stack [n, rows, cols] (Muon, Jordan et al. 2024).
+
+    Every matrix is scaled by its own norm; the quintic iteration moves all singular values that are
+    not tiny to about 1.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 class Muon:
-	"""Nesterov momentum, orthogonalised in one stack a shape."""
+    """Nesterov momentum, orthogonalized; matrices of one shape are one stack."""
 
-	def __init__(self, matrices, weight_decay, ns_steps, dtype):
-		shapes = sorted({p.shape for p in matrices})
-		self.stacks = [[p for p in matrices if p.shape == shape] for shape in shapes]
-		self.momenta = [torch.zeros_like(torch.stack(stack)) for stack in self.stacks]
-		self.weight_decay, self.ns_steps, self.dtype = weight_decay, ns_steps, dtype
+    def __init__(
+        self,
+        matrices: Mapping[str, Tensor],
+        lr: float,
+        weight_decay: float,
+        ns_steps: int,
+        dtype: torch.dtype,
+        ranks: Ranks,
+    ) -> None:
+        self.lr, self.weight_decay, self.ns_steps = lr, weight_decay, ns_steps
+        self.dtype, self.ranks = dtype, ranks
+        shapes = sorted({p.shape for p in matrices.values()})
+        self.names = [[n for n, p in matrices.items() if p.shape == shape] for shape in shapes]
+        self.stacks = [[matrices[name] for name in names] for names in self.names]
+        self.momenta = [torch.zeros_like(torch.stack(stack)) for stack in self.stacks]
 
-	@torch.no_grad()
-	def step(self, lr, momentum):
-		"""Decay the weights, then move them, tall ones further."""
-		for stack, buffer in zip(self.stacks, self.momenta):
-			gradient = torch.stack([p.grad for p in stack])
-			buffer.mul_(momentum).add_(gradient)
-			gradient = gradient.add_(buffer, alpha=momentum).to(self.dtype)
-			(update,) = shared_out(lambda g: [newton_schulz(g, self.ns_steps)], gradient)
-			rows, cols = stack[0].shape
-			torch._foreach_mul_(stack, 1 - lr * self.weight_decay)
-			update = update.float().mul_(-lr * max(1, rows / cols) ** 0.5)
-			torch._foreach_add_(stack, update.unbind())
+    @torch.no_grad()
+    def step(self, lr_scale: float, momentum: float) -> None:
+        """Decays the weights, then moves them by the orthogonalized update, tall ones further."""
+        lr = self.lr * lr_scale
+        for stack, buffer in zip(self.stacks, self.momenta):
+            gradient = torch.stack([p.grad for p in stack if p.grad is not None])
+            buffer.mul_(momentum).add_(gradient)
+            update = gradient.add_(buffer, alpha=momentum).to(self.dtype)
+            (update,) = self.ranks.map_over_ranks(
+                lambda x: [newton_schulz(x, self.ns_steps)], update
+            )
+            rows, cols = stack[0].shape
+            torch._foreach_mul_(stack, 1 - lr * self.weight_decay)
+            update = update.float().mul_(-lr * max(1, rows / cols) ** 0.5)
+            torch._foreach_add_(stack, list(update.unbind()))
+
+    def state(self) -> dict[str, Tensor]:
+        """Returns the momenta, as views, by parameter."""
+        pairs = zip(self.names, self.momenta)
+        return {name: x for names, stack in pairs for name, x in zip(names, stack)}
 
 
 class Optimizers:
-	"""Muon for the matrices and AdamW for the rest, on one schedule."""
+    """Muon for matrices and AdamW for the rest, by role; clips and clears the gradients."""
 
-	def __init__(self, model, h):
-		self.h, roles, groups = h, parameter_roles(model), []
-		for role, (lr, decay, _) in ROLE_POLICY.items():
-			params = [p for name, p in model.named_parameters() if roles[name] == role]
-			lr, decay = getattr(h, lr), getattr(h, decay, 0.0)
-			if role == "matrix":
-				self.muon = Muon(params, decay, h.muon_backend_steps, model.dtype)
-				self.muon_lr = lr
-			else:
-				groups.append({"params": params, "lr": 0.0, "base_lr": lr, "weight_decay": decay})
-		self.adamw = torch.optim.AdamW(groups, betas=(h.beta1, h.beta2), eps=h.adam_eps, fused=True)
-		self.gradient = flat_gradient([*model.parameters()])
-		self.adamw.step()  # at rate 0: makes the state that a checkpoint is read into
-		for state in self.adamw.state.values():
-			state["step"].zero_()
+    def __init__(self, model: GPT, h: Hyperparameters, ranks: Ranks) -> None:
+        self.clip_norm = h.grad_clip_norm or math.inf
+        roles, named = parameter_roles(model), dict(model.named_parameters())
+        by_role = {r: {n: p for n, p in named.items() if roles[n] == r} for r in ROLES}
+        self.muon = Muon(
+            by_role["matrix"], h.matrix_lr, h.muon_wd, h.muon_backend_steps, model.dtype, ranks
+        )
+        groups = []
+        for name, role in ROLES.items():
+            if role.optimizer == "adamw":
+                lr = getattr(h, role.learning_rate)
+                decay = getattr(h, role.weight_decay) if role.weight_decay else 0.0
+                params = [*by_role[name].values()]
+                groups.append({"params": params, "lr": 0.0, "base_lr": lr, "weight_decay": decay})
+        self.adamw = torch.optim.AdamW(groups, betas=(h.beta1, h.beta2), eps=h.adam_eps, fused=True)
+        self.names: dict[Tensor, str] = {p: name for name, p in named.items()}
+        self.gradient = bind_flat_gradient_([*named.values()])
+        self.adamw.step()  # at rate 0: creates the state into which a checkpoint is copied
+        for state in self.adamw.state.values():
+            state["step"].zero_()
 
-	def step(self, step, scale):
-		"""Clip, step at `scale` times the rates, clear the gradients."""
-		h, steps = self.h, self.h.muon_momentum_warmup_steps
-		start, warm = h.muon_momentum_warmup_start, (step / steps if step < steps else 1.0)
-		norm = self.gradient.norm() + 1e-6
-		self.gradient.mul_(((h.grad_clip_norm or math.inf) / norm).clamp(max=1))
-		self.muon.step(self.muon_lr * scale, start + warm * (h.muon_momentum - start))
-		for group in self.adamw.param_groups:
-			group["lr"] = group["base_lr"] * scale
-		self.adamw.step()
-		self.gradient.zero_()
+    def step(self, phase: Phase) -> None:
+        """Clips the gradient, takes a step, clears the gradient."""
+        norm = self.gradient.norm() + 1e-6
+        self.gradient.mul_((self.clip_norm / norm).clamp(max=1))
+        self.muon.step(phase.lr_scale, phase.muon_momentum)
+        for group in self.adamw.param_groups:
+            group["lr"] = group["base_lr"] * phase.lr_scale
+        self.adamw.step()
+        self.gradient.zero_()
 
-
-def lr_scale(step, elapsed, h):
-	"""Factor of the rates: 1, then down to 0 where seconds or ITERATIONS end the run."""
-	left, cap = h.iterations - step, h.max_wallclock_seconds
-	if cap and elapsed:
-		left = min(left, max(cap - elapsed, 0.0) * max(step, 1) / elapsed)
-	warmdown = min(h.warmdown_iters, h.warmdown_max_fraction * (step + left))
-	return min(left / warmdown, 1.0) if warmdown else 1.0
-
-
-def jepa_weight(step, elapsed, h):
-	"""Lambda at a step: 0, a rise to its peak, 0, by steps or seconds, what is further on."""
-	done = max(step / h.iterations, elapsed / (h.max_wallclock_seconds or math.inf))
-	risen = (done - h.jepa_phase1_frac) / h.jepa_phase2_frac
-	return h.jepa_lambda_max * risen if 0 <= risen < 1 else 0.0
+    def state(self) -> dict[str, Tensor]:
+        """Returns every tensor of the optimizers' state by name."""
+        state = {f"muon/{name}": momentum for name, momentum in self.muon.state().items()}
+        for p, of_param in self.adamw.state.items():
+            prefix = f"adamw/{self.names[p]}"
+            state |= {f"{prefix}/{key}": tensor for key, tensor in of_param.items()}
+        return state
 
 
 class WeightAverage:
-	"""The exponential moving average (EMA) of the weights; with EMA_ENABLED=0 the last ones."""
+    """The weights that a run ends with: an average over the steps, or the last ones.
 
-	def __init__(self, model, h):
-		self.h, self.params = h, [p.detach() for p in model.parameters()]
-		self.weights = {name: p.clone() for name, p in model.state_dict().items()}
+    `weights` holds them at any time, by parameter name. EMA_ENABLED=1 keeps an exponential moving
+    average, SWA_ENABLED=1 an equal average of weights late in the run instead.
+    """
 
-	def update(self, step):
-		"""Take in the weights after a step, the first being 0."""
-		# A constant 0.997 would leave 41 % of the start after 300 steps.
-		decay = min(self.h.ema_decay, (1 + step) / (10 + step)) * self.h.ema_enabled
-		torch._foreach_lerp_([*self.weights.values()], self.params, 1 - decay)
+    def __init__(self, model: GPT, h: Hyperparameters) -> None:
+        self.kind = "swa" if h.swa_enabled else "ema" if h.ema_enabled else "raw"
+        self.ema_decay, self.swa_every = h.ema_decay, h.swa_every
+        self.swa_start = h.swa_start_frac
+        self.params = {name: p.detach() for name, p in model.named_parameters()}
+        self.weights = {name: p.clone() for name, p in self.params.items()}
+        self.count = 0  # weights in the average of SWA
 
-	def apply(self, log):
-		"""Give the model those weights; "ema", or "raw" if they are the last."""
-		torch._foreach_copy_(self.params, [*self.weights.values()])
-		log(f"ema:applying {'EMA' if self.h.ema_enabled else 'the last'} weights")
-		return "ema" if self.h.ema_enabled else "raw"
+    def blend(self, step: int, lr_scale: float) -> float:
+        """Returns the share of the weights after step `step`, the first being 0."""
+        if self.kind == "ema":
+            # With a constant decay, 0.997 would leave 41 % of the initial weights after 300 steps.
+            return 1 - min(self.ema_decay, (1 + step) / (10 + step))
+        if self.kind == "swa" and lr_scale < self.swa_start and (step + 1) % self.swa_every == 0:
+            self.count += 1
+            return 1 / self.count
+        return 0.0 if self.count else 1.0  # until SWA starts, the last weights
+
+    def update(self, step: int, lr_scale: float) -> None:
+        """Takes in the weights after a step."""
+        blend = self.blend(step, lr_scale)
+        if blend:
+            averages, latest = [*self.weights.values()], [*self.params.values()]
+            torch._foreach_lerp_(averages, latest, blend)
+
+    def copy_to_model(self, log: Log) -> str:
+        """Gives the model these weights; returns what they are: ema, swa, or raw (the last)."""
+        kind = "raw" if self.kind == "swa" and not self.count else self.kind
+        torch._foreach_copy_([*self.params.values()], [*self.weights.values()])
+        if self.kind == "swa":
+            log(f"swa:applying averaged {self.count} checkpoints")
+        if kind == "raw":
+            log("weights:applying the last weights, no average")
+        elif kind == "ema":
+            log("ema:applying EMA weights")
+        return kind
 
 
-# ---- Training: the clock, the step, the loop ----
+# ---- Training: clock, checkpoints, one step, the loop ----
 
 CHECKPOINT, FINAL_MODEL = "checkpoint.safetensors", "final_model.safetensors"
 
 
-@contextmanager
-def ended_early(model, save):
-	"""A list of the signals to stop so far; save() what there is, whatever ends the block early."""
-	noted, numbers = [], (signal.SIGINT, signal.SIGTERM)
-
-	def note(*which):
-		noted.append(which)
-		if not model.training:  # validation has no end of a step
-			raise KeyboardInterrupt
-
-	before = [signal.signal(number, note) for number in numbers]
-	try:
-		yield noted
-	except BaseException:
-		save()
-		raise
-	finally:
-		for number, handler in zip(numbers, before):
-			signal.signal(number, handler)
-
-
 class TrainingClock:
-	"""Seconds of training by the slowest rank. On CUDA a step is read when the next is launched."""
+    """Seconds of training, by the slowest rank; they run from resume() to pause()."""
 
-	def __init__(self, rt, h, log):
-		self.rt, self.h, self.log, self.cap = rt, h, log, h.max_wallclock_seconds
-		self.elapsed = self.slowest = 0.0
-		self.losses, self.times = [], []  # of finished steps; `elapsed` at their ends
-		self.recent, self.running = deque(maxlen=20), deque()  # seconds; steps
-		self.resume()
+    def __init__(self, device: Device, ranks: Ranks) -> None:
+        self.device, self.ranks = device, ranks
+        self.elapsed = 0.0
+        self.recent: deque[float] = deque(maxlen=20)  # seconds of the last steps
+        self.slowest = 0.0  # of the recent steps, over all ranks
+        self.mark = 0.0  # until when seconds are counted
+        self.resume()
 
-	def resume(self):
-		"""Let the seconds run."""
-		self.mark = self.rt.now()
+    def resume(self) -> None:
+        """Lets the seconds run."""
+        self.mark = self.device.now()
 
-	def pause(self):
-		"""Finish every step and stop the seconds."""
-		while self.running:
-			self.finish_step()
-		self.elapsed += self.rt.now() - self.mark
-		self.agree()
+    def pause(self) -> None:
+        """Counts the seconds until now, which are of no step; they stand still until resume()."""
+        self.elapsed = self.seconds()
+        self.agree()
 
-	def agree(self, stop=False):
-		"""Take the most of all ranks: seconds, seconds of a recent step, and whether to stop."""
-		own, recent = self.elapsed, max(self.recent, default=0.0)
-		self.elapsed, self.slowest, stops = highest(own, recent, stop)
-		self.mark += self.elapsed - own
-		return stops > 0
+    def seconds(self) -> float:
+        """Returns the seconds until now, by this rank."""
+        return self.elapsed + self.device.now() - self.mark
 
-	def step_launched(self, terms):
-		"""Note a step by this rank's parts of the terms of its loss."""
-		values = summed(torch.stack([*terms.values()]))
-		cuda = values.is_cuda
-		values = values.to("cpu", non_blocking=True)  # from a GPU, into pinned memory
-		event = torch.cuda.current_stream().record_event() if cuda else None
-		self.running.append((event, terms.keys(), values))
-		while len(self.running) > cuda:
-			self.finish_step()
+    def count_step(self) -> None:
+        """Counts the seconds until now as those of a step."""
+        now = time.perf_counter()
+        self.recent.append(now - self.mark)
+        self.elapsed += now - self.mark
+        self.mark = now
 
-	def finish_step(self):
-		"""Wait for the oldest step and log it; DivergenceError for its loss."""
-		event, names, values = self.running.popleft()
-		if event:
-			event.synchronize()
-		began, self.mark = self.mark, time.perf_counter()
-		self.recent.append(self.mark - began)
-		self.elapsed += self.recent[-1]
-		self.times.append(self.elapsed)
-		terms = dict(zip(names, values.tolist()))
-		self.losses.append(loss := terms["train_loss"])
-		step, every = len(self.losses), self.h.train_log_every
-		if step <= 10 or (every and step % every == 0):
-			self.log_step(**terms)
-		left = min(self.cap or math.inf, self.elapsed / step * self.h.iterations) - self.elapsed
-		self.log.progress(f"step {step}  loss {loss:.4f}  {left:.0f} s left")
-		if not math.isfinite(sum(terms.values())):
-			raise DivergenceError(f"step {step}: the loss is {loss}; lower MATRIX_LR and SCALAR_LR")
-
-	def log_step(self, **of):
-		"""Log values of the last step."""
-		step, ms = len(self.losses), 1000 * self.elapsed
-		values = " ".join(f"{name}:{value:.4f}" for name, value in of.items())
-		times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
-		self.log(f"step:{step}/{self.h.iterations} {values} {times}")
-		self.log.event("step", step=step, seconds=self.elapsed, **of)
-
-	def spent(self):
-		"""Whether running steps and one more, as slow as the slowest, pass the cap."""
-		ahead = (len(self.running) + 1) * self.slowest
-		return self.cap > 0 and self.elapsed + ahead >= self.cap
+    def agree(self, stop: bool = False) -> bool:
+        """Takes the seconds of the slowest rank; returns whether any rank wants to stop."""
+        own = self.elapsed
+        recent = max(self.recent, default=0.0)
+        self.elapsed, self.slowest, stops = self.ranks.all_reduce_max(own, recent, stop)
+        self.mark += self.elapsed - own
+        return stops > 0
 
 
-def train_step(losses_of, optimizers, batch, step, scale, rt):
-	"""A step on inputs and targets [sequences, T]; this rank's part of the mean loss's terms."""
-	(rank, world), parts = ranks(), micro_batches(optimizers.h)
-	batch = [ids.chunk(world)[rank] for ids in batch]
-	if rt.device.type == "cuda":
-		batch = [ids.pin_memory() for ids in batch]
-	inputs, targets = (ids.to(rt.device, non_blocking=True).chunk(parts) for ids in batch)
-	of_parts, share = [], 1 / (parts * world)
-	for x, y in zip(inputs, targets):
-		loss, terms = losses_of(x, y)
-		(loss * share).backward()
-		of_parts.append({name: term.detach() * share for name, term in terms.items()})
-	# All at once: a compiled backward gives all gradients at its end, so none could go earlier.
-	summed(optimizers.gradient)
-	optimizers.step(step, scale)
-	return {name: sum(terms[name] for terms in of_parts) for name in of_parts[0]}
+class StepLog:
+    """Losses and times of the steps, and their log lines.
+
+    On CUDA a step is read when the next one has been launched, so that the GPU never waits.
+    """
+
+    def __init__(
+        self, clock: TrainingClock, log: Log, ranks: Ranks, iterations: int, every: int
+    ) -> None:
+        self.clock, self.log, self.ranks = clock, log, ranks
+        self.iterations, self.every = iterations, every
+        self.losses: list[float] = []  # of the finished steps
+        self.times: list[float] = []  # seconds of training at their ends
+        self.running: deque[tuple[Any, list[str], Tensor]] = deque()
+
+    def launched(self, terms: Mapping[str, Tensor]) -> None:
+        """Notes a step that has been launched, by this rank's share of each term of its loss."""
+        values = self.ranks.all_reduce_(torch.stack([*terms.values()]))
+        is_cuda = values.is_cuda
+        values = values.to("cpu", non_blocking=True)  # from a GPU, into pinned memory
+        event = torch.cuda.current_stream().record_event() if is_cuda else None
+        self.running.append((event, [*terms], values))
+        self.finish(keep=1 if is_cuda else 0)
+
+    def finish(self, keep: int = 0) -> None:
+        """Waits for the oldest steps until `keep` are left, and logs them."""
+        while len(self.running) > keep:
+            event, names, values = self.running.popleft()
+            if event is not None:
+                event.synchronize()
+            self.clock.count_step()
+            self.record(dict(zip(names, values.tolist())))
+
+    def record(self, terms: dict[str, float]) -> None:
+        """Records a finished step. Raises DivergenceError if its loss is not finite."""
+        loss = terms["train_loss"]
+        self.losses.append(loss)
+        self.times.append(self.clock.elapsed)
+        step = len(self.losses)
+        if step <= 10 or (self.every and step % self.every == 0):
+            self.write(**terms)
+        per_step = self.clock.elapsed / step
+        left = per_step * (self.iterations - step)
+        self.log.progress(
+            f"step {step}/{self.iterations}  loss {loss:.4f}  at most {left:.0f} s left"
+        )
+        if not math.isfinite(sum(terms.values())):
+            raise DivergenceError(f"step {step}: the loss is {loss}; lower MATRIX_LR and SCALAR_LR")
+
+    def write(self, **values: float) -> None:
+        """Logs values of the last finished step."""
+        step, ms = len(self.losses), 1000 * self.clock.elapsed
+        terms = " ".join(f"{name}:{value:.4f}" for name, value in values.items())
+        times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
+        self.log(f"step:{step}/{self.iterations} {terms} {times}")
+        self.log.event("step", step=step, seconds=self.clock.elapsed, **values)
 
 
-def warm_up(model, losses_of, h, rt, log):
-	"""Compile what a step needs, on random tokens; leave no trace."""
-	if rt.device.type == "cpu" and not rt.compiled:
-		return  # an eager CPU has nothing to compile
-	weights = [p.detach().clone() for p in model.parameters()]
-	optimizers, generator = Optimizers(model, h), torch.Generator().manual_seed(h.seed)
-	shape = (2, h.train_batch_tokens // h.train_seq_len, h.train_seq_len)
-	for step in range(h.warmup_steps):
-		model.prepare(h.jepa_lambda_max * (step % 2), step)  # with its losses or not: two programs
-		x, y = torch.randint(h.vocab_size, shape, generator=generator)
-		train_step(losses_of, optimizers, (x, y), step, 1.0, rt)
-		log(f"warmup_step:{step + 1}/{h.warmup_steps}")
-	torch._foreach_copy_([p.detach() for p in model.parameters()], weights)
+class CheckpointTimer:
+    """When the next checkpoint is due, by CHECKPOINT_EVERY: steps (500) or seconds (60s)."""
+
+    def __init__(self, every: str, step: int, seconds: float) -> None:
+        self.by_seconds = every.endswith("s")
+        self.interval = int(every.removesuffix("s"))
+        self.restart(step, seconds)
+
+    def restart(self, step: int, seconds: float) -> None:
+        """Counts from here."""
+        self.last = seconds if self.by_seconds else step
+
+    def due(self, step: int, seconds: float) -> bool:
+        """Returns whether the interval has passed."""
+        now = seconds if self.by_seconds else step
+        return 0 < self.interval <= now - self.last
 
 
-def save(name, h, tensors, log):
-	"""Write settings and tensors into the run's folder, unless they hold NaN."""
-	if log.silent or not all(t.isfinite().all() for t in tensors.values()):
-		return
-	try:
-		write_tensors(log.folder / name, tensors, settings=json.dumps(model_settings(h)))
-		log(f"Serialized model: {(log.folder / name).stat().st_size} bytes in {name}")
-	except OSError as error:  # the one before, if any, is whole
-		log(f"warning: {name} is not written: {error}")
+class StopSignal:
+    """Notes SIGINT and SIGTERM inside its block, so that a training step is always finished."""
+
+    def __init__(self) -> None:
+        self.received = self.immediate = False
+
+    def __enter__(self) -> "StopSignal":
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self.before = {number: signal.signal(number, self.receive) for number in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def receive(self, *_: object) -> None:
+        """Handles a signal; where it is to be immediate, in a validation, it ends the run."""
+        self.received = True
+        if self.immediate:
+            raise KeyboardInterrupt
 
 
-def training_state(optimizers, average, clock):
-	"""All tensors that a step changes, by name; data and chance follow from the step's number."""
-	state = average.weights | {f"params/{n}": p for n, p in enumerate(average.params)}
-	state |= {f"momenta/{n}": m for n, m in enumerate(optimizers.muon.momenta)}
-	for n, of_param in enumerate(optimizers.adamw.state.values()):
-		state |= {f"adamw/{n}/{name}": t for name, t in of_param.items()}
-	steps = [*clock.times, clock.elapsed], [*clock.losses, 0.0]
-	return state | {"clock/steps": torch.tensor(steps, dtype=torch.float64)}
+def save_tensors(
+    log: Log, name: str, tensors: Mapping[str, Tensor], settings: ModelSettings
+) -> None:
+    """Writes tensors and settings into the run's folder, on rank 0, unless they are not finite.
+
+    If the file cannot be written the log says so; a file from before stays whole.
+    """
+    finite = all(tensor.isfinite().all() for tensor in tensors.values())
+    if log.silent or log.folder is None or not finite:
+        return
+    path = log.folder / name
+    try:
+        write_tensors(path, tensors, model_settings(settings))
+        log(f"Serialized model: {path.stat().st_size} bytes in {name}")
+    except OSError as error:
+        log(f"warning: {path} could not be written: {error}")
 
 
-def train(model, data, h, rt, log, saved=None):
-	"""Train until ITERATIONS or the cap, on from a saved state if any; applies no average."""
-	torch.set_float32_matmul_precision("medium")  # TF32; on a CPU, oneDNN's products
-	losses_of = rt.compile(model.losses)
-	model.train()
-	warm_up(model, losses_of, h, rt, log)
-	optimizers, average = Optimizers(model, h), WeightAverage(model, h)
-	clock, stacks = TrainingClock(rt, h, log), [len(stack) for stack in optimizers.muon.stacks]
-	log(f"muon:{sum(stacks)} matrices in {len(stacks)} stacks")
-	if saved:
-		with refused(f"RESUME={h.resume}: no training state"):
-			(*clock.times, clock.elapsed), (*clock.losses, _) = saved["clock/steps"].tolist()
-			for name, tensor in training_state(optimizers, average, clock).items():
-				tensor.copy_(saved[name].view_as(tensor))
-		log(f"resume: step {len(clock.losses)}, {clock.elapsed:.1f} s trained")
-	step, every = len(clock.losses), h.checkpoint_every
-	saved_at = clock.elapsed if "s" in every else step
-	with ended_early(model, partial(save, FINAL_MODEL, h, average.weights, log)) as signals:
-		while True:  # every decision is alike on all ranks
-			stop = clock.agree(bool(signals))
-			at = clock.elapsed if "s" in every else step
-			if stop or 0 < int(every.rstrip("s")) <= at - saved_at:
-				clock.pause()
-				clock.resume()
-				saved_at = at
-				save(CHECKPOINT, h, training_state(optimizers, average, clock), log)
-				clock.pause()  # it took time
-				clock.resume()
-			if stop:
-				highest(0)  # rank 0 has written it
-				raise KeyboardInterrupt
-			done = step >= h.iterations or clock.spent()
-			validates = h.val_loss_every and step % h.val_loss_every == 0
-			if done or validates:
-				clock.pause()
-			if done:
-				break
-			if validates:
-				validate(model, data, h, log, clock)
-				clock.resume()
-			scale = lr_scale(step, clock.elapsed, h)
-			model.prepare(jepa_weight(step, clock.elapsed, h), step)
-			batch = data.train.batch(step, h)
-			clock.step_launched(train_step(losses_of, optimizers, batch, step, scale, rt))
-			average.update(step)
-			step += 1
-	if step < h.iterations:
-		at = f"train_time:{1000 * clock.elapsed:.0f}ms step:{step}/{h.iterations}"
-		log(f"stopping_early: wallclock_cap {at}")
-	return clock, average
+def auxiliary_inputs(
+    phase: Phase, h: Hyperparameters, step: int, device: torch.device, ranks: Ranks
+) -> AuxiliaryInputs:
+    """Returns what the auxiliary losses of a step need on this rank.
+
+    The random numbers follow from SEED and the step, whatever the number of ranks.
+    """
+    rows = h.train_batch_tokens // h.train_seq_len
+    jepa = stp = None
+    if phase.jepa_weight > 0:
+        seed = h.seed + (step if h.jepa_sigreg == "lejepa" else 0)  # as published: drawn once
+        generator = torch.Generator(device).manual_seed(seed)
+        shape = (h.jepa_latent_dim, JEPA.DIRECTIONS)
+        directions = torch.randn(shape, generator=generator, device=device)
+        latents = rows * (h.train_seq_len // h.jepa_chunk_size)
+        numbers = torch.tensor((phase.jepa_weight, latents)).to(device, non_blocking=True)
+        jepa = JepaInputs(numbers[0], F.normalize(directions, dim=0), numbers[1])
+    if phase.stp_weight > 0:
+        draws = torch.Generator().manual_seed(h.seed + step)
+        positions = torch.randint(h.train_seq_len - 2, (rows, 3), generator=draws)
+        positions = positions.sort(dim=1).values + torch.arange(3)  # distinct and rising
+        positions = positions.chunk(ranks.world_size)[ranks.rank]
+        weight = torch.tensor(phase.stp_weight)
+        stp = StpInputs(weight.to(device, non_blocking=True), positions.to(device))
+    return AuxiliaryInputs(jepa, stp)
 
 
-def validate(model, data, h, log, clock):
-	"""Log the plain score of the weights as they are."""
-	model.eval()
-	torch.set_float32_matmul_precision("highest")
-	score = evaluate(clock.rt.compile(model.forward_logits), data, h, clock.rt, log)
-	torch.set_float32_matmul_precision("medium")
-	model.train()
-	clock.log_step(val_loss=score.val_loss, val_bpb=score.val_bpb)
+class Trainer:
+    """All that a training step changes, and the loop. All ranks take every decision alike."""
+
+    def __init__(
+        self,
+        model: GPT,
+        data: Data,
+        h: Hyperparameters,
+        ranks: Ranks,
+        device: Device,
+        log: Log,
+        deadline: float = math.inf,
+    ) -> None:
+        assert data.train is not None
+        self.model, self.val, self.batches, self.h = model.train(), data.val, data.train, h
+        self.ranks, self.device, self.log = ranks, device, log
+        self.deadline = deadline  # in seconds of training
+        self.rows = h.train_batch_tokens // h.train_seq_len // ranks.world_size
+        self.grad_accum = grad_accum_steps(self.rows, h.train_seq_len, h.micro_batch_tokens)
+        self.loss_fn = device.compile(model.losses)
+        self.validation = plain_pass(device.compile(model.forward_logits), h)
+        self.optimizers, self.average = Optimizers(model, h, ranks), WeightAverage(model, h)
+        self.clock = TrainingClock(device, ranks)
+        self.steps = StepLog(self.clock, log, ranks, h.iterations, h.train_log_every)
+        self.step = 0  # steps launched
+
+    def train(self, resume_from: Mapping[str, Tensor] | None = None) -> None:
+        """Trains until ITERATIONS, or until one more step could pass the deadline.
+
+        Continues from the tensors of a checkpoint, if any. Whatever ends training, the average so
+        far is saved. The model keeps its last weights, whose plain score is logged.
+        """
+        log, stacks = self.log, [len(stack) for stack in self.optimizers.muon.stacks]
+        log(f"world_size:{self.ranks.world_size} grad_accum_steps:{self.grad_accum}")
+        log(f"muon:{sum(stacks)} matrices in {len(stacks)} stacks")
+        with matmul_precision("medium"):
+            self.warm_up()
+            if resume_from is not None:
+                self.restore(resume_from)
+            with StopSignal() as stop_signal:
+                try:
+                    self.loop(stop_signal)
+                finally:
+                    save_tensors(log, FINAL_MODEL, self.average.weights, self.h)
+        if self.step < self.h.iterations:
+            at = f"train_time:{1000 * self.clock.elapsed:.0f}ms step:{self.step}"
+            log(f"stopping_early: wallclock_cap {at}/{self.h.iterations}")
+        self.validate()
+
+    def warm_up(self) -> None:
+        """Compiles every program by WARMUP_STEPS steps on random tokens, then undoes the steps.
+
+        An eager CPU has nothing to compile.
+        """
+        if not (self.device.is_cuda or self.device.compiled):
+            return
+        h, phases, weights = self.h, programs(self.h), [*self.average.params.values()]
+        before = [weight.clone() for weight in weights]
+        generator = torch.Generator().manual_seed(h.seed)
+        for step in range(h.warmup_steps):
+            shape = (2, self.rows, h.train_seq_len)
+            inputs, targets = torch.randint(h.vocab_size, shape, generator=generator)
+            self.take_step(phases[step % len(phases)], inputs, targets)
+            self.log(f"warmup_step:{step + 1}/{h.warmup_steps}")
+        torch._foreach_copy_(weights, before)
+        for state in self.optimizers.state().values():
+            state.zero_()
+        self.clock.resume()
+
+    def loop(self, stop_signal: StopSignal) -> None:
+        """Takes steps until the run ends, pauses the clock. A signal raises KeyboardInterrupt."""
+        h, clock, steps = self.h, self.clock, self.steps
+        checkpoints = CheckpointTimer(h.checkpoint_every, self.step, clock.elapsed)
+        while True:
+            stop = clock.agree(stop_signal.received)
+            if stop or checkpoints.due(self.step, clock.elapsed):
+                checkpoints.restart(self.step, clock.elapsed)
+                self.save_checkpoint()
+            if stop:
+                self.ranks.barrier()  # rank 0 has written the checkpoint
+                raise KeyboardInterrupt
+            next_end = clock.elapsed + (len(steps.running) + 1) * clock.slowest
+            done = self.step >= h.iterations or next_end >= self.deadline
+            validates = h.val_loss_every > 0 and self.step % h.val_loss_every == 0
+            if done or validates:
+                steps.finish()
+                clock.pause()
+            if done:
+                return
+            if validates:
+                stop_signal.immediate = True
+                self.validate()
+                stop_signal.immediate = False
+                clock.resume()
+            progress = Progress(self.step, h.iterations, clock.elapsed, self.deadline)
+            phase = schedule(progress, h)
+            steps.launched(self.take_step(phase, *self.batches.batch(self.step)))
+            self.average.update(self.step, phase.lr_scale)
+            self.step += 1
+
+    def take_step(self, phase: Phase, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Takes a step on this rank's inputs and targets [rows, T], which are on the CPU.
+
+        Returns this rank's share of each term of the mean loss. One all-reduce sums the gradients
+        of all ranks: a compiled backward hands over all gradients at its end, so none could go
+        earlier.
+        """
+        device = self.device.device
+        if self.device.is_cuda:
+            inputs, targets = inputs.pin_memory(), targets.pin_memory()
+        inputs = inputs.to(device, non_blocking=True)
+        targets = targets.to(device, non_blocking=True)
+        auxiliary = auxiliary_inputs(phase, self.h, self.step, device, self.ranks)
+        rows, share = self.rows // self.grad_accum, 1 / (self.grad_accum * self.ranks.world_size)
+        sums: dict[str, Tensor] = {}
+        for start in range(0, self.rows, rows):
+            part = slice(start, start + rows)
+            loss, terms = self.loss_fn(inputs[part], targets[part], auxiliary.rows(part))
+            (loss * share).backward()
+            for name, term in terms.items():
+                sums[name] = sums.get(name, 0) + term.detach() * share
+        self.ranks.all_reduce_(self.optimizers.gradient)
+        self.optimizers.step(phase)
+        return sums
+
+    def validate(self) -> None:
+        """Logs the plain score of the weights as they are."""
+        self.model.eval()
+        tokens = scoring_batch_tokens(self.h.val_batch_size, self.device)
+        result = score(self.validation, self.val, self.ranks, self.device, self.log, tokens)
+        self.steps.write(val_loss=result.val_loss, val_bpb=result.val_bpb)
+        self.model.train()
+
+    def save_checkpoint(self) -> None:
+        """Writes a checkpoint; the time that this takes counts as training."""
+        self.steps.finish()
+        self.clock.pause()
+        self.clock.resume()
+        save_tensors(self.log, CHECKPOINT, self.tensors(), self.h)
+        self.clock.pause()
+        self.clock.resume()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the tensors of a checkpoint by name.
+
+        model/ holds the weights, average/ what the run would end with now, muon/ and adamw/ the
+        optimizers' state, progress/ the losses and times of the steps. The training text and all
+        random numbers of a step follow from its number.
+        """
+        tensors = {f"model/{name}": p for name, p in self.average.params.items()}
+        tensors |= {f"average/{name}": p for name, p in self.average.weights.items()}
+        tensors |= self.optimizers.state()
+        progress = {
+            "elapsed": self.clock.elapsed,
+            "losses": self.steps.losses,
+            "times": self.steps.times,
+            "averaged": self.average.count,
+        }
+        for name, values in progress.items():
+            tensors[f"progress/{name}"] = torch.as_tensor(values, dtype=torch.float64)
+        return tensors
+
+    def restore(self, saved: Mapping[str, Tensor]) -> None:
+        """Continues from the tensors of a checkpoint. Raises DataError if they do not fit."""
+        with raise_data_error(f"RESUME={self.h.resume}: not a training state of this model"):
+            self.clock.elapsed = saved["progress/elapsed"].item()
+            self.steps.losses = saved["progress/losses"].tolist()
+            self.steps.times = saved["progress/times"].tolist()
+            self.average.count = int(saved["progress/averaged"].item())
+            for name, tensor in self.tensors().items():
+                if not name.startswith("progress/"):
+                    tensor.copy_(saved[name].view_as(tensor))
+        self.step = len(self.steps.losses)
+        self.log(f"resume: step {self.step}, {self.clock.elapsed:.1f} s trained")
 
 
-# ---- Quantize and pack: how it is shrunk ----
+# ---- Quantize: from float32 weights to integer codes ----
 
 GPTQ_BLOCK = 128  # columns
-CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)  # of a row's largest weight
-WIDEST = 50  # factor on the scales beyond which nearly all codes are 0
+CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)  # of a row's largest weight
+MIN_SCALE, MAX_SCALE = 2.0**-24, 65_504.0  # what float16 can hold
 
 
-def best_clips(weight, bits, widen, assign):
-	"""Codes int8 [n, rows, cols] and scales float16 [n, rows], each of its row's best clip.
+class Quantized(NamedTuple):
+    """A stack of n quantized matrices: weight = codes * scales of their rows."""
 
-	assign(scale, limit) gives codes and errors. The records' floor of 1/31 spoils small rows.
-	"""
-	limit, peak = 2 ** (bits - 1) - 1, weight.abs().amax(-1, keepdim=True)
-	scales = [(peak * clip / limit).clamp(2.0**-24, 65_504).half().float() for clip in CLIPS]
-	errors = torch.cat([assign(scale, limit)[1] for scale in scales], -1)
-	scale = torch.cat(scales, -1).take_along_dim(errors.argmin(-1, keepdim=True), -1)
-	scale = (scale * widen).clamp(max=65_504).half()  # only now: a smaller clip would undo it
-	return assign(scale.float(), limit)[0].to(torch.int8), scale.squeeze(-1)
+    codes: Tensor  # int8 [n, rows, cols]
+    scales: Tensor  # float16 [n, rows]
+    failed: Tensor  # bool [n], matrices that were rounded because GPTQ could not solve them
 
 
-def round_rows(weight, hessian, bits, widen):
-	"""Codes and scales of matrices [n, rows, cols], rounded; and True [n]."""
+def choose_row_scales(
+    weight: Tensor,
+    limit: int,
+    scale_factor: float,
+    assign: Callable[[Tensor], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor]:
+    """Returns codes int8 [n, rows, cols] and scales float16 [n, rows] of weights [n, rows, cols].
 
-	def assign(scale, limit):
-		codes = (weight / scale).round().clamp(-limit, limit)
-		return codes, (codes * scale - weight).square().sum(-1, keepdim=True)
-
-	rounded = weight.new_ones(len(weight), dtype=torch.bool)
-	return *best_clips(weight, bits, widen, assign), rounded
-
-
-def gptq(weight, hessian, bits, widen):
-	"""Full GPTQ (arXiv 2210.17323) for inputs X with X^T X = hessian [n, cols, cols].
-
-	Columns by falling diagonal, each one's error spread over those after it. Third: matrices only
-	rounded, whose Hessian no damping makes positive definite.
-	"""
-	diagonal, cols = hessian.diagonal(dim1=1, dim2=2), weight.size(2)
-	order = diagonal.argsort(dim=1, descending=True).unsqueeze(1)
-	hessian = hessian.take_along_dim(order.mT, 1).take_along_dim(order, 2)
-	eye, damping = torch.eye(cols, device=weight.device), 0.01 * diagonal.mean(1)
-	for _ in range(4):
-		lower, failed = torch.linalg.cholesky_ex(hessian + damping[:, None, None] * eye)
-		lower[failed > 0] = eye  # cholesky_inverse raises at zeros
-		upper, also = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-		failed = (failed + also > 0) | ~upper.isfinite().all((1, 2))
-		damping = torch.where(failed, 10 * damping, damping)
-	upper[failed] = eye
-	dead = (diagonal == 0) & ~failed.unsqueeze(1)  # inputs that are always 0
-	weight = weight.masked_fill(dead.unsqueeze(1), 0)
-	columns = weight.take_along_dim(order, 2).mT.contiguous()
-
-	def assign(scale, limit):
-		rest, codes, scale, error = columns.clone(), torch.empty_like(columns), scale.mT, 0.0
-		for start in range(0, cols, GPTQ_BLOCK):
-			stop = min(start + GPTQ_BLOCK, cols)
-			errors = torch.empty_like(rest[:, start:stop])
-			for i in range(start, stop):
-				one, before = slice(i, i + 1), slice(start, i)
-				column = rest[:, one] - upper[:, before, one].mT @ errors[:, : i - start]
-				codes[:, one] = (column / scale).round().clamp(-limit, limit)
-				errors[:, i - start] = ((column - codes[:, one] * scale) / upper[:, one, one])[:, 0]
-			rest[:, stop:] -= upper[:, start:stop, stop:].mT @ errors
-			error = error + errors.square().sum(1)
-		return codes.mT, error.unsqueeze(-1)
-
-	codes, scales = best_clips(weight, bits, widen, assign)
-	return codes.take_along_dim(order.argsort(), 2), scales, failed
+    Each row takes the clip ratio of least error, then all scales are multiplied by `scale_factor`.
+    assign(scale [n, rows, 1]) returns codes, float [n, rows, cols], and errors [n, rows, 1]. There
+    is no floor of 1/31, as the records have: it spoils rows of small weights.
+    """
+    peak = weight.abs().amax(-1, keepdim=True)
+    scales = [
+        (peak * ratio / limit).clamp(MIN_SCALE, MAX_SCALE).half().float() for ratio in CLIP_RATIOS
+    ]
+    errors = torch.cat([assign(scale)[1] for scale in scales], -1)
+    best = torch.cat(scales, -1).take_along_dim(errors.argmin(-1, keepdim=True), -1)
+    # Only now: among wider scales a smaller clip ratio would undo the factor.
+    best = (best * scale_factor).clamp(max=MAX_SCALE).half()
+    return assign(best.float())[0].to(torch.int8), best.squeeze(-1)
 
 
-def finite(weights):
-	"""The weights; DivergenceError naming one that cannot be used."""
-	for name, p in weights.items():
-		if not (p.is_meta or (p.dtype == torch.float32 and p.isfinite().all())):
-			raise DivergenceError(f"{name} is not float32 or not finite: the weights have diverged")
-	return weights
+def quantize_rounding(
+    bits: int, scale_factor: float, weight: Tensor, hessian: Tensor | None
+) -> Quantized:
+    """Quantizes matrices [n, rows, cols] to nearest; does not use the Hessian."""
+    limit = 2 ** (bits - 1) - 1
+
+    def assign(scale: Tensor) -> tuple[Tensor, Tensor]:
+        codes = (weight / scale).round().clamp(-limit, limit)
+        return codes, (codes * scale - weight).square().sum(-1, keepdim=True)
+
+    codes, scales = choose_row_scales(weight, limit, scale_factor, assign)
+    return Quantized(codes, scales, weight.new_zeros(len(weight), dtype=torch.bool))
 
 
-def quantize(model, hessians=None, widen=1.0):
-	"""The artifact's arrays in order, and the names that GPTQ could only round.
+def inverse_cholesky(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the upper Cholesky factors of the damped inverses of Hessians [n, cols, cols].
 
-	Codes come first: like beside like compresses best. GPTQ takes what has a Hessian; `widen`
-	coarsens 6-bit scales. A meta model gives types and shapes.
-	"""
-	roles, hessians, stacks, coded, floats = parameter_roles(model), hessians or {}, {}, {}, {}
-	for name, p in finite(model.state_dict()).items():
-		_, _, bits = ROLE_POLICY[roles[name]]
-		if bits == 16:
-			floats[name] = p.half()
-		else:
-			stacks.setdefault((p.shape, bits, name in hessians), {})[name] = p
-	for (_, bits, solve), stack in stacks.items():
-		hessian = torch.stack([hessians[name] for name in stack]) if solve else None
-		how = {"bits": bits, "widen": widen if bits == 6 else 1.0}
-		quantizer = partial(gptq if solve else round_rows, **how)
-		made = shared_out(quantizer, torch.stack([*stack.values()]), hessian)
-		coded |= zip(stack, zip(*made))
-	names = [name for name in roles if name in coded]
-	codes = {f"{name}.codes": coded[name][0] for name in names}
-	scales = {f"{name}.scales": coded[name][1] for name in names}
-	return codes | scales | floats, [n for n in hessians if coded[n][2]]
+    Damping starts at 1 % of the mean diagonal and rises tenfold, up to three times, where a
+    factorization fails. Second: bool [n], where all of them failed; the factor is the identity.
+    """
+    eye = torch.eye(hessian.size(-1), device=hessian.device)
+    damping = 0.01 * hessian.diagonal(dim1=1, dim2=2).mean(1)
+    for _ in range(4):
+        lower, info = torch.linalg.cholesky_ex(hessian + damping[:, None, None] * eye)
+        lower[info > 0] = eye  # cholesky_inverse raises at zeros
+        upper, upper_info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        failed = (info + upper_info > 0) | ~upper.isfinite().all((1, 2))
+        damping = torch.where(failed, 10 * damping, damping)
+    upper[failed] = eye
+    return upper, failed
+
+
+def quantize_gptq(
+    bits: int, scale_factor: float, weight: Tensor, hessian: Tensor | None
+) -> Quantized:
+    """Quantizes matrices [n, rows, cols] by full GPTQ (arXiv 2210.17323).
+
+    `hessian` [n, cols, cols] is X^T X of the inputs X. Columns are taken by falling diagonal; the
+    error of each is spread over those after it, so that the output changes least. The errors that
+    choose a row's scale are weighted by the Hessian too.
+    """
+    assert hessian is not None
+    limit, cols = 2 ** (bits - 1) - 1, weight.size(2)
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    order = diagonal.argsort(dim=1, descending=True).unsqueeze(1)
+    upper, failed = inverse_cholesky(hessian.take_along_dim(order.mT, 1).take_along_dim(order, 2))
+    unused = (diagonal == 0) & ~failed.unsqueeze(1)  # inputs that are always 0
+    weight = weight.masked_fill(unused.unsqueeze(1), 0)
+    columns = weight.take_along_dim(order, 2).mT.contiguous()  # [n, cols, rows]
+
+    def assign(scale: Tensor) -> tuple[Tensor, Tensor]:
+        rest, codes, scale = columns.clone(), torch.empty_like(columns), scale.mT
+        error = torch.zeros_like(columns[:, 0])
+        for start in range(0, cols, GPTQ_BLOCK):
+            stop = min(start + GPTQ_BLOCK, cols)
+            errors = torch.empty_like(rest[:, start:stop])
+            for i in range(start, stop):
+                one, before = slice(i, i + 1), slice(start, i)
+                column = rest[:, one] - upper[:, before, one].mT @ errors[:, : i - start]
+                codes[:, one] = (column / scale).round().clamp(-limit, limit)
+                errors[:, i - start] = ((column - codes[:, one] * scale) / upper[:, one, one])[:, 0]
+            rest[:, stop:] -= upper[:, start:stop, stop:].mT @ errors
+            error += errors.square().sum(1)
+        return codes.mT, error.unsqueeze(-1)
+
+    codes, scales = choose_row_scales(weight, limit, scale_factor, assign)
+    return Quantized(codes.take_along_dim(order.argsort(), 2), scales, failed)
+
+
+# A quantizer maps bits, a factor on the scales, weights [n, rows, cols], and Hessians
+# [n, cols, cols] or None to a Quantized stack.
+Quantizer = Callable[[int, float, Tensor, Tensor | None], Quantized]
+QUANTIZERS: dict[str, Quantizer] = {"rounding": quantize_rounding, "gptq": quantize_gptq}
+
+
+def check_finite(weights: Mapping[str, Tensor]) -> None:
+    """Raises DivergenceError that names a weight which is not finite float32."""
+    for name, weight in weights.items():
+        if weight.dtype != torch.float32 or not weight.isfinite().all():
+            raise DivergenceError(f"{name} is not finite float32: the weights have diverged")
+
+
+def artifact_layout(model: GPT) -> dict[str, Tensor]:
+    """Returns the arrays of an artifact in order, as meta tensors, by name.
+
+    First the codes of all quantized weights, then their row scales, then what is float16: like
+    stands beside like, which compresses best.
+    """
+    codes, scales, floats = {}, {}, {}
+    roles = parameter_roles(model)
+    for name, p in model.named_parameters():
+        if ROLES[roles[name]].bits == 16:
+            floats[name] = torch.empty_like(p, dtype=torch.float16, device="meta")
+        else:
+            codes[f"{name}.codes"] = torch.empty_like(p, dtype=torch.int8, device="meta")
+            scales[f"{name}.scales"] = torch.empty(len(p), dtype=torch.float16, device="meta")
+    return codes | scales | floats
+
+
+def quantize_model(
+    model: GPT, hessians: Mapping[str, Tensor], ranks: Ranks, scale_factor: float = 1.0
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Returns the artifact's arrays, and the names of matrices that GPTQ could only round.
+
+    Weights with a Hessian are quantized by GPTQ, the others by rounding; `scale_factor` widens the
+    scales of the matrices. Weights of one shape are one stack, divided among the ranks.
+    """
+    roles, weights = parameter_roles(model), model.state_dict()
+    check_finite(weights)
+    stacks: dict[tuple[torch.Size, str, str], list[str]] = {}
+    values: dict[str, Tensor] = {}
+    for name, p in weights.items():
+        if ROLES[roles[name]].bits == 16:
+            values[name] = p.half()
+        else:
+            quantizer = "gptq" if name in hessians else "rounding"
+            stacks.setdefault((p.shape, roles[name], quantizer), []).append(name)
+    failed = []
+    for (_, role, quantizer), names in stacks.items():
+        factor = scale_factor if role == "matrix" else 1.0
+        quantize = partial(QUANTIZERS[quantizer], ROLES[role].bits, factor)
+        hessian = torch.stack([hessians[n] for n in names]) if quantizer == "gptq" else None
+        weight = torch.stack([weights[name] for name in names])
+        stack = Quantized(*ranks.map_over_ranks(quantize, weight, hessian))
+        for i, name in enumerate(names):
+            values[f"{name}.codes"], values[f"{name}.scales"] = stack.codes[i], stack.scales[i]
+            if stack.failed[i]:
+                failed.append(name)
+    return {name: values[name] for name in artifact_layout(model)}, failed
 
 
 @torch.inference_mode()
-def collect_hessians(model, batches, clock, log):
-	"""X^T X, float32 [in, in], of all inputs X, by weight; {} if the cap leaves no time."""
-	roles, hooks, sums = parameter_roles(model), [], {}
-	(rank, world), slowest, used = ranks(), clock.slowest, 0
+def collect_hessians(
+    model: GPT,
+    batches: Sequence[Tensor],
+    ranks: Ranks,
+    seconds_left: Callable[[], float] = lambda: math.inf,
+    batch_seconds: float = 0.0,
+) -> tuple[dict[str, Tensor], int]:
+    """Returns X^T X, float32 [in, in], of all inputs X of each matrix, by the weight's name.
 
-	def add(total, _, inputs):
-		x = inputs[0].flatten(0, -2).float()
-		total.addmm_(x.mT, x)
+    Batches are ids [B, T], each divided among the ranks. A batch that would take longer than
+    seconds_left(), by the slowest so far or at first by `batch_seconds`, is not read. Second: the
+    number of batches read; without any there are no Hessians.
+    """
+    roles, hooks, sums, used = parameter_roles(model), [], {}, 0
 
-	for name, module in model.named_modules():
-		if roles.get(weight := f"{name}.weight") == "matrix":
-			sums[weight] = total = module.weight.new_zeros(2 * [module.in_features])
-			hooks.append(module.register_forward_pre_hook(partial(add, total)))
-	log.progress("calibrating")
-	for ids in batches:
-		began = clock.rt.now()
-		if clock.cap and clock.elapsed + began - clock.mark + slowest > clock.cap:
-			log("gptq: GPTQ_RESERVE_SECONDS ended before the calibration")
-			break
-		if len(ids) > rank:
-			model.hidden(ids[rank::world].to(model.skip_weights.device))
-		slowest, used = max(slowest, clock.rt.now() - began), used + 1
-	for hook in hooks:
-		hook.remove()
-	return {name: summed(x) for name, x in sums.items()} if any(highest(used)) else {}
+    def add(total: Tensor, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].flatten(0, -2).float()
+        total.addmm_(x.mT, x)
 
-
-def calibration(train, h, step):
-	"""Ids int64 [B, TRAIN_SEQ_LEN]; training text as step `step` would read it."""
-	generator, length = torch.Generator().manual_seed(h.seed), h.train_seq_len
-	shape = max(h.gptq_calib_tokens // length, 1), length
-	if h.gptq_calib == "random":  # text alone: ids 0 to 3 are special
-		ids = torch.randint(4, h.vocab_size, shape, generator=generator)
-	else:
-		ids = train.read(step * h.train_batch_tokens, math.prod(shape)).view(shape)
-	return ids.split(max(h.micro_batch_tokens // length, 1))
-
-
-# An artifact: this header (magic and version, bytes of settings, SHA-256 of the rest), the settings
-# as JSON, which say all shapes, and the arrays compressed.
-HEADER, MAGIC = struct.Struct("<12sI32s"), b"PGOLFGPT\1\0\0\0"
-
-
-def zstd():
-	"""The compressor's package, or SettingsError."""
-	try:
-		import zstandard
-	except ImportError:
-		raise SettingsError("the artifact needs zstandard: pip install zstandard") from None
-	return zstandard
+    for name, module in model.named_modules():
+        weight = f"{name}.weight"
+        if roles.get(weight) == "matrix":
+            assert isinstance(module, Linear)
+            sums[weight] = module.weight.new_zeros(module.in_features, module.in_features)
+            hooks.append(module.register_forward_pre_hook(partial(add, sums[weight])))
+    try:
+        for ids in batches:
+            left = seconds_left()
+            if batch_seconds > left:
+                break
+            own = ids[ranks.rank :: ranks.world_size]
+            if len(own):
+                model.backbone(own.to(model.skip_weights.device))
+            batch_seconds, used = max(batch_seconds, left - seconds_left()), used + 1
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for total in sums.values():
+        ranks.all_reduce_(total)
+    used = int(ranks.all_reduce_max(used)[0])
+    return (sums if used else {}), used
 
 
-def with_settings(h, of_file):
-	"""The settings with those of a file, which must be all of a model's and no others."""
-	odd = sorted(model_settings(h).keys() ^ of_file)
-	odd = odd or [name for name, value in of_file.items() if not str(value).isprintable()]
-	expect(not odd, f"settings missing, unknown or not printable: {odd}")
-	# The batch does not travel; one sequence is always legal.
-	return replace(h, **of_file, train_batch_tokens=of_file["train_seq_len"])
+def random_sequences(count: int, seq_len: int, vocab_size: int, seed: int) -> Tensor:
+    """Returns int64 [count, T] of uniform random tokens, no special ones (PR #1124)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(FIRST_TEXT_ID, vocab_size, (count, seq_len), generator=generator)
 
 
-def header(body, size):
-	"""The header of a body, of which `size` bytes are settings."""
-	digest = hashlib.sha256(HEADER.pack(MAGIC, size, b"") + body).digest()
-	return HEADER.pack(MAGIC, size, digest)
+# ---- Artifact: from codes to a file that fits, and back ----
+
+# An artifact, in order: a header (magic and version, bytes of the description, SHA-256 of all the
+# rest), a description as JSON (the codec, and the settings, from which every shape follows), and
+# the arrays of artifact_layout, compressed.
+HEADER, MAGIC = struct.Struct("<12sI32s"), b"PGOLFGPT\2\0\0\0"
+MAX_DESCRIPTION = 1 << 16  # bytes
+MAX_SCALE_FACTOR = 50  # beyond it nearly all codes are 0
 
 
-def pack(h, arrays):
-	"""The artifact's bytes, the same for the same arrays."""
-	settings = json.dumps(model_settings(h), separators=(",", ":")).encode()
-	raw = b"".join(array.cpu().numpy().tobytes() for array in arrays.values())
-	body = settings + zstd().ZstdCompressor(level=22).compress(raw)
-	return header(body, len(settings)) + body
+class Codec(NamedTuple):
+    """A lossless compressor of the artifact's arrays."""
+
+    package: str
+    compress: Callable[[bytes], bytes]
+    decompress: Callable[[bytes | memoryview, int], bytes]  # to exactly that many bytes, or raises
+    transpose: bool = False  # codes are stored column by column
 
 
-def load_checkpoint(path, h):
-	"""Settings, weights and training state, mapped, of what `save` wrote; or DataError."""
-	with refused(f"{path}: cannot be read as a checkpoint"):
-		tensors, texts = read_tensors(path)
-		h = with_settings(h, json.loads(texts["settings"]))
-		weights = {name: tensors.pop(name) for name in [*tensors] if "/" not in name}
-		with torch.device("meta"):
-			model = GPT(h)
-		model.load_state_dict(weights, assign=True)  # names and shapes must fit
-		return h, finite(model.state_dict()), tensors  # scalars may come as [1]
+def zstd_compress(data: bytes) -> bytes:
+    """Returns data as one zstd frame of level 22."""
+    import zstandard
+
+    return zstandard.ZstdCompressor(level=22).compress(data)
 
 
-def unpack(blob, h):
-	"""Settings and arrays; all is checked before it is allocated."""
-	magic, told, _ = HEADER.unpack_from(blob)
-	expect(magic == MAGIC and told < 1 << 16, f"header {magic}, {told} bytes of settings: not ours")
-	body = memoryview(blob)[HEADER.size :]
-	payload = body[told:]
-	h = with_settings(h, json.loads(bytes(body[:told])))
-	with torch.device("meta"):
-		layout, _ = quantize(GPT(h))
-	sizes = [like.nbytes for like in layout.values()]
-	size, stored = sum(sizes), len(payload)
-	expect(size / 1000 < stored < 1.01 * size + 1000, f"{stored} bytes for arrays of {size}")
-	expect(blob[: HEADER.size] == header(body, told), "the checksum does not fit")
-	told = zstd().get_frame_parameters(payload).content_size
-	expect(told == size, f"{told} bytes of arrays, not {size}")
-	raw = zstd().ZstdDecompressor().decompress(payload, allow_extra_data=False)
-	parts = torch.frombuffer(bytearray(raw), dtype=torch.uint8).split(sizes)
-	arrays = zip(layout.items(), parts)
-	return h, {n: p.clone().view(like.dtype).view(like.shape) for (n, like), p in arrays}
+def zstd_decompress(data: bytes | memoryview, size: int) -> bytes:
+    """Returns the `size` bytes of a zstd frame."""
+    import zstandard
+
+    stated = zstandard.get_frame_parameters(data).content_size
+    check(stated == size, f"the arrays have {stated} bytes, not {size}")
+    return zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
 
 
-def dequantize(arrays):
-	"""Float32 weights by parameter name."""
-	weights = {name: array.float() for name, array in arrays.items()}
-	for name in [name[:-6] for name in weights if name.endswith(".codes")]:
-		weights[name] = weights.pop(f"{name}.codes") * weights.pop(f"{name}.scales")[:, None]
-	return weights
+def lzma_filters(size: int) -> list[dict[str, int]]:
+    """Returns the LZMA2 filter for so many bytes; no file can ask for more memory than that."""
+    dictionary = min(max(1 << (size - 1).bit_length(), 1 << 12), 1 << 26)
+    preset = 9 | lzma.PRESET_EXTREME
+    return [{"id": lzma.FILTER_LZMA2, "preset": preset, "dict_size": dictionary}]
 
 
-def load_artifact(path, h):
-	"""Settings and float32 weights of an artifact, or DataError."""
-	with refused(f"{path}: cannot be read as an artifact"):
-		h, arrays = unpack(memoryview(np.memmap(path, mode="r")), h)  # of any size
-		return h, finite(dequantize(arrays))
+def lzma_compress(data: bytes) -> bytes:
+    """Returns data as raw LZMA2."""
+    return lzma.compress(data, lzma.FORMAT_RAW, filters=lzma_filters(len(data)))
 
 
-def shrink(model, hessians, h, room, log):
-	"""The artifact, matrices' scales widened, at most by WIDEST, to fit `room` bytes."""
-	matrices = [f"{n}.codes" for n, role in parameter_roles(model).items() if role == "matrix"]
-	widen = 1.0
-	while True:
-		arrays, rounded = quantize(model, hessians, widen)
-		blob = from_first(partial(pack, h, arrays))
-		codes = torch.cat([arrays[n].flatten() for n in matrices])
-		counts = (codes.int() + 128).bincount(minlength=256)
-		entropy = torch.special.xlogy(counts, counts.sum() / counts).sum().item() / math.log(256)
-		told = f"order-0 entropy of the matrices' codes {entropy:.0f}; widened by {widen:.3f}"
-		log(f"size: {len(blob)} bytes packed, {told}")
-		if len(blob) <= room or widen > WIDEST:
-			break
-		bits = 8 * (len(blob) - room) / counts.sum().item()
-		widen *= 1.005 * 2 ** min(bits, 6)  # twice the scale saves about a bit a code
-	for name in rounded:
-		log(f"gptq: {name} is only rounded: its Hessian is not definite")
-	return blob
+def lzma_decompress(data: bytes | memoryview, size: int) -> bytes:
+    """Returns the `size` bytes of raw LZMA2."""
+    decoder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=lzma_filters(size))
+    raw = decoder.decompress(data, max_length=size + 1)
+    check(len(raw) == size and decoder.eof, f"the arrays do not have {size} bytes")
+    check(not decoder.unused_data, "bytes follow the arrays")
+    return raw
 
 
-# ---- Run: how it all goes ----
+def brotli_compress(data: bytes) -> bytes:
+    """Returns data as a brotli stream of quality 11."""
+    import brotli
 
-# In a run's folder; where the copy stands, the run has begun.
-SOURCE_COPY, ARTIFACT = "train_gpt.py", "final_model.int6.ptz"
-
-
-def run(h, rt, data, log):
-	"""Train, save, quantize, pack and score: the README's stages."""
-	torch.manual_seed(h.seed)
-	model = GPT(h, rt.attend, rt.dtype)
-	model.load_state_dict(from_first(model.state_dict))  # other CPUs may draw others
-	model.to(rt.device)
-	count = sum(p.numel() for p in model.parameters())
-	log(f"model_params:{count}")
-	log(f"world_size:{ranks()[1]} grad_accum_steps:{micro_batches(h)}")
-	need = BYTES_LIMIT + 30 * count  # with two checkpoints
-	if not log.silent and (free := shutil.disk_usage(log.folder).free) < need:
-		raise SettingsError(f"RUN_DIR={log.folder}: {free} bytes are free there, {need} needed")
-	cap = h.max_wallclock_seconds
-	if cap and h.gptq_enabled and h.gptq_calib == "train":
-		cap -= h.gptq_reserve_seconds
-	until = replace(h, max_wallclock_seconds=cap, gptq_enabled=False)
-	path, saved = log.folder / CHECKPOINT if h.resume == "auto" else Path(h.resume), None
-	if h.resume and from_first(lambda: h.resume != "auto" or path.exists()):
-		were, weights, state = from_first(lambda: load_checkpoint(path, h))
-		if other := model_settings(were).items() - model_settings(h).items():
-			raise DataError(f"RESUME={path}: its model has {dict(other)}; set the same")
-		saved = weights | state
-	clock, average = train(model, data, until, rt, log, saved)
-	save(FINAL_MODEL, h, average.weights, log)
-	peak = torch.cuda.max_memory_allocated() >> 20  # 0 on a CPU
-	validate(model, data, h, log, clock)
-	steps, times = len(clock.losses), np.diff(clock.times, prepend=0.0) * 1000
-	return {
-		"parameters": count,
-		"steps": steps,
-		"step_ms": {f"p{n}": float(np.percentile(times, n)) for n in (50, 99) if steps},
-		"peak_memory_mib": peak,
-		"train_losses": clock.losses,
-		"weights": average.apply(log),
-		"train_tokens": len(data.train),
-		**finish(model, h, rt, data, log, clock),
-	}
+    return brotli.compress(data, quality=11, lgwin=24)
 
 
-def finish(model, h, rt, data, log, clock):
-	"""Quantize and pack a model, then score the artifact from disk."""
-	code, hessians, ends = from_first((log.folder / SOURCE_COPY).read_bytes), {}, [rt.now()]
-	model.eval()
-	torch.set_float32_matmul_precision("highest")
-	if h.gptq_enabled:
-		reads_data = h.gptq_calib == "train"
-		clock.cap = h.max_wallclock_seconds * reads_data
-		clock.resume()
-		batches = calibration(data.train, h, len(clock.losses))
-		hessians = collect_hessians(model, batches, clock, log)
-		if reads_data:
-			clock.pause()  # what reads training data is training
-	ends.append(rt.now())
-	blob = shrink(model, hessians, h, BYTES_LIMIT - len(code), log)
-	if not log.silent:
-		write_atomically(log.folder / ARTIFACT, blob)
-	ends.append(rt.now())
-	sizes = {"code": len(code), "model": len(blob), "total": len(code) + len(blob)}
-	names = "Code size", "Serialized model int6+zstd", "Total submission size int6+zstd"
-	for name, size in zip(names, sizes.values()):
-		log(f"{name}: {size} bytes")
-	forward_logits = rt.compile(model.forward_logits)
-	scores = {"float": evaluate(forward_logits, data, h, rt, log)}
-	log_score(log, "DIAGNOSTIC post_ema", scores["float"])
-	ends.append(rt.now())
-	scores |= score_artifact(log.folder / ARTIFACT, h, rt, data, log)
-	ends.append(rt.now())
-	stages = zip(("calibrate", "pack", "diagnose", "eval"), np.diff(ends).tolist())
-	seconds = {"train": clock.elapsed, **dict(stages)}
-	log("seconds: " + " ".join(f"{name}:{value:.1f}" for name, value in seconds.items()))
-	limits = {"eval_seconds": (seconds["eval"], EVAL_SECONDS_LIMIT)}
-	limits["total_bytes"] = sizes["total"], BYTES_LIMIT
-	if clock.times:  # it was trained here
-		limits["train_seconds"] = clock.elapsed, h.max_wallclock_seconds or math.inf
-	verdicts = {}
-	for name, (value, most) in limits.items():
-		verdicts[name] = "PASS" if value <= most else "FAIL"
-		log(f"limit:{name} {round(value, 1):,} of {most:,} {verdicts[name]}")
-	return {
-		"status": "over a limit" if "FAIL" in verdicts.values() else "ok",
-		"verdicts": verdicts,
-		"scores": {name: score._asdict() for name, score in scores.items()},
-		"bytes": sizes,
-		"seconds": seconds,
-		"machine": rt.describe(),
-		"code_sha256": hashlib.sha256(code).hexdigest(),
-		"canonical_val": data.canonical,
-		"val_sha256": hashlib.sha256(data.val.numpy().tobytes()).hexdigest(),
-	}
+def brotli_decompress(data: bytes | memoryview, size: int) -> bytes:
+    """Returns the `size` bytes of a brotli stream."""
+    import brotli
+
+    decoder, parts, got = brotli.Decompressor(), [], 0
+    part = decoder.process(data, output_buffer_limit=1 << 20)
+    while part and got <= size:
+        parts.append(part)
+        got += len(part)
+        part = decoder.process(b"", output_buffer_limit=1 << 20)
+    check(got == size and decoder.is_finished(), f"the arrays do not have {size} bytes")
+    return b"".join(parts)
 
 
-def log_score(log, name, score):
-	"""A score in the challenge's two forms."""
-	at = f"stride:{score.stride} eval_time:{1000 * score.seconds:.0f}ms"
-	log(f"{name} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} {at}")
-	log(f"{name}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}")
-	log.event("score", name=name, **score._asdict())
+CODECS: dict[str, Codec] = {
+    "zstd": Codec("zstandard", zstd_compress, zstd_decompress),
+    "lzma": Codec("lzma", lzma_compress, lzma_decompress),
+    "brotli": Codec("brotli", brotli_compress, brotli_decompress, transpose=True),
+}
 
 
-def score_artifact(path, h, rt, data, log):
-	"""All scores of a model on disk."""
-	h, weights = from_first(lambda: load_artifact(path, h))
-
-	def loaded(window=0):
-		with torch.device("meta"):
-			model = GPT(h, rt.attend, rt.dtype, window).eval()
-		model.to_empty(device=rt.device).load_state_dict(weights)
-		return model
-
-	forward_logits = rt.compile((model := loaded()).forward_logits)
-	scores = {"plain": evaluate(forward_logits, data, h, rt, log)}
-	log_score(log, "final_int6_roundtrip", scores["plain"])
-	stride = min(h.eval_stride, seq_len := h.eval_seq_len or h.train_seq_len)
-	if 0 < stride < seq_len:
-		due = scores["plain"].seconds * seq_len / stride  # less, if that compiled
-		log(f"sliding_window stride:{stride} expected_time:{due:.0f}s of {EVAL_SECONDS_LIMIT}s")
-		scores["sliding"] = evaluate(forward_logits, data, h, rt, log, stride=stride)
-		log_score(log, "final_int6_sliding_window", scores["sliding"])
-	if window := h.eval_window:
-		long = replace(h, eval_seq_len=16 * window)  # each begins a window before its scores
-		in_window = rt.compile(loaded(window).forward_logits)
-		scores["window"] = evaluate(in_window, data, long, rt, log, stride=15 * window)
-		log_score(log, "final_int6_window", scores["window"])
-	if h.ttt_enabled:
-		learn = test_time_learner(model, h, rt)
-		scores["ttt"] = evaluate(forward_logits, data, h, rt, log, stride=stride, learn=learn)
-		model.load_state_dict(weights)
-		log_score(log, "legal_ttt", scores["ttt"])
-	# Where the community's tools look for the score.
-	log_score(log, "final_int8_zlib_roundtrip", [*scores.values()][-1])
-	return scores
+def load_codec(name: str) -> Codec:
+    """Returns a codec that works here. Raises SettingsError for a package missing or too old."""
+    codec, text = CODECS[name], bytes(1000)
+    require(codec.package, f"COMPRESSOR={name}")
+    try:
+        check(codec.decompress(codec.compress(text), len(text)) == text, "a round trip fails")
+    except Exception as error:
+        raise SettingsError(
+            f"COMPRESSOR={name}: {error!r:.200}; pip install --upgrade {codec.package}"
+        ) from None
+    return codec
 
 
-def open_folder(h):
-	"""The run's folder; SettingsError where none can be, or a run that RESUME=auto goes on with."""
-	run_id = h.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-s{h.seed}-{os.getpid()}"
-	folder = Path(h.run_dir or f"logs/{run_id}")
-	try:
-		folder.mkdir(parents=True, exist_ok=True)
-		result = folder / "result.json"
-		failed = result.exists() and not (folder / SOURCE_COPY).exists()  # before it began
-		mode = "a" if failed or h.resume == "auto" else "x"  # of two runs only one can
-		(folder / "train.log").open(mode).close()
-		result.unlink(missing_ok=True)
-	except OSError as error:
-		fault = f"RUN_DIR={folder}: {error}; choose another RUN_ID or RUN_DIR"
-		raise SettingsError(fault) from None
-	return folder
+def header(body: bytes | memoryview, description_size: int) -> bytes:
+    """Returns the header of a body that begins with a description of so many bytes."""
+    digest = hashlib.sha256(HEADER.pack(MAGIC, description_size, b"") + bytes(body)).digest()
+    return HEADER.pack(MAGIC, description_size, digest)
 
 
-FAILURES = {SettingsError: "settings", DataError: "data", DivergenceError: "nan"}
-EXIT = {"ok": 0, "over a limit": 1, "settings": 2, "data": 2, "oom": 3, "nan": 4, "interrupted": 5}
+def pack_artifact(settings: ModelSettings, arrays: Mapping[str, Tensor], compressor: str) -> bytes:
+    """Returns the bytes of an artifact, the same for the same arrays."""
+    codec = CODECS[compressor]
+    described = {"codec": compressor, "settings": model_settings(settings)}
+    description = json.dumps(described, separators=(",", ":")).encode()
+    parts = []
+    for name, array in arrays.items():
+        array = array.mT if codec.transpose and name.endswith(".codes") else array
+        parts.append(array.contiguous().cpu().numpy().tobytes())
+    body = description + codec.compress(b"".join(parts))
+    return header(body, len(description)) + body
 
 
-def conclude(log, result):
-	"""Write result.json (of several ranks that fail, the first does), say why; the exit status."""
-	path, failed = log.folder and log.folder / "result.json", "reason" in result
-	try:
-		if path and not (path.exists() if failed else log.silent):
-			write_atomically(path, json.dumps(result, indent=2).encode())
-			log.silent &= not failed
-	except OSError as error:
-		if not failed:
-			result |= {"status": "failed", "reason": f"{path}: {error}"}
-	if "reason" in result:
-		log(f"error: {result['reason']}")
-	return EXIT.get(result["status"], 6)
+def with_model_settings(h: Hyperparameters, stored: dict[str, Any]) -> Hyperparameters:
+    """Returns the settings with those that a file stores: all of a model's, and no others."""
+    odd = sorted(model_settings(h).keys() ^ stored.keys())
+    check(not odd, f"its settings are missing or unknown: {odd}")
+    return replace(h, **stored)
 
 
-def perform(args, env, log, result):
-	"""What the command line asks for; adds to the result."""
-	h = Hyperparameters.from_env(env)
-	notes = settings_notes(h, env)
-	if (env.get("WORLD_SIZE", "1"), env.get("RANK", "0")) != ("1", "0"):
-		gone = {"status": "failed", "reason": "another rank is gone, or silent"}
-		join_ranks(env, lambda: os._exit(conclude(log, result | gone)))
-	h = from_first(lambda: h)  # whatever the others were told
-	if file := args.eval or args.quantize:
-		load = load_artifact if args.eval else load_checkpoint
-		h, weights, *_ = from_first(lambda: load(file, h))
-	else:
-		check_settings(h, ranks()[1])
-	if not (args.eval or args.check):
-		log.folder = from_first(lambda: open_folder(h))
-		log(f"{log.folder}/train.log")
-		result["settings"] = asdict(h)
-	trains = not file or (args.quantize and h.gptq_enabled and h.gptq_calib == "train")
-	data, rt = load_data(h, log, trains), Runtime.start(h)
-	for note in (*notes, *rt.notes):
-		log(note)
-	for values in (rt.describe(), asdict(h)):
-		log(" ".join(f"{name}:{value}" for name, value in values.items()))
-	if args.eval:
-		score_artifact(args.eval, h, rt, data, log)
-		return
-	zstd()  # if it is missing, fail before training, not after it
-	try:
-		code = Path(__file__).read_bytes()
-	except (NameError, OSError) as error:
-		raise SettingsError(f"{error}: run this program from a file; its bytes count") from None
-	if args.check:
-		log(f"check:ok code:{len(code)} bytes disk:{shutil.disk_usage('.').free >> 20} MiB")
-		return
-	if not log.silent:
-		write_atomically(log.folder / SOURCE_COPY, code)
-	if args.quantize:
-		model = GPT(h, rt.attend, rt.dtype).to(rt.device)
-		model.load_state_dict(weights)
-		result |= finish(model, h, rt, data, log, TrainingClock(rt, h, log))
-	else:
-		result |= run(h, rt, data, log)
+def unpack_artifact(
+    blob: bytes | memoryview, h: Hyperparameters
+) -> tuple[Hyperparameters, dict[str, Tensor]]:
+    """Returns settings and arrays of an artifact. Raises some exception if it is not one, whole.
+
+    Sizes are compared with what the settings need, and the checksum with the content, before
+    anything is decompressed.
+    """
+    check(len(blob) >= HEADER.size, "it is shorter than a header")
+    magic, described, _ = HEADER.unpack_from(blob)
+    check(magic[:8] == MAGIC[:8], "it is not an artifact of this program")
+    check(
+        magic == MAGIC,
+        f"its version is {magic[8]}, this program reads {MAGIC[8]}; score it by the "
+        "train_gpt.py of its own folder",
+    )
+    check(described <= MAX_DESCRIPTION, f"its description has {described} bytes")
+    body = blob[HEADER.size :]
+    payload = body[described:]
+    description = json.loads(bytes(body[:described]))
+    check(set(description) == {"codec", "settings"}, "its description is incomplete")
+    check(description["codec"] in CODECS, f"its codec is unknown: {description['codec']!r:.40}")
+    h = with_model_settings(h, description["settings"])
+    with torch.device("meta"):
+        layout = artifact_layout(GPT(h))
+    sizes = [array.nbytes for array in layout.values()]
+    size, stored = sum(sizes), len(payload)
+    check(size / 1000 < stored < 1.01 * size + 1000, f"{stored} bytes for arrays of {size} bytes")
+    check(bytes(blob[: HEADER.size]) == header(body, described), "its checksum is wrong")
+    codec = load_codec(description["codec"])
+    raw = bytearray(codec.decompress(payload, size))
+    arrays = {}
+    for (name, like), part in zip(
+        layout.items(), torch.frombuffer(raw, dtype=torch.uint8).split(sizes)
+    ):
+        transposed = codec.transpose and name.endswith(".codes")
+        shape = like.shape[::-1] if transposed else like.shape
+        array = part.clone().view(like.dtype).view(shape)
+        arrays[name] = array.mT if transposed else array
+    return h, arrays
 
 
-def main(argv, env):
-	"""The program; its exit status, by EXIT or 6."""
-	about = f"{__doc__}\nSettings are environment variables:\n\n{settings_table()}"
-	parser = argparse.ArgumentParser(description=about)
-	parser.formatter_class = argparse.RawTextHelpFormatter
-	parser.add_argument("--check", action="store_true", help="is all ready? trains nothing")
-	parser.add_argument("--eval", metavar="ARTIFACT", type=Path, help="score it again")
-	parser.add_argument("--quantize", metavar="CHECKPOINT", type=Path, help="pack it again")
-	args = parser.parse_args(argv)
-	log, result = Log(silent=env.get("RANK", "0") != "0"), {"status": "ok"}
-	try:
-		perform(args, env, log, result)
-		result["status"] = from_first(lambda: result["status"])
-	except BaseException as error:
-		status, reason = FAILURES.get(type(error), "failed"), str(error)
-		if out_of_memory(error):
-			status, peak = "oom", torch.cuda.max_memory_allocated() >> 20
-			reason += f"; peak {peak} MiB; lower MICRO_BATCH_TOKENS, EVAL_SEQ_LEN or EVAL_WINDOW"
-		elif isinstance(error, KeyboardInterrupt):
-			status = "interrupted"
-			reason = "a signal (or a rank died): RESUME=auto goes on, or --quantize"
-		elif status == "failed":
-			reason = traceback.format_exc()
-		if dist.is_initialized():
-			reason = f"rank {ranks()[0]}: {reason}"
-			for number in (signal.SIGINT, signal.SIGTERM):  # by which torchrun ends the others
-				signal.signal(number, signal.SIG_IGN)
-		result |= {"status": status, "reason": reason}
-		log.silent &= "MASTER_ADDR" in env
-		with suppress(OSError):  # a full disk must not hide the reason
-			ErrorHandler().record_exception(error)  # for torchrun's last lines
-	return conclude(log, result)
+def dequantize(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the float32 weights by parameter name."""
+    weights = {}
+    for name, array in arrays.items():
+        parameter = name.removesuffix(".codes")
+        if name.endswith(".codes"):
+            weights[parameter] = array.float() * arrays[f"{parameter}.scales"].float()[:, None]
+        elif not name.endswith(".scales"):
+            weights[name] = array.float()
+    return weights
+
+
+def load_artifact(path: Path, h: Hyperparameters) -> tuple[Hyperparameters, dict[str, Tensor]]:
+    """Returns settings and float32 weights of an artifact. Raises DataError."""
+    with raise_data_error(f"{path}: cannot be read as an artifact"):
+        h, arrays = unpack_artifact(np.memmap(path, mode="r").data, h)
+        weights = dequantize(arrays)
+        check_finite(weights)
+        return h, weights
+
+
+def load_checkpoint(
+    path: Path, h: Hyperparameters
+) -> tuple[Hyperparameters, dict[str, Tensor], dict[str, Tensor]]:
+    """Returns settings, weights, and all tensors of a checkpoint or of saved weights.
+
+    The weights of a checkpoint are its average. Raises DataError.
+    """
+    with raise_data_error(f"{path}: cannot be read as a checkpoint"):
+        tensors, settings = read_tensors(path)
+        h = with_model_settings(h, settings)
+        prefix = "average/" if any("/" in name for name in tensors) else ""
+        weights = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(prefix)
+        }
+        with torch.device("meta"):
+            model = GPT(h)
+        model.load_state_dict(weights, assign=True)  # names and shapes must fit
+        check_finite(weights)
+        return h, weights, tensors
+
+
+def code_entropy(codes: Tensor) -> tuple[float, int]:
+    """Returns the order-0 entropy of int8 codes in bytes, and their number."""
+    counts = (codes.int() + 128).bincount(minlength=256)
+    total = counts.sum()
+    nats = torch.special.xlogy(counts, total / counts).sum().item()
+    return nats / math.log(256), int(total)
+
+
+def pack_to_fit(
+    model: GPT,
+    hessians: Mapping[str, Tensor],
+    h: Hyperparameters,
+    room: int,
+    ranks: Ranks,
+    log: Log,
+) -> bytes:
+    """Returns an artifact of at most `room` bytes, unless a scale factor of 50 does not suffice.
+
+    While it is too large the scales of all matrices are multiplied by one factor, and everything is
+    quantized and packed again; twice the factor saves about one bit per code.
+    """
+    roles = parameter_roles(model)
+    matrices = [f"{name}.codes" for name, role in roles.items() if role == "matrix"]
+    scale_factor = 1.0
+    while True:
+        arrays, failed = quantize_model(model, hessians, ranks, scale_factor)
+        blob = ranks.broadcast_from_rank0(partial(pack_artifact, h, arrays, h.compressor))
+        entropy, count = code_entropy(torch.cat([arrays[name].flatten() for name in matrices]))
+        log(
+            f"size: {len(blob)} bytes packed, order-0 entropy of the matrices' codes {entropy:.0f} "
+            f"bytes, scale factor {scale_factor:.3f}"
+        )
+        if len(blob) <= room or scale_factor > MAX_SCALE_FACTOR:
+            break
+        excess_bits = 8 * (len(blob) - room) / count
+        scale_factor *= 1.005 * 2 ** min(excess_bits, 6)
+    for name in failed:
+        log(f"gptq: {name} is rounded: its Hessian is not positive definite at any damping")
+    return blob
+
+
+# The program ships as its packed twin: the whole source as raw LZMA2 in base85, inside a wrapper
+# that decodes and executes it under the twin's own name. linecache gets the source, so that
+# tracebacks show its lines. The wrapper is the text below with the literal in the place of %s.
+TWIN_VERSION = 1
+TWIN_DICTIONARY = 1 << 20  # bytes; LZMA2's window, which must hold the source
+TWIN_TEMPLATE = """\
+# train_gpt.py, packed (version 1): base85 of raw LZMA2. train_gpt_readable.py is the same source.
+import base64, linecache, lzma
+text = base64.b85decode("%s")
+text = lzma.decompress(text, lzma.FORMAT_RAW, None, [dict(id=33, dict_size=1 << 20)]).decode()
+linecache.cache[__file__] = len(text), None, text.splitlines(True), __file__
+exec(compile(text, __file__, "exec"))
+"""
+
+
+def packed_source(source: bytes) -> bytes:
+    """Returns the packed twin of a program's source; line ends become LF first."""
+    source = source.replace(b"\r\n", b"\n")
+    filters = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0, "lc": 4}
+    filters["dict_size"] = TWIN_DICTIONARY
+    packed = lzma.compress(source, lzma.FORMAT_RAW, filters=[filters])
+    return (TWIN_TEMPLATE % base64.b85encode(packed).decode()).encode()
+
+
+def unpacked_source(twin: bytes) -> bytes | None:
+    """Returns the source inside a packed twin, without executing it; None if it is not a twin.
+
+    Raises ValueError if the literal is damaged or decodes to more than TWIN_DICTIONARY bytes.
+    """
+    head, tail = TWIN_TEMPLATE.encode().split(b"%s")
+    if not (twin.startswith(head) and twin.endswith(tail)):
+        return None
+    try:
+        packed = base64.b85decode(twin[len(head) : -len(tail)])
+        filters = [{"id": lzma.FILTER_LZMA2, "dict_size": TWIN_DICTIONARY}]
+        decoder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=filters)
+        source = decoder.decompress(packed, max_length=TWIN_DICTIONARY)
+    except (ValueError, lzma.LZMAError) as error:
+        raise ValueError(f"the packed source cannot be decoded: {error}") from None
+    check(decoder.eof and not decoder.unused_data, "the packed source does not end where it should")
+    return source
+
+
+# ---- Run: the commands, and what happens when something fails ----
+
+ARTIFACT, RESULT = "final_model.int6.ptz", "result.json"
+PROGRAM, READABLE = "train_gpt.py", "train_gpt_readable.py"  # the packed twin and its source
+
+
+class Program(NamedTuple):
+    """This program in its two forms."""
+
+    source: bytes
+    twin: bytes  # what ships, and what counts
+
+    @classmethod
+    def load(cls) -> "Program":
+        """Returns the running file and its other form. Raises SettingsError without a file."""
+        try:
+            file = Path(__file__).read_bytes()
+        except (NameError, OSError) as error:
+            raise SettingsError(f"{error}: run this program from a file; its bytes count") from None
+        source = unpacked_source(file)
+        if source is not None:
+            return cls(source, file)
+        source = file.replace(b"\r\n", b"\n")
+        return cls(source, packed_source(source))
+
+
+class Run:
+    """One run of the program: what it works with, the commands, and the stages of a command."""
+
+    def __init__(self, env: Mapping[str, str], log: Log, result: dict[str, Any]) -> None:
+        self.log, self.result = log, result
+        h = Hyperparameters.from_env(env)
+        self.notes = settings_notes(h, env)
+        lost = {"status": "failed", "reason": "another rank is gone, or silent"}
+        self.ranks = join_ranks(env, lambda: os._exit(conclude(log, result | lost)))
+        self.h = self.ranks.broadcast_from_rank0(lambda: h)  # whatever other nodes were told
+
+    def command(self, args: argparse.Namespace) -> None:
+        """Runs what the command line asks for."""
+        if args.check:
+            self.check()
+        elif args.eval:
+            self.evaluate(args.eval)
+        elif args.quantize:
+            self.quantize(args.quantize)
+        else:
+            self.train()
+
+    def check(self) -> None:
+        """Checks that a run could start; trains nothing."""
+        check_settings(self.h, self.ranks.world_size)
+        self.prepare(training=True)
+        free = shutil.disk_usage(".").free >> 20
+        self.log(f"check:ok code:{len(self.program.twin)} bytes disk:{free} MiB")
+
+    def evaluate(self, path: Path) -> None:
+        """Scores an artifact again; the model's settings are its own."""
+        self.h, _ = self.ranks.broadcast_from_rank0(lambda: load_artifact(path, self.h))
+        self.prepare(training=False)
+        self.score_artifact(path, {})
+
+    def quantize(self, path: Path) -> None:
+        """Packs and scores saved weights again, in a folder of its own."""
+        self.h, weights, _ = self.ranks.broadcast_from_rank0(lambda: load_checkpoint(path, self.h))
+        self.open_folder()
+        self.prepare(training=self.h.calibrates_on_text)
+        self.write_program()
+        model, clock = self.load_model(weights), TrainingClock(self.device, self.ranks)
+        self.quantize_and_score(model, clock, step=0)
+
+    def train(self) -> None:
+        """Trains a model, quantizes, packs and scores it: the stages of the README, in order."""
+        h, log = self.h, self.log
+        check_settings(h, self.ranks.world_size)
+        self.open_folder()
+        self.prepare(training=True)
+        self.write_program()
+        model = self.initial_model()
+        deadline = h.training_seconds - (h.gptq_reserve_seconds if h.calibrates_on_text else 0.0)
+        trainer = Trainer(model, self.data, h, self.ranks, self.device, log, deadline)
+        trainer.train(self.read_resume())
+        step_ms = np.diff(trainer.steps.times, prepend=0.0) * 1000
+        self.result |= {
+            "steps": trainer.step,
+            "step_ms": {
+                f"p{n}": float(np.percentile(step_ms, n)) for n in (50, 99) if trainer.step
+            },
+            "peak_memory_mib": torch.cuda.max_memory_allocated() >> 20,  # 0 on a CPU
+            "train_losses": trainer.steps.losses,
+            "weights": trainer.average.copy_to_model(log),
+        }
+        self.quantize_and_score(model, trainer.clock, trainer.step)
+
+    def open_folder(self) -> None:
+        """Creates the run's folder; from here on the log and the result go there.
+
+        A run has begun once its folder holds the program; RESUME=auto continues it. Raises
+        SettingsError if the folder cannot be created, or has another run.
+        """
+        h, log = self.h, self.log
+        run_id = h.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-s{h.seed}-{os.getpid()}"
+        folder = self.ranks.broadcast_from_rank0(lambda: Path(h.run_dir or f"logs/{run_id}"))
+        try:
+            if not log.silent:
+                folder.mkdir(parents=True, exist_ok=True)
+                failed_early = (folder / RESULT).exists() and not (folder / PROGRAM).exists()
+                mode = "a" if failed_early or h.resume == "auto" else "x"  # one run creates it
+                (folder / "train.log").open(mode).close()
+                (folder / RESULT).unlink(missing_ok=True)
+        except OSError as error:
+            raise SettingsError(
+                f"RUN_DIR={folder}: {error}; choose another RUN_ID or RUN_DIR"
+            ) from None
+        log.folder = folder
+        log(f"{folder}/train.log")
+        self.result["settings"] = asdict(h)
+
+    def prepare(self, training: bool) -> None:
+        """Loads and checks everything that a command needs; logs what was chosen and why."""
+        h, ranks, log = self.h, self.ranks, self.log
+        load_codec(h.compressor)  # if it is missing, fail before training, not after it
+        require("safetensors", "a checkpoint")
+        self.program = Program.load()
+        self.data = load_data(h, ranks, log, training)
+        device, device_notes = start_device(h.compile)
+        self.attention, self.device, attention_notes = choose_attention(h, device, ranks)
+        for note in (*self.notes, *device_notes, *attention_notes):
+            log(note)
+        for values in (self.machine(), asdict(h)):
+            log(" ".join(f"{name}:{value}" for name, value in values.items()))
+        log(f"changed_settings: {env_form(changed_settings(h))}")
+
+    def machine(self) -> dict[str, str]:
+        """Returns device, attention back end and versions."""
+        return self.device.describe() | {"attention": self.attention.name}
+
+    def write_program(self) -> None:
+        """Writes both forms of the program into the run's folder."""
+        if self.log.folder and not self.log.silent:
+            write_atomically(self.log.folder / READABLE, self.program.source)
+            write_atomically(self.log.folder / PROGRAM, self.program.twin)
+
+    def initial_model(self) -> GPT:
+        """Returns the model with rank 0's initial weights: other CPUs may draw other numbers.
+
+        Raises SettingsError if the disk has no room for the run's files, with two checkpoints.
+        """
+        torch.manual_seed(self.h.seed)
+        model = GPT(self.h, self.attention.attend, self.device.dtype)
+        model.load_state_dict(self.ranks.broadcast_from_rank0(model.state_dict))
+        parameters = sum(p.numel() for p in model.parameters())
+        self.log(f"model_params:{parameters}")
+        self.result["parameters"] = parameters
+        needed = BYTES_LIMIT + 40 * parameters
+        folder = self.log.folder or Path()
+        free = needed if self.log.silent else shutil.disk_usage(folder).free
+        if free < needed:
+            raise SettingsError(
+                f"RUN_DIR={folder}: {free} bytes are free there, {needed} needed; choose another disk"
+            )
+        return model.to(self.device.device)
+
+    def load_model(self, weights: Mapping[str, Tensor]) -> GPT:
+        """Returns a model with the given weights, for scoring."""
+        with torch.device("meta"):
+            model = GPT(self.h, self.attention.attend, self.device.dtype)
+        model.to_empty(device=self.device.device).load_state_dict(weights)
+        return model.eval()
+
+    def read_resume(self) -> dict[str, Tensor] | None:
+        """Returns the tensors of the checkpoint that RESUME names; None to start at step 0.
+
+        Only rank 0 reads: other nodes may not have the file.
+        """
+        h, folder = self.h, self.log.folder or Path()
+        path = folder / CHECKPOINT if h.resume == "auto" else Path(h.resume)
+
+        def read() -> tuple[Hyperparameters, dict[str, Tensor]] | None:
+            if not h.resume or (h.resume == "auto" and not path.exists()):
+                return None
+            stored, _, tensors = load_checkpoint(path, h)
+            return stored, tensors
+
+        found = self.ranks.broadcast_from_rank0(read)
+        if found is None:
+            return None
+        stored, tensors = found
+        other = dict(model_settings(stored).items() - model_settings(h).items())
+        if other:
+            raise DataError(f"RESUME={path}: its model has {env_form(other)}; set the same")
+        return tensors
+
+    def quantize_and_score(self, model: GPT, clock: TrainingClock, step: int) -> None:
+        """Calibrates, quantizes and packs a model after `step` steps; scores the artifact."""
+        h, log, val = self.h, self.log, self.data.val
+        path, ends = (log.folder or Path()) / ARTIFACT, [self.device.now()]
+        code, scores = len(self.program.twin), self.result.setdefault("scores", {})
+        model.eval()
+        hessians = self.calibrate(model, clock, step)
+        ends.append(self.device.now())
+        blob = pack_to_fit(model, hessians, h, BYTES_LIMIT - code, self.ranks, log)
+        if not log.silent:
+            write_atomically(path, blob)
+        ends.append(self.device.now())
+        log(f"Code size: {code} bytes")
+        log(f"Serialized model int6+{h.compressor}: {len(blob)} bytes")
+        log(f"Total submission size int6+{h.compressor}: {code + len(blob)} bytes")
+        unquantized = self.score(plain_pass(self.device.compile(model.forward_logits), h))
+        log_score(log, "DIAGNOSTIC post_ema", unquantized)
+        scores["float"] = unquantized._asdict()
+        ends.append(self.device.now())
+        self.score_artifact(path, scores)
+        ends.append(self.device.now())
+        stages = zip(("calibrate", "pack", "diagnose", "eval"), np.diff(ends).tolist())
+        seconds = {"train": clock.elapsed, **dict(stages)}
+        log("seconds: " + " ".join(f"{name}:{value:.1f}" for name, value in seconds.items()))
+        verdicts = self.check_limits(seconds, code + len(blob), trained=step > 0)
+        self.result |= {
+            "status": "over a limit" if "FAIL" in verdicts.values() else "ok",
+            "verdicts": verdicts,
+            "bytes": {"code": code, "model": len(blob), "total": code + len(blob)},
+            "seconds": seconds,
+            "machine": self.machine(),
+            "code_sha256": hashlib.sha256(self.program.source).hexdigest(),
+            "canonical_val": val.canonical,
+            "val_sha256": hashlib.sha256(val.tokens.numpy().tobytes()).hexdigest(),
+            "train_tokens": len(self.data.train.stream) if self.data.train else 0,
+        }
+
+    def calibrate(self, model: GPT, clock: TrainingClock, step: int) -> dict[str, Tensor]:
+        """Returns the Hessians for GPTQ; none with GPTQ_ENABLED=0, or if the time is over.
+
+        GPTQ_CALIB=train reads the text that step `step` would train on; the clock runs meanwhile.
+        """
+        h, train, length = self.h, self.data.train, self.h.train_seq_len
+        if not h.gptq_enabled:
+            return {}
+        count, rows = max(h.gptq_calib_tokens // length, 1), max(h.micro_batch_tokens // length, 1)
+        if h.gptq_calib == "random" or train is None:
+            sequences = random_sequences(count, length, h.vocab_size, h.seed)
+            return collect_hessians(model, sequences.split(rows), self.ranks)[0]
+        batches = train.sequences(step, count).split(rows)
+        clock.resume()
+        hessians, used = collect_hessians(
+            model, batches, self.ranks, lambda: h.training_seconds - clock.seconds(), clock.slowest
+        )
+        clock.pause()
+        if used < len(batches):
+            self.log(
+                f"gptq: the time allowed {used} of {len(batches)} calibration batches; raise "
+                "GPTQ_RESERVE_SECONDS"
+            )
+        return hessians
+
+    def score(self, scoring_pass: ScoringPass) -> Score:
+        """Returns the score of a pass over the validation text."""
+        tokens = scoring_batch_tokens(self.h.val_batch_size, self.device)
+        return score(scoring_pass, self.data.val, self.ranks, self.device, self.log, tokens)
+
+    def score_artifact(self, path: Path, scores: dict[str, Any]) -> None:
+        """Reads an artifact back from disk; adds its scores to `scores` as they are known."""
+        h, device, log = self.h, self.device, self.log
+        _, weights = self.ranks.broadcast_from_rank0(lambda: load_artifact(path, h))
+        model = self.load_model(weights)
+        forward_logits = device.compile(model.forward_logits)
+
+        def add(kind: str, line: str, scoring_pass: ScoringPass) -> Score:
+            result = self.score(scoring_pass)
+            scores[kind] = result._asdict()
+            log_score(log, line, result)
+            return result
+
+        last = add("plain", "final_int6_roundtrip", plain_pass(forward_logits, h))
+        if 0 < h.eval_stride < h.window_tokens:
+            seconds = last.seconds * h.window_tokens / h.eval_stride  # less, if that compiled
+            estimate = f"expected_time:{seconds:.0f}s of {EVAL_SECONDS_LIMIT}s"
+            log(f"sliding_window stride:{h.eval_stride} {estimate}")
+            last = add("sliding", "final_int6_sliding_window", sliding_pass(forward_logits, h))
+        if h.eval_window:
+            last = add("window", "final_int6_window", one_pass(model, h.eval_window, device))
+        if h.ttt_enabled:
+            learner = TestTimeLearner(model, h, device, self.ranks)
+            last = add("ttt", "legal_ttt", sliding_pass(forward_logits, h, learner))
+        log_score(log, "final_int8_zlib_roundtrip", last)  # where the community's tools look
+
+    def check_limits(
+        self, seconds: Mapping[str, float], total_bytes: int, trained: bool
+    ) -> dict[str, str]:
+        """Returns and logs PASS or FAIL for the seconds of training and scoring, and the bytes."""
+        limits = {
+            "eval_seconds": (seconds["eval"], EVAL_SECONDS_LIMIT),
+            "total_bytes": (total_bytes, BYTES_LIMIT),
+        }
+        if trained:
+            limits["train_seconds"] = (seconds["train"], self.h.training_seconds)
+        verdicts = {}
+        for name, (value, limit) in limits.items():
+            verdicts[name] = "PASS" if value <= limit else "FAIL"
+            self.log(f"limit:{name} {round(value, 1):,} of {limit:,} {verdicts[name]}")
+        return verdicts
+
+
+def log_score(log: Log, name: str, result: Score) -> None:
+    """Logs a score in the challenge's two forms."""
+    at = f"stride:{result.stride} eval_time:{1000 * result.seconds:.0f}ms"
+    log(f"{name} val_loss:{result.val_loss:.4f} val_bpb:{result.val_bpb:.4f} {at}")
+    log(f"{name}_exact val_loss:{result.val_loss:.8f} val_bpb:{result.val_bpb:.8f}")
+    log.event("score", name=name, **result._asdict())
+
+
+# The status of a failure by its exception, and the exit status of each status.
+FAILURES: dict[type[BaseException], str] = {
+    SettingsError: "settings",
+    DataError: "data",
+    DivergenceError: "nan",
+}
+EXIT_STATUS = {"ok": 0, "over a limit": 1, "settings": 2, "data": 2, "oom": 3, "nan": 4}
+EXIT_STATUS |= {"interrupted": 5, "failed": 6}
+
+
+def describe_failure(error: BaseException) -> dict[str, str]:
+    """Returns the status and the reason of an exception; a traceback only for our own bugs."""
+    status, reason = FAILURES.get(type(error), "failed"), str(error)
+    if is_out_of_memory(error):
+        status, peak = "oom", torch.cuda.max_memory_allocated() >> 20
+        reason += f"; peak {peak} MiB; lower MICRO_BATCH_TOKENS, EVAL_SEQ_LEN or EVAL_WINDOW"
+    elif isinstance(error, KeyboardInterrupt):
+        status = "interrupted"
+        reason = "stopped by a signal, or by another rank; continue with RESUME=auto or --quantize"
+    elif status == "failed":
+        reason = traceback.format_exc()
+    if dist.is_initialized():
+        reason = f"rank {dist.get_rank()}: {reason}"
+    return {"status": status, "reason": reason}
+
+
+def conclude(log: Log, result: dict[str, Any]) -> int:
+    """Writes result.json, logs the reason of a failure; returns the exit status.
+
+    Of several ranks that fail, the first one writes the result and logs its reason.
+    """
+    failed = "reason" in result
+    path = log.folder / RESULT if log.folder else None
+    if path and not (path.exists() if failed else log.silent):
+        try:
+            write_atomically(path, json.dumps(result, indent=2).encode())
+            log.silent = log.silent and not failed
+        except OSError as error:
+            if not failed:
+                result |= {"status": "failed", "reason": f"{path}: {error}"}
+    if "reason" in result:
+        log(f"error: {result['reason']}")
+    return EXIT_STATUS[result["status"]]
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Returns the command line; --help shows the settings."""
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__}\nSettings are environment variables:\n\n{settings_table()}",
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--check", action="store_true", help="check everything, train nothing")
+    add("--eval", metavar="ARTIFACT", type=Path, help="score an artifact again")
+    add("--quantize", metavar="CHECKPOINT", type=Path, help="pack and score saved weights again")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
+    """Runs the program; returns its exit status."""
+    args = parse_arguments(argv)
+    log = Log(silent=env.get("RANK", "0") != "0")
+    result: dict[str, Any] = {"status": "ok"}
+    try:
+        run = Run(env, log, result)
+        run.command(args)
+        result["status"] = run.ranks.broadcast_from_rank0(lambda: result["status"])
+    except BaseException as error:
+        result |= describe_failure(error)
+        if dist.is_initialized():
+            for number in (signal.SIGINT, signal.SIGTERM):  # by which torchrun ends the others
+                signal.signal(number, signal.SIG_IGN)
+        log.silent = log.silent and "MASTER_ADDR" in env
+        with suppress(OSError):  # a full disk must not hide the reason
+            ErrorHandler().record_exception(error)  # for torchrun's last lines
+    return conclude(log, result)
 
 
 if __name__ == "__main__":
-	signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: result.json is written
-	exit_status = main(sys.argv[1:], os.environ)
-	if dist.is_initialized():
-		sys.stdout.flush()
-		time.sleep(1)  # a rank that was killed must seem to torchrun the first to end
-		os._exit(exit_status)  # at once: a broken group can hang
-	sys.exit(exit_status)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: result.json is written
+    exit_status = main(sys.argv[1:], os.environ)
+    if dist.is_initialized():
+        sys.stdout.flush()
+        time.sleep(1)  # torchrun must see a rank that was killed end before this one
+        os._exit(exit_status)  # at once: a broken process group can hang
+    sys.exit(exit_status)
