@@ -3161,7 +3161,7 @@ class Run:
         free = needed if self.log.silent else shutil.disk_usage(folder).free
         if free < needed:
             raise SettingsError(
-                f"RUN_DIR={folder}: {free} bytes are free there, {needed} needed; choose another disk"
+                f"RUN_DIR={folder}: its disk has {free} bytes free, {needed} are needed"
             )
         return model.to(self.device.device)
 

@@ -27,21 +27,21 @@ Expect = Callable[[object, str, object, object], None]
 
 # All modules that a program may import; those not of Python must be in requirements.txt as well.
 MODULES = (
-	"__future__ argparse bisect collections contextlib copy dataclasses datetime difflib enum "
-	"flash_attn_interface functools gc glob hashlib heapq io itertools json lzma math numpy os "
-	"pathlib platform random re sentencepiece shutil signal statistics string struct sys textwrap "
-	"threading time torch traceback typing uuid warnings zlib zstandard"
+    "__future__ argparse bisect collections contextlib copy dataclasses datetime difflib enum "
+    "flash_attn_interface functools gc glob hashlib heapq io itertools json lzma math numpy os "
+    "pathlib platform random re sentencepiece shutil signal statistics string struct sys textwrap "
+    "threading time torch traceback typing uuid warnings zlib zstandard"
 )
 OPTIONAL = "flash_attn_interface"  # it can do without
 # Names that a program has no need for, and what it needs instead.
 NAMES = {
-	"no network": r"hub|model_zoo|load_url|\w*download\w*|from_pretrained|load_dataset|genfromtxt|"
-	r"\w*_from_url|url\w+|_?socket|requests|http",
-	"no other program, for it might use the network": r"exec[lv]\w*|fork\w*|popen|posix_spawn\w*|"
-	r"spawn\w*|startfile|subprocess|system",
-	"code that can be read": r"compile|eval|exec|globals|locals|jit|load|load_inline|"
-	r"load_library|cpp_extension|allow_pickle|ctypes|mallopt|importlib|pickle|marshal|builtins|"
-	r"(?!__(?:annotations|doc|file|init|main|metadata|name|version)__)__\w+__",
+    "no network": r"hub|model_zoo|load_url|\w*download\w*|from_pretrained|load_dataset|genfromtxt|"
+    r"\w*_from_url|url\w+|_?socket|requests|http",
+    "no other program, for it might use the network": r"exec[lv]\w*|fork\w*|popen|posix_spawn\w*|"
+    r"spawn\w*|startfile|subprocess|system",
+    "code that can be read": r"compile|eval|exec|globals|locals|jit|load|load_inline|"
+    r"load_library|cpp_extension|allow_pickle|ctypes|mallopt|importlib|pickle|marshal|builtins|"
+    r"(?!__(?:annotations|doc|file|init|main|metadata|name|version)__)__\w+__",
 }
 # All that a program may have of the C library: how it keeps memory, called or given its own name.
 C_LIBRARY = {"import ctypes", "ctypes.CDLL(None).mallopt"}
@@ -51,9 +51,9 @@ READ_VAL = {"load_data", "evaluate", "finish"}  # the last for its hash
 
 # A model of which a run takes seconds; of bytes, so that no tokenizer is needed.
 TINY = (
-	"VOCAB_SIZE=260 NUM_LAYERS=2 MODEL_DIM=32 NUM_HEADS=2 NUM_KV_HEADS=1 ROPE_DIMS=4 "
-	"BIGRAM_VOCAB_SIZE=64 BIGRAM_DIM=8 TRAIN_SEQ_LEN=64 TRAIN_BATCH_TOKENS=512 ITERATIONS=6 "
-	"WARMDOWN_ITERS=3 MAX_WALLCLOCK_SECONDS=0 VAL_LOSS_EVERY=0 VAL_BATCH_SIZE=8192 EVAL_STRIDE=32"
+    "VOCAB_SIZE=260 NUM_LAYERS=2 MODEL_DIM=32 NUM_HEADS=2 NUM_KV_HEADS=1 ROPE_DIMS=4 "
+    "BIGRAM_VOCAB_SIZE=64 BIGRAM_DIM=8 TRAIN_SEQ_LEN=64 TRAIN_BATCH_TOKENS=512 ITERATIONS=6 "
+    "WARMDOWN_ITERS=3 MAX_WALLCLOCK_SECONDS=0 VAL_LOSS_EVERY=0 VAL_BATCH_SIZE=8192 EVAL_STRIDE=32"
 )
 KEPT = "PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH", "SYSTEMROOT"  # of the environment
 SECONDS = 300  # that a process may take
@@ -105,201 +105,201 @@ print(json.dumps(told))
 
 
 def used(node: ast.AST) -> set[str]:
-	"""The names that are used here: of a variable, an attribute, a module's part, or as text."""
-	if isinstance(node, ast.Attribute):
-		return {node.attr} - METHODS
-	if isinstance(node, ast.ImportFrom):
-		return {*str(node.module).split(".")[1:], *(alias.name for alias in node.names)}
-	if isinstance(node, ast.Import):
-		return {part for alias in node.names for part in alias.name.split(".")[1:]}
-	if isinstance(node, ast.keyword):
-		return {str(node.arg)}
-	if isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes)):
-		text = node.value if isinstance(node.value, str) else node.value.decode("latin-1")
-		return {text} - METHODS
-	read = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
-	return {node.id} - VARIABLES if read else set()
+    """The names that are used here: of a variable, an attribute, a module's part, or as text."""
+    if isinstance(node, ast.Attribute):
+        return {node.attr} - METHODS
+    if isinstance(node, ast.ImportFrom):
+        return {*str(node.module).split(".")[1:], *(alias.name for alias in node.names)}
+    if isinstance(node, ast.Import):
+        return {part for alias in node.names for part in alias.name.split(".")[1:]}
+    if isinstance(node, ast.keyword):
+        return {str(node.arg)}
+    if isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes)):
+        text = node.value if isinstance(node.value, str) else node.value.decode("latin-1")
+        return {text} - METHODS
+    read = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+    return {node.id} - VARIABLES if read else set()
 
 
 def imported(node: ast.AST) -> list[str]:
-	"""The modules of an import statement."""
-	if isinstance(node, ast.Import):
-		return [alias.name.partition(".")[0] for alias in node.names]
-	if isinstance(node, ast.ImportFrom):
-		return ["." if node.level else str(node.module).partition(".")[0]]
-	return []
+    """The modules of an import statement."""
+    if isinstance(node, ast.Import):
+        return [alias.name.partition(".")[0] for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return ["." if node.level else str(node.module).partition(".")[0]]
+    return []
 
 
 def of_c_library(tree: ast.Module) -> set[int]:
-	"""The nodes, by id, that take no more of the C library than a program may, or call it."""
-	nodes = [*ast.walk(tree)]
-	called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
-	named = (node for node in nodes if isinstance(node, ast.Assign))
-	kept = {id(n.value) for n in named if [ast.unparse(t) for t in n.targets] == ["mallopt"]}
-	whole = [n for n in nodes if isinstance(n, ast.Import) or id(n) in called | kept]
-	whole = [node for node in whole if ast.unparse(node) in C_LIBRARY]
-	calls = {id(n) for n in nodes if id(n) in called and used(n) == {"mallopt"}}
-	return calls | {id(part) for node in whole for part in ast.walk(node)}
+    """The nodes, by id, that take no more of the C library than a program may, or call it."""
+    nodes = [*ast.walk(tree)]
+    called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
+    named = (node for node in nodes if isinstance(node, ast.Assign))
+    kept = {id(n.value) for n in named if [ast.unparse(t) for t in n.targets] == ["mallopt"]}
+    whole = [n for n in nodes if isinstance(n, ast.Import) or id(n) in called | kept]
+    whole = [node for node in whole if ast.unparse(node) in C_LIBRARY]
+    calls = {id(n) for n in nodes if id(n) in called and used(n) == {"mallopt"}}
+    return calls | {id(part) for node in whole for part in ast.walk(node)}
 
 
 def check_source(expect: Expect, tree: ast.Module, needs: str) -> None:
-	"""What it imports and calls, whether all of it can be read, and who sees validation data."""
-	lines = [line.partition(" #")[0].strip() for line in needs.splitlines()]
-	lines = [line for line in lines if line and not line.startswith("#")]
-	for line in lines:
-		expect(REQUIREMENT.fullmatch(line), NEEDS, line, "a plain name with a version")
-	listed = {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in lines}
-	installed = listed | {OPTIONAL} | sys.stdlib_module_names
-	modules = MODULES.split()
-	allowed = of_c_library(tree)
-	for node in ast.walk(tree):
-		if id(node) in allowed:
-			continue
-		at = f"line {getattr(node, 'lineno', 0)}:"
-		for name in imported(node):
-			expect(name in modules, PROGRAM, f"{at} import {name}", "modules that a program needs")
-			expect(name in installed, PROGRAM, f"{at} import {name}", f"modules of {NEEDS}")
-		for name in used(node):
-			for needed, pattern in NAMES.items():
-				expect(not re.fullmatch(pattern, name), PROGRAM, f"{at} {name}", needed)
-		address = isinstance(node, ast.Constant) and "://" in str(node.value)
-		expect(not address, PROGRAM, f"{at} an address", "no network")
-		loaded = isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.modules"
-		expect(not loaded, PROGRAM, f"{at} sys.modules", "code that can be read")
-	defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
-	for node in tree.body:
-		name = getattr(node, "name", "the module")
-		if not (isinstance(node, ast.FunctionDef) and name in READ_VAL):
-			for text in dict.fromkeys(filter(None, map(sees_val, ast.walk(node)))):
-				needed = f"nobody to, but {sorted(READ_VAL)}"
-				expect(False, PROGRAM, f"{name} reads {text}", needed)
-		if name == "main":
-			idle = all(map(is_idle, node.body))
-			expect(not idle, PROGRAM, "main does nothing", "a program")
-	for name in READ_VAL & {*defined}:
-		expect(defined.count(name) == 1, PROGRAM, f"{name} is there again", "one")
-	guards = [ast.unparse(node.test) for node in tree.body if isinstance(node, ast.If)]
-	expect("__name__ == '__main__'" in guards, PROGRAM, "no guard", "if __name__ == '__main__'")
+    """What it imports and calls, whether all of it can be read, and who sees validation data."""
+    lines = [line.partition(" #")[0].strip() for line in needs.splitlines()]
+    lines = [line for line in lines if line and not line.startswith("#")]
+    for line in lines:
+        expect(REQUIREMENT.fullmatch(line), NEEDS, line, "a plain name with a version")
+    listed = {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in lines}
+    installed = listed | {OPTIONAL} | sys.stdlib_module_names
+    modules = MODULES.split()
+    allowed = of_c_library(tree)
+    for node in ast.walk(tree):
+        if id(node) in allowed:
+            continue
+        at = f"line {getattr(node, 'lineno', 0)}:"
+        for name in imported(node):
+            expect(name in modules, PROGRAM, f"{at} import {name}", "modules that a program needs")
+            expect(name in installed, PROGRAM, f"{at} import {name}", f"modules of {NEEDS}")
+        for name in used(node):
+            for needed, pattern in NAMES.items():
+                expect(not re.fullmatch(pattern, name), PROGRAM, f"{at} {name}", needed)
+        address = isinstance(node, ast.Constant) and "://" in str(node.value)
+        expect(not address, PROGRAM, f"{at} an address", "no network")
+        loaded = isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.modules"
+        expect(not loaded, PROGRAM, f"{at} sys.modules", "code that can be read")
+    defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    for node in tree.body:
+        name = getattr(node, "name", "the module")
+        if not (isinstance(node, ast.FunctionDef) and name in READ_VAL):
+            for text in dict.fromkeys(filter(None, map(sees_val, ast.walk(node)))):
+                needed = f"nobody to, but {sorted(READ_VAL)}"
+                expect(False, PROGRAM, f"{name} reads {text}", needed)
+        if name == "main":
+            idle = all(map(is_idle, node.body))
+            expect(not idle, PROGRAM, "main does nothing", "a program")
+    for name in READ_VAL & {*defined}:
+        expect(defined.count(name) == 1, PROGRAM, f"{name} is there again", "one")
+    guards = [ast.unparse(node.test) for node in tree.body if isinstance(node, ast.If)]
+    expect("__name__ == '__main__'" in guards, PROGRAM, "no guard", "if __name__ == '__main__'")
 
 
 def is_idle(node: ast.stmt) -> bool:
-	"""Whether a statement does nothing, or says that it should do more."""
-	constant = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-	return constant or isinstance(node, (ast.Pass, ast.Raise))
+    """Whether a statement does nothing, or says that it should do more."""
+    constant = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    return constant or isinstance(node, (ast.Pass, ast.Raise))
 
 
 def sees_val(node: ast.AST) -> str:
-	"""What here takes the validation split out of `data`, or opens it; "" if nothing does."""
-	if isinstance(node, ast.Constant) and isinstance(node.value, str):
-		sees = node.value == "val" or "fineweb_val" in node.value
-	elif isinstance(node, ast.Attribute):
-		sees = node.attr == "val" or re.fullmatch(r"data\._\w+", ast.unparse(node))
-	elif isinstance(node, ast.Subscript):
-		sees = ast.unparse(node.value) == "data" and not isinstance(node.slice, ast.Slice)
-	elif isinstance(node, (ast.Assign, ast.Starred, ast.For)):
-		value = node.iter if isinstance(node, ast.For) else node.value
-		sees = ast.unparse(value) == "data"
-	else:
-		sees = False
-	return ast.unparse(node).splitlines()[0] if sees else ""
+    """What here takes the validation split out of `data`, or opens it; "" if nothing does."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        sees = node.value == "val" or "fineweb_val" in node.value
+    elif isinstance(node, ast.Attribute):
+        sees = node.attr == "val" or re.fullmatch(r"data\._\w+", ast.unparse(node))
+    elif isinstance(node, ast.Subscript):
+        sees = ast.unparse(node.value) == "data" and not isinstance(node.slice, ast.Slice)
+    elif isinstance(node, (ast.Assign, ast.Starred, ast.For)):
+        value = node.iter if isinstance(node, ast.For) else node.value
+        sees = ast.unparse(value) == "data"
+    else:
+        sees = False
+    return ast.unparse(node).splitlines()[0] if sees else ""
 
 
 def run(folder: Path, hook: Path, *command: str, **settings: str) -> tuple[int, list[str]]:
-	"""Status and lines of Python in a folder, without network or GPU; 124 if it lasts too long."""
-	kept = {name: os.environ[name] for name in KEPT if name in os.environ}
-	env = {**kept, "PYTHONPATH": str(hook), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-	screen = hook / "screen"
-	with screen.open("wb") as out:  # no pipe, which what it leaves behind could hold open
-		process = subprocess.Popen(
-			[sys.executable, "-B", *command],
-			cwd=folder,
-			env=env | settings,
-			stdin=subprocess.DEVNULL,
-			stdout=out,
-			stderr=out,
-		)
-		try:
-			status, lines = process.wait(SECONDS), []
-		except subprocess.TimeoutExpired:
-			status, lines = 124, [f"it lasts longer than {SECONDS} s"]
-			process.kill()
-			process.wait()
-	text = screen.read_text(encoding="utf-8", errors="replace")
-	return status, [line for line in text.splitlines() if line.strip()] + lines
+    """Status and lines of Python in a folder, without network or GPU; 124 if it lasts too long."""
+    kept = {name: os.environ[name] for name in KEPT if name in os.environ}
+    env = {**kept, "PYTHONPATH": str(hook), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    screen = hook / "screen"
+    with screen.open("wb") as out:  # no pipe, which what it leaves behind could hold open
+        process = subprocess.Popen(
+            [sys.executable, "-B", *command],
+            cwd=folder,
+            env=env | settings,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+        )
+        try:
+            status, lines = process.wait(SECONDS), []
+        except subprocess.TimeoutExpired:
+            status, lines = 124, [f"it lasts longer than {SECONDS} s"]
+            process.kill()
+            process.wait()
+    text = screen.read_text(encoding="utf-8", errors="replace")
+    return status, [line for line in text.splitlines() if line.strip()] + lines
 
 
 @contextmanager
 def copied(folder: Path) -> Iterator[tuple[Path, Path]]:
-	"""A folder of its program alone to run in, and one of what Python runs at its start."""
-	with tempfile.TemporaryDirectory() as name:
-		copy, hook = Path(name, "copy"), Path(name, "hook")
-		copy.mkdir()
-		hook.mkdir()
-		shutil.copyfile(folder / PROGRAM, copy / PROGRAM)
-		(hook / "sitecustomize.py").write_text(NO_NETWORK, encoding="utf-8")
-		yield copy, hook
+    """A folder of its program alone to run in, and one of what Python runs at its start."""
+    with tempfile.TemporaryDirectory() as name:
+        copy, hook = Path(name, "copy"), Path(name, "hook")
+        copy.mkdir()
+        hook.mkdir()
+        shutil.copyfile(folder / PROGRAM, copy / PROGRAM)
+        (hook / "sitecustomize.py").write_text(NO_NETWORK, encoding="utf-8")
+        yield copy, hook
 
 
 def check_import(expect: Expect, folder: Path) -> None:
-	"""That importing it does nothing, and its model is built and gives a loss on a CPU."""
-	with copied(folder) as (copy, hook):
-		_, lines = run(copy, hook, "-c", IMPORT)
-	try:
-		told = json.loads(lines[-1])
-	except (ValueError, IndexError):
-		expect(False, PROGRAM, f"import: {' '.join(lines[-1:])}", "an import and GPT(h) on a CPU")
-		return
-	found = ", ".join(told["effects"])
-	expect(not found, PROGRAM, f"import: {found}", "an import that does nothing")
-	found = f"import: {told['seconds']:.1f} s"
-	expect(told["seconds"] < IMPORT_SECONDS, PROGRAM, found, f"below {IMPORT_SECONDS} s")
-	found = f"Hyperparameters without {', '.join(told['missing'])}"
-	expect(not told["missing"], PROGRAM, found, "whole numbers")
-	near = abs(told["loss"] - math.log(train_gpt.BYTE_VOCAB)) < 0.5
-	needed = f"about {math.log(train_gpt.BYTE_VOCAB):.2f} of random tokens"
-	expect(near, PROGRAM, f"loss {told['loss']:.2f}", needed)
+    """That importing it does nothing, and its model is built and gives a loss on a CPU."""
+    with copied(folder) as (copy, hook):
+        _, lines = run(copy, hook, "-c", IMPORT)
+    try:
+        told = json.loads(lines[-1])
+    except (ValueError, IndexError):
+        expect(False, PROGRAM, f"import: {' '.join(lines[-1:])}", "an import and GPT(h) on a CPU")
+        return
+    found = ", ".join(told["effects"])
+    expect(not found, PROGRAM, f"import: {found}", "an import that does nothing")
+    found = f"import: {told['seconds']:.1f} s"
+    expect(told["seconds"] < IMPORT_SECONDS, PROGRAM, found, f"below {IMPORT_SECONDS} s")
+    found = f"Hyperparameters without {', '.join(told['missing'])}"
+    expect(not told["missing"], PROGRAM, found, "whole numbers")
+    near = abs(told["loss"] - math.log(train_gpt.BYTE_VOCAB)) < 0.5
+    needed = f"about {math.log(train_gpt.BYTE_VOCAB):.2f} of random tokens"
+    expect(near, PROGRAM, f"loss {told['loss']:.2f}", needed)
 
 
 def write_shard(path: Path, numbers: range) -> None:
-	"""A shard of short documents as bytes."""
-	text = "".join(f"\x00{a} plus {b} is {a + b}.\n" for a in numbers for b in range(40)).encode()
-	tokens = np.array([4 + byte if byte else train_gpt.BOS_ID for byte in text], "<u2")
-	header = np.zeros(train_gpt.SHARD_HEADER_INTS, "<i4")
-	header[:3] = train_gpt.SHARD_MAGIC, train_gpt.SHARD_VERSION, len(tokens)
-	path.parent.mkdir(parents=True, exist_ok=True)
-	path.write_bytes(header.tobytes() + tokens.tobytes())
+    """A shard of short documents as bytes."""
+    text = "".join(f"\x00{a} plus {b} is {a + b}.\n" for a in numbers for b in range(40)).encode()
+    tokens = np.array([4 + byte if byte else train_gpt.BOS_ID for byte in text], "<u2")
+    header = np.zeros(train_gpt.SHARD_HEADER_INTS, "<i4")
+    header[:3] = train_gpt.SHARD_MAGIC, train_gpt.SHARD_VERSION, len(tokens)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(header.tobytes() + tokens.tobytes())
 
 
 def check_run(expect: Expect, folder: Path) -> None:
-	"""That it runs alone, asks for no network, and no validation text changes its weights."""
-	artifacts, scores = [], []
-	with copied(folder) as (copy, hook):
-		for n in (0, 1):  # the same training text, another validation text
-			data, logs = f"data/tiny{n}_byte260", copy / f"logs/check{n}"
-			write_shard(copy / data / "fineweb_train_000000.bin", range(40))
-			write_shard(copy / data / "fineweb_val_000000.bin", range(50 + 5 * n, 55 + 5 * n))
-			settings = train_gpt.assignments(TINY) | {"RUN_ID": logs.name, "DATA_PATH": data}
-			status, lines = run(copy, hook, PROGRAM, **settings)
-			try:
-				result = json.loads((logs / "result.json").read_text(encoding="utf-8"))
-				artifacts.append((logs / train_gpt.ARTIFACT).read_bytes())
-				scores.append(result["scores"]["plain"]["val_bpb"])
-				total = (folder / PROGRAM).stat().st_size + len(artifacts[-1])
-				found, good = result["bytes"]["total"], status in (0, 1)
-				expect(found == total, PROGRAM, f"a run counts {found} bytes", total)
-			except (OSError, ValueError, KeyError, TypeError):
-				good = False
-			found = f"a tiny run: status {status}, {' '.join(lines[-1:])}"
-			expect(good, PROGRAM, found, "status 0 or 1 and result.json with a score")
-			if not good:
-				break
-		notes = hook / "asked"
-		found = " ".join(notes.read_text().split("\n")) if notes.exists() else ""
-		expect(not found, PROGRAM, f"a tiny run: {found}", "no network")
-	if len(scores) == 2:
-		same = artifacts[0] == artifacts[1]
-		needed = "the same: training does not read it"
-		expect(same, PROGRAM, "another validation text gives another artifact", needed)
-		same = scores[0] == scores[1]
-		needed = "another: scoring reads it"
-		expect(not same, PROGRAM, f"another validation text gives the score {scores[0]}", needed)
+    """That it runs alone, asks for no network, and no validation text changes its weights."""
+    artifacts, scores = [], []
+    with copied(folder) as (copy, hook):
+        for n in (0, 1):  # the same training text, another validation text
+            data, logs = f"data/tiny{n}_byte260", copy / f"logs/check{n}"
+            write_shard(copy / data / "fineweb_train_000000.bin", range(40))
+            write_shard(copy / data / "fineweb_val_000000.bin", range(50 + 5 * n, 55 + 5 * n))
+            settings = train_gpt.assignments(TINY) | {"RUN_ID": logs.name, "DATA_PATH": data}
+            status, lines = run(copy, hook, PROGRAM, **settings)
+            try:
+                result = json.loads((logs / "result.json").read_text(encoding="utf-8"))
+                artifacts.append((logs / train_gpt.ARTIFACT).read_bytes())
+                scores.append(result["scores"]["plain"]["val_bpb"])
+                total = (folder / PROGRAM).stat().st_size + len(artifacts[-1])
+                found, good = result["bytes"]["total"], status in (0, 1)
+                expect(found == total, PROGRAM, f"a run counts {found} bytes", total)
+            except (OSError, ValueError, KeyError, TypeError):
+                good = False
+            found = f"a tiny run: status {status}, {' '.join(lines[-1:])}"
+            expect(good, PROGRAM, found, "status 0 or 1 and result.json with a score")
+            if not good:
+                break
+        notes = hook / "asked"
+        found = " ".join(notes.read_text().split("\n")) if notes.exists() else ""
+        expect(not found, PROGRAM, f"a tiny run: {found}", "no network")
+    if len(scores) == 2:
+        same = artifacts[0] == artifacts[1]
+        needed = "the same: training does not read it"
+        expect(same, PROGRAM, "another validation text gives another artifact", needed)
+        same = scores[0] == scores[1]
+        needed = "another: scoring reads it"
+        expect(not same, PROGRAM, f"another validation text gives the score {scores[0]}", needed)

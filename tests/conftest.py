@@ -21,112 +21,124 @@ import train_gpt as tg
 
 # A model small enough that a whole run takes seconds: bytes, so that no tokenizer is needed.
 TINY = {
-	"VOCAB_SIZE": "260",
-	"NUM_LAYERS": "3",
-	"MODEL_DIM": "32",
-	"NUM_HEADS": "4",
-	"NUM_KV_HEADS": "2",
-	"ROPE_DIMS": "4",
-	"BIGRAM_VOCAB_SIZE": "64",
-	"BIGRAM_DIM": "8",
-	"VE_ENABLED": "1",
-	"VE_DIM": "8",
-	"TRAIN_SEQ_LEN": "64",
-	"TRAIN_BATCH_TOKENS": "1024",
-	"MICRO_BATCH_TOKENS": "512",
-	"ITERATIONS": "30",
-	"WARMDOWN_ITERS": "15",
-	"MAX_WALLCLOCK_SECONDS": "0",
-	"VAL_LOSS_EVERY": "0",
-	"VAL_BATCH_SIZE": "8192",
-	"EVAL_STRIDE": "32",
+    "VOCAB_SIZE": "260",
+    "NUM_LAYERS": "3",
+    "MODEL_DIM": "32",
+    "NUM_HEADS": "4",
+    "NUM_KV_HEADS": "2",
+    "ROPE_DIMS": "4",
+    "BIGRAM_VOCAB_SIZE": "64",
+    "BIGRAM_DIM": "8",
+    "VE_ENABLED": "1",
+    "VE_DIM": "8",
+    "TRAIN_SEQ_LEN": "64",
+    "TRAIN_BATCH_TOKENS": "1024",
+    "MICRO_BATCH_TOKENS": "512",
+    "ITERATIONS": "30",
+    "WARMDOWN_ITERS": "15",
+    "MAX_WALLCLOCK_SECONDS": "0",
+    "VAL_LOSS_EVERY": "0",
+    "VAL_BATCH_SIZE": "8192",
+    "EVAL_STRIDE": "32",
 }
 # Of bytes: four special tokens, then one byte each, with no leading spaces.
 BYTE_TABLE = tg.ByteTable(
-	torch.tensor([0] * 4 + [1] * 256, dtype=torch.int16), torch.zeros(260, dtype=torch.int16)
+    torch.tensor([0] * 4 + [1] * 256, dtype=torch.int16), torch.zeros(260, dtype=torch.int16)
 )
 
 
 def settings(**changes: object) -> tg.Hyperparameters:
-	"""The tiny model's settings with some changed, given as they are typed."""
-	env = {**TINY, **{name.upper(): str(value) for name, value in changes.items()}}
-	assert {name.lower() for name in env} <= set(tg.Hyperparameters.__dataclass_fields__)
-	return tg.Hyperparameters.from_env(env)
+    """The tiny model's settings with some changed, given as they are typed."""
+    env = {**TINY, **{name.upper(): str(value) for name, value in changes.items()}}
+    assert {name.lower() for name in env} <= set(tg.Hyperparameters.__dataclass_fields__)
+    return tg.Hyperparameters.from_env(env)
 
 
 def shard_bytes(tokens: list[int] | np.ndarray) -> bytes:
-	"""A shard written from the format's description alone."""
-	header = [20240520, 1, len(tokens)] + [0] * 253
-	head = b"".join(n.to_bytes(4, "little") for n in header)
-	return head + b"".join(int(t).to_bytes(2, "little") for t in tokens)
+    """A shard written from the format's description alone."""
+    header = [20240520, 1, len(tokens)] + [0] * 253
+    head = b"".join(n.to_bytes(4, "little") for n in header)
+    return head + b"".join(int(t).to_bytes(2, "little") for t in tokens)
 
 
 def byte_tokens(text: str) -> list[int]:
-	"""One document as the byte variant stores it."""
-	return [1, *(4 + b for b in text.encode())]
-
-
-@pytest.fixture(autouse=True)
-def products_of_full_precision():
-	"""Training leaves others behind."""
-	torch.set_float32_matmul_precision("highest")
+    """One document as the byte variant stores it."""
+    return [1, *(4 + b for b in text.encode())]
 
 
 @pytest.fixture(scope="session")
 def byte_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-	"""A folder of byte shards: a few thousand short arithmetic documents."""
-	folder = tmp_path_factory.mktemp("corpus") / "tiny_byte260"
-	folder.mkdir()
-	documents = [f"{a} plus {b} is {a + b}.\n" for a in range(60) for b in range(40)]
-	order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(1)).tolist()
-	tokens = [t for i in order for t in byte_tokens(documents[i])]
-	(folder / "fineweb_val_000000.bin").write_bytes(shard_bytes(tokens[:4000]))
-	middle = (4000 + len(tokens)) // 2
-	(folder / "fineweb_train_000000.bin").write_bytes(shard_bytes(tokens[4000:middle]))
-	(folder / "fineweb_train_000001.bin").write_bytes(shard_bytes(tokens[middle:]))
-	return folder
+    """A folder of byte shards: a few thousand short arithmetic documents."""
+    folder = tmp_path_factory.mktemp("corpus") / "tiny_byte260"
+    folder.mkdir()
+    documents = [f"{a} plus {b} is {a + b}.\n" for a in range(60) for b in range(40)]
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(1)).tolist()
+    tokens = [t for i in order for t in byte_tokens(documents[i])]
+    (folder / "fineweb_val_000000.bin").write_bytes(shard_bytes(tokens[:4000]))
+    middle = (4000 + len(tokens)) // 2
+    (folder / "fineweb_train_000000.bin").write_bytes(shard_bytes(tokens[4000:middle]))
+    (folder / "fineweb_train_000001.bin").write_bytes(shard_bytes(tokens[middle:]))
+    return folder
 
 
 @pytest.fixture
-def cpu() -> tg.Runtime:
-	"""The runtime of a CPU run."""
-	device = torch.device("cpu")
-	return tg.Runtime(device, torch.float32, "flash", tg.attend_sdpa, False, [])
+def cpu() -> tg.Device:
+    """The device of a CPU run."""
+    return tg.Device(torch.device("cpu"), torch.float32, compiled=False)
+
+
+def load(h: tg.Hyperparameters, **options: object) -> tg.Data:
+    """The data of some settings, for a single rank, without a word."""
+    return tg.load_data(h, tg.Ranks(), tg.Log(silent=True), **options)
+
+
+def trainer(
+    model: tg.GPT, data: tg.Data, h: tg.Hyperparameters, device: tg.Device, **options: object
+) -> tg.Trainer:
+    """A trainer of a single rank; its log has no folder."""
+    return tg.Trainer(model, data, h, tg.Ranks(), device, tg.Log(), **options)
+
+
+def score(
+    scoring_pass: tg.ScoringPass, val: tg.Validation, device: tg.Device, batch_tokens: int = 4096
+) -> tg.Score:
+    """The score of a pass by a single rank."""
+    return tg.score(scoring_pass, val, tg.Ranks(), device, tg.Log(), batch_tokens)
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-	"""Give every parameter a value of its own, so that no branch is silent at its start."""
-	generator = torch.Generator().manual_seed(seed)
-	with torch.no_grad():
-		for p in model.parameters():
-			p.add_(torch.randn(p.shape, generator=generator) * 0.2)
-	return model
+    """Give every parameter a value of its own, so that no branch is silent at its start."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.2)
+    return model
 
 
 def compile_counted(function: Callable[..., Any]) -> tuple[Callable[..., Any], list[object]]:
-	"""The function under torch.compile as the trainer does it, and the list of its programs."""
-	programs: list[object] = []
+    """The function under torch.compile as the trainer does it, and the list of its programs."""
+    programs: list[object] = []
 
-	def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
-		programs.append(graph)
-		return graph
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
+        programs.append(graph)
+        return graph
 
-	torch.compiler.reset()
-	return torch.compile(function, backend=backend, dynamic=False, fullgraph=True), programs
+    torch.compiler.reset()
+    return torch.compile(function, backend=backend, dynamic=False, fullgraph=True), programs
 
 
 @pytest.fixture(scope="session")
 def finished(byte_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-	"""Runs as a sweep leaves them: of three seeds, of two without bigrams, and one that failed."""
-	folder = tmp_path_factory.mktemp("runs")
-	base = {**TINY, "NUM_LAYERS": "2", "ITERATIONS": "6", "DATA_PATH": str(byte_corpus)}
-	arms = {
-		"tiny": ({}, (1337, 42, 7), 0),
-		"plain": ({"BIGRAM_VOCAB_SIZE": "0"}, (1337, 42), 0),
-		"lost": ({"ADAM_EPS": "1e18", "TIED_EMBED_LR": "1e18"}, (42,), 4),
-	}
-	for name, (changes, seeds, status) in arms.items():
-		for seed in seeds:
-			own = {"SEED": str(seed), "RUN_DIR": str(folder / name / f"seed{seed}")}
-			assert tg.main([], {**base, **changes, **own}) == status
-	return folder
+    """Runs as a sweep leaves them: of three seeds, of two without bigrams, and one that failed."""
+    folder = tmp_path_factory.mktemp("runs")
+    base = {**TINY, "NUM_LAYERS": "2", "ITERATIONS": "6", "DATA_PATH": str(byte_corpus)}
+    arms = {
+        "tiny": ({}, (1337, 42, 7), 0),
+        "plain": ({"BIGRAM_VOCAB_SIZE": "0"}, (1337, 42), 0),
+        "lost": ({"ADAM_EPS": "1e18", "TIED_EMBED_LR": "1e18"}, (42,), 4),
+    }
+    for name, (changes, seeds, status) in arms.items():
+        for seed in seeds:
+            own = {"SEED": str(seed), "RUN_DIR": str(folder / name / f"seed{seed}")}
+            assert tg.main([], {**base, **changes, **own}) == status
+    return folder

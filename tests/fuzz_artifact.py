@@ -1,7 +1,7 @@
 """Look for an artifact or a checkpoint that breaks its reader, guided by what of it runs.
 
-	pip install atheris
-	python tests/fuzz_artifact.py -max_total_time=900 CORPUS_FOLDER
+        pip install atheris
+        python tests/fuzz_artifact.py -max_total_time=900 CORPUS_FOLDER
 
 An input whose first byte is even is an artifact, else a checkpoint; the rest is the file. The
 checksum of an artifact does not matter: it is made to fit before the file is read, so that what
@@ -24,25 +24,25 @@ import atheris
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 with atheris.instrument_imports(include=["train_gpt"]):
-	import train_gpt as tg
+    import train_gpt as tg
 
 import torch
 import zstandard
 from conftest import randomize
 from hostile import (
-	DEFAULTS,
-	artifact,
-	build_once,
-	checkpoint,
-	judge,
-	layout,
-	load_checkpoint,
-	odd_checkpoint,
-	odd_header,
-	parts,
-	resigned,
-	resigned_case,
-	tiny,
+    DEFAULTS,
+    artifact,
+    build_once,
+    checkpoint,
+    judge,
+    layout,
+    load_checkpoint,
+    odd_checkpoint,
+    odd_header,
+    parts,
+    resigned,
+    resigned_case,
+    tiny,
 )
 
 FILE = Path("/dev/shm" if Path("/dev/shm").is_dir() else ".") / f"fuzz-{os.getpid()}"
@@ -52,98 +52,98 @@ ROOM = 1 << 16
 
 
 def resident() -> int:
-	"""Bytes of this process in memory now."""
-	return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    """Bytes of this process in memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def peak() -> int:
-	"""Most bytes of this process in memory ever."""
-	return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Most bytes of this process in memory ever."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def declared(data: bytes) -> int:
-	"""Bytes of the parameters that the settings declare; 0 where they declare nothing."""
-	try:
-		if data[0] % 2:
-			text = layout(data[1:])[0]["__metadata__"]["settings"]
-		else:
-			text = parts(data[1:])[0]
-		with torch.device("meta"):
-			model = tg.GPT(tg.with_settings(DEFAULTS, json.loads(text)))
-		return sum(4 * p.numel() for p in model.parameters())
-	except Exception:
-		return 0
+    """Bytes of the parameters that the settings declare; 0 where they declare nothing."""
+    try:
+        if data[0] % 2:
+            text = layout(data[1:])[0]["__metadata__"]["settings"]
+        else:
+            text = parts(data[1:])[0]
+        with torch.device("meta"):
+            model = tg.GPT(tg.with_settings(DEFAULTS, json.loads(text)))
+        return sum(4 * p.numel() for p in model.parameters())
+    except Exception:
+        return 0
 
 
 def one_input(data: bytes) -> None:
-	"""What must hold of every input."""
-	of_checkpoint = data[:1] and data[0] % 2
-	FILE.write_bytes(data[1:] if of_checkpoint else resigned(data[1:]))
-	before, most = resident(), peak()
-	judge(FILE, load_checkpoint if of_checkpoint else tg.load_artifact)
-	if peak() > most and peak() - before > 16 << 20:
-		bound = 4 * declared(data) + (16 << 20)
-		assert peak() - before <= bound, f"{peak() - before} bytes, not {bound}"
+    """What must hold of every input."""
+    of_checkpoint = data[:1] and data[0] % 2
+    FILE.write_bytes(data[1:] if of_checkpoint else resigned(data[1:]))
+    before, most = resident(), peak()
+    judge(FILE, load_checkpoint if of_checkpoint else tg.load_artifact)
+    if peak() > most and peak() - before > 16 << 20:
+        bound = 4 * declared(data) + (16 << 20)
+        assert peak() - before <= bound, f"{peak() - before} bytes, not {bound}"
 
 
 def mutated_artifact(data: bytes, rng: random.Random) -> bytes:
-	"""An artifact of which one part is changed; some error for what is none."""
-	text, payload = parts(data)
-	raw, how = zstandard.ZstdDecompressor().decompress(payload), rng.randrange(5)
-	if how == 0:
-		return artifact(atheris.Mutate(text, ROOM), payload)
-	if how == 1:
-		return artifact(text, atheris.Mutate(payload, ROOM))
-	if how == 2:
-		return artifact(text, zstandard.compress(atheris.Mutate(raw, ROOM), level=1))
-	return odd_header(rng, data) if how == 3 else resigned_case(rng, text, raw)
+    """An artifact of which one part is changed; some error for what is none."""
+    text, payload = parts(data)
+    raw, how = zstandard.ZstdDecompressor().decompress(payload), rng.randrange(5)
+    if how == 0:
+        return artifact(atheris.Mutate(text, ROOM), payload)
+    if how == 1:
+        return artifact(text, atheris.Mutate(payload, ROOM))
+    if how == 2:
+        return artifact(text, zstandard.compress(atheris.Mutate(raw, ROOM), level=1))
+    return odd_header(rng, data) if how == 3 else resigned_case(rng, text, raw)
 
 
 def mutated_checkpoint(data: bytes, rng: random.Random) -> bytes:
-	"""A checkpoint of which one part is changed; some error for what is none."""
-	(head, body), how = layout(data), rng.randrange(5)
-	if how == 0:
-		return checkpoint(atheris.Mutate(json.dumps(head).encode(), ROOM), body)
-	if how == 1:
-		text = atheris.Mutate(head["__metadata__"]["settings"].encode(), ROOM)
-		told = {"settings": text.decode(errors="replace")}
-		return checkpoint({**head, "__metadata__": told}, body)
-	if how == 2:
-		return checkpoint(head, atheris.Mutate(body, ROOM))
-	return odd_checkpoint(rng, data)
+    """A checkpoint of which one part is changed; some error for what is none."""
+    (head, body), how = layout(data), rng.randrange(5)
+    if how == 0:
+        return checkpoint(atheris.Mutate(json.dumps(head).encode(), ROOM), body)
+    if how == 1:
+        text = atheris.Mutate(head["__metadata__"]["settings"].encode(), ROOM)
+        told = {"settings": text.decode(errors="replace")}
+        return checkpoint({**head, "__metadata__": told}, body)
+    if how == 2:
+        return checkpoint(head, atheris.Mutate(body, ROOM))
+    return odd_checkpoint(rng, data)
 
 
 def mutate(data: bytes, most: int, seed: int) -> bytes:
-	"""Any bytes changed, or one part of a file."""
-	rng = random.Random(seed)
-	if data and rng.randrange(6):
-		made = mutated_checkpoint if data[0] % 2 else mutated_artifact
-		with suppress(Exception):
-			return (data[:1] + made(data[1:], rng))[:most]
-	return atheris.Mutate(data, most)
+    """Any bytes changed, or one part of a file."""
+    rng = random.Random(seed)
+    if data and rng.randrange(6):
+        made = mutated_checkpoint if data[0] % 2 else mutated_artifact
+        with suppress(Exception):
+            return (data[:1] + made(data[1:], rng))[:most]
+    return atheris.Mutate(data, most)
 
 
 def main() -> None:
-	"""Fill an empty corpus, load what is loaded once, and look."""
-	folders = [Path(a) for a in sys.argv[1:] if not a.startswith("-")]
-	for n, h in enumerate((tiny(), tiny(num_layers=2, ve_enabled=0))):
-		model = randomize(tg.GPT(h))
-		tg.write_tensors(FILE, model.state_dict(), settings=json.dumps(tg.model_settings(h)))
-		files = b"\0" + tg.pack(h, tg.quantize(model)[0]), b"\1" + FILE.read_bytes()
-		for kind, data in enumerate(files):
-			for folder in folders[:1]:
-				folder.mkdir(exist_ok=True)
-				(folder / f"made{n}{kind}").write_bytes(data)
-			FILE.write_bytes(data[1:])
-			assert not judge(FILE, load_checkpoint if kind else tg.load_artifact)
-	build_once()
-	limits = ["-timeout=10", "-rss_limit_mb=2048", "-malloc_limit_mb=1024", "-max_len=80000"]
-	atheris.Setup([sys.argv[0], *limits, *sys.argv[1:]], one_input, custom_mutator=mutate)
-	try:
-		atheris.Fuzz()
-	finally:
-		FILE.unlink(missing_ok=True)
+    """Fill an empty corpus, load what is loaded once, and look."""
+    folders = [Path(a) for a in sys.argv[1:] if not a.startswith("-")]
+    for n, h in enumerate((tiny(), tiny(num_layers=2, ve_enabled=0))):
+        model = randomize(tg.GPT(h))
+        tg.write_tensors(FILE, model.state_dict(), settings=json.dumps(tg.model_settings(h)))
+        files = b"\0" + tg.pack(h, tg.quantize(model)[0]), b"\1" + FILE.read_bytes()
+        for kind, data in enumerate(files):
+            for folder in folders[:1]:
+                folder.mkdir(exist_ok=True)
+                (folder / f"made{n}{kind}").write_bytes(data)
+            FILE.write_bytes(data[1:])
+            assert not judge(FILE, load_checkpoint if kind else tg.load_artifact)
+    build_once()
+    limits = ["-timeout=10", "-rss_limit_mb=2048", "-malloc_limit_mb=1024", "-max_len=80000"]
+    atheris.Setup([sys.argv[0], *limits, *sys.argv[1:]], one_input, custom_mutator=mutate)
+    try:
+        atheris.Fuzz()
+    finally:
+        FILE.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
-	main()
+    main()

@@ -41,121 +41,121 @@ SERVER.set_forkserver_preload(["torch", "zstandard"])
 
 
 def driver(folder: Path, first: str) -> Path:
-	"""A file that runs these lines and then the program, whose names are in `tg`."""
-	path = folder / "driver.py"
-	text = DRIVER.format(root=str(ROOT), first=textwrap.dedent(first), main=MAIN)
-	path.write_text(text, encoding="utf-8")
-	return path
+    """A file that runs these lines and then the program, whose names are in `tg`."""
+    path = folder / "driver.py"
+    text = DRIVER.format(root=str(ROOT), first=textwrap.dedent(first), main=MAIN)
+    path.write_text(text, encoding="utf-8")
+    return path
 
 
 def free_port() -> int:
-	"""A port of this machine that nobody has."""
-	with socket.socket() as found:
-		found.bind(("127.0.0.1", 0))
-		return found.getsockname()[1]
+    """A port of this machine that nobody has."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def be_rank(code: str, argv: list[str], cwd: str, env: dict[str, str], out: str) -> None:
-	"""Become the program in a forked process: only its source is new."""
-	os.chdir(cwd)
-	os.environ.clear()
-	os.environ.update(env)
-	screen = os.open(out, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
-	os.dup2(screen, 1)
-	os.dup2(screen, 2)
-	if "WORLD_SIZE" in env:
-		torch.set_num_threads(1)
-	sys.argv = ["train_gpt.py", *argv]
-	signal.signal(signal.SIGINT, signal.default_int_handler)
-	exec(compile(code, "driver.py", "exec"), {"__name__": "__main__"})
+    """Become the program in a forked process: only its source is new."""
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    screen = os.open(out, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+    os.dup2(screen, 1)
+    os.dup2(screen, 2)
+    if "WORLD_SIZE" in env:
+        torch.set_num_threads(1)
+    sys.argv = ["train_gpt.py", *argv]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    exec(compile(code, "driver.py", "exec"), {"__name__": "__main__"})
 
 
 class Ranks:
-	"""Forked ranks of one run."""
+    """Forked ranks of one run."""
 
-	def __init__(self, cwd: Path, *argv: str, world: int = 1, first: str = "", **env: object):
-		self.out = cwd / f"screen{len(list(cwd.glob('screen*')))}"
-		self.out.touch()
-		code = DRIVER.format(root=str(ROOT), first=textwrap.dedent(first), main=MAIN)
-		shared = {**KEPT, **{name: str(value) for name, value in env.items()}}
-		if world > 1:
-			shared |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
-			shared |= {"MASTER_PORT": str(free_port())}
-		self.ranks: list[BaseProcess] = []
-		for rank in range(world):
-			own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}
-			job = (code, list(argv), str(cwd), {**shared, **own}, str(self.out))
-			self.ranks.append(SERVER.Process(target=be_rank, args=job))
-			self.ranks[-1].start()
+    def __init__(self, cwd: Path, *argv: str, world: int = 1, first: str = "", **env: object):
+        self.out = cwd / f"screen{len(list(cwd.glob('screen*')))}"
+        self.out.touch()
+        code = DRIVER.format(root=str(ROOT), first=textwrap.dedent(first), main=MAIN)
+        shared = {**KEPT, **{name: str(value) for name, value in env.items()}}
+        if world > 1:
+            shared |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
+            shared |= {"MASTER_PORT": str(free_port())}
+        self.ranks: list[BaseProcess] = []
+        for rank in range(world):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}
+            job = (code, list(argv), str(cwd), {**shared, **own}, str(self.out))
+            self.ranks.append(SERVER.Process(target=be_rank, args=job))
+            self.ranks[-1].start()
 
-	def said(self) -> str:
-		"""All that stands on the screen."""
-		return self.out.read_text(encoding="utf-8", errors="replace")
+    def said(self) -> str:
+        """All that stands on the screen."""
+        return self.out.read_text(encoding="utf-8", errors="replace")
 
-	def until(self, text: str, seconds: float = 60.0) -> None:
-		"""Wait for a text on the screen."""
-		await_(lambda: text in self.said(), seconds, self.said)
+    def until(self, text: str, seconds: float = 60.0) -> None:
+        """Wait for a text on the screen."""
+        await_(lambda: text in self.said(), seconds, self.said)
 
-	def end(self, seconds: float = 60.0) -> list[int]:
-		"""Exit statuses; AssertionError if a rank lasts longer, which then is killed."""
-		ends = time.monotonic() + seconds
-		for rank in self.ranks:
-			rank.join(max(ends - time.monotonic(), 0))
-		late = [rank for rank in self.ranks if rank.is_alive()]
-		for rank in late:
-			rank.kill()
-		assert not late, f"{len(late)} ranks do not end:\n{self.said()}"
-		return [rank.exitcode for rank in self.ranks]
+    def end(self, seconds: float = 60.0) -> list[int]:
+        """Exit statuses; AssertionError if a rank lasts longer, which then is killed."""
+        ends = time.monotonic() + seconds
+        for rank in self.ranks:
+            rank.join(max(ends - time.monotonic(), 0))
+        late = [rank for rank in self.ranks if rank.is_alive()]
+        for rank in late:
+            rank.kill()
+        assert not late, f"{len(late)} ranks do not end:\n{self.said()}"
+        return [rank.exitcode for rank in self.ranks]
 
 
 def await_(true: Callable[[], object], seconds: float, said: Callable[[], str]) -> None:
-	"""Return when it is true; AssertionError if that takes longer."""
-	ends = time.monotonic() + seconds
-	while not true():
-		assert time.monotonic() < ends, said()
-		time.sleep(0.02)
+    """Return when it is true; AssertionError if that takes longer."""
+    ends = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < ends, said()
+        time.sleep(0.02)
 
 
 def start(cwd: Path, *command: object, **env: object) -> subprocess.Popen:
-	"""Start Python in a session of its own; its screen is cwd/screen.txt."""
-	with (cwd / "screen.txt").open("ab") as screen:
-		return subprocess.Popen(
-			[sys.executable, *map(str, command)],
-			cwd=cwd,
-			env={**KEPT, **{name: str(value) for name, value in env.items()}},
-			stdout=screen,
-			stderr=subprocess.STDOUT,
-			start_new_session=True,
-		)
+    """Start Python in a session of its own; its screen is cwd/screen.txt."""
+    with (cwd / "screen.txt").open("ab") as screen:
+        return subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            cwd=cwd,
+            env={**KEPT, **{name: str(value) for name, value in env.items()}},
+            stdout=screen,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def torchrun(cwd: Path, script: Path, *how: str, **env: object) -> subprocess.Popen:
-	"""Start it by torchrun."""
-	return start(cwd, "-m", "torch.distributed.run", *(how or ("--standalone",)), script, **env)
+    """Start it by torchrun."""
+    return start(cwd, "-m", "torch.distributed.run", *(how or ("--standalone",)), script, **env)
 
 
 def ranks_of(agent: subprocess.Popen) -> dict[int, int]:
-	"""Process numbers of torchrun's ranks."""
-	found = {}
-	for path in Path("/proc").glob("[0-9]*"):
-		try:
-			parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-			if parent == agent.pid:
-				env = dict(v.split("=", 1) for v in (path / "environ").read_text().split("\0") if v)
-				found[int(env["RANK"])] = int(path.name)
-		except (OSError, KeyError, ValueError, IndexError):
-			continue
-	return found
+    """Process numbers of torchrun's ranks."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == agent.pid:
+                env = dict(v.split("=", 1) for v in (path / "environ").read_text().split("\0") if v)
+                found[int(env["RANK"])] = int(path.name)
+        except (OSError, KeyError, ValueError, IndexError):
+            continue
+    return found
 
 
 def alive(pid: int) -> bool:
-	"""Whether a process runs, and is no zombie."""
-	try:
-		return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-	except OSError:
-		return False
+    """Whether a process runs, and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def result_of(folder: Path) -> dict:
-	"""A run's result.json."""
-	return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    """A run's result.json."""
+    return json.loads((folder / "result.json").read_text(encoding="utf-8"))

@@ -23,76 +23,76 @@ esac
 
 
 def battery(folder, *parts, **env):
-	"""The battery's exit status, screen and files, with a stub in Python's place."""
-	stub = folder / "python"
-	stub.write_text(STUB)
-	stub.chmod(0o755)
-	done = subprocess.run(
-		["bash", str(ROOT / "tests/gpu.sh"), str(folder / "out"), *parts],
-		env={"PATH": os.environ["PATH"], "PYTHON": str(stub), "DEVICE": "cpu", **env},
-		capture_output=True,
-		text=True,
-		check=False,
-		timeout=60,
-	)
-	return done.returncode, done.stdout, sorted(p.name for p in (folder / "out").iterdir())
+    """The battery's exit status, screen and files, with a stub in Python's place."""
+    stub = folder / "python"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(ROOT / "tests/gpu.sh"), str(folder / "out"), *parts],
+        env={"PATH": os.environ["PATH"], "PYTHON": str(stub), "DEVICE": "cpu", **env},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    return done.returncode, done.stdout, sorted(p.name for p in (folder / "out").iterdir())
 
 
 def test_the_battery_tells_of_every_part_and_loses_nothing(tmp_path):
-	status, screen, files = battery(tmp_path, LIMIT="4", HANG="60")
-	ends = screen.partition("== summary")[2].splitlines()
-	told = {line.partition(": ")[0]: line.partition(": ")[2] for line in ends}
-	assert status == 1
-	assert told["setup"].startswith("ok, ")
-	assert told["tests"].startswith("failed, status 1, ")
-	assert told["v9"].startswith("timed out, ")
-	assert told["byte_jepa"] == told["bench"] == "not begun, no time is left"
-	assert files == ["summary.txt", "tests.log", "v9.json", "v9.log"]
-	assert (tmp_path / "out/v9.log").read_text().startswith("run v9")
-	assert "2 failed" in (tmp_path / "out/tests.log").read_text()
+    status, screen, files = battery(tmp_path, LIMIT="4", HANG="60")
+    ends = screen.partition("== summary")[2].splitlines()
+    told = {line.partition(": ")[0]: line.partition(": ")[2] for line in ends}
+    assert status == 1
+    assert told["setup"].startswith("ok, ")
+    assert told["tests"].startswith("failed, status 1, ")
+    assert told["v9"].startswith("timed out, ")
+    assert told["byte_jepa"] == told["bench"] == "not begun, no time is left"
+    assert files == ["summary.txt", "tests.log", "v9.json", "v9.log"]
+    assert (tmp_path / "out/v9.log").read_text().startswith("run v9")
+    assert "2 failed" in (tmp_path / "out/tests.log").read_text()
 
 
 def test_parts_of_the_battery_can_be_named(tmp_path):
-	status, screen, files = battery(tmp_path, "byte_jepa", "bench", HANG="0")
-	assert status == 0
-	assert "run byte_jepa" in screen
-	assert files == ["bench.log", "byte_jepa.json", "byte_jepa.log", "summary.txt"]
-	assert battery(tmp_path, "nonsense")[0] == 2
+    status, screen, files = battery(tmp_path, "byte_jepa", "bench", HANG="0")
+    assert status == 0
+    assert "run byte_jepa" in screen
+    assert files == ["bench.log", "byte_jepa.json", "byte_jepa.log", "summary.txt"]
+    assert battery(tmp_path, "nonsense")[0] == 2
 
 
 def test_the_battery_is_given_documents_tokenizer_and_wheels(tmp_path, monkeypatch, capsys):
-	run = subprocess.run
+    run = subprocess.run
 
-	def offline(command, **how):
-		if "pip" not in command:
-			return run(command, **how)
-		folder = Path(command[command.index("--dest") + 1])
-		folder.mkdir()
-		(folder / "zstandard.whl").write_bytes(b"wheel")
-		assert command[-len(gpu_prepare.PACKAGES) :] == [*gpu_prepare.PACKAGES]
-		return None
+    def offline(command, **how):
+        if "pip" not in command:
+            return run(command, **how)
+        folder = Path(command[command.index("--dest") + 1])
+        folder.mkdir()
+        (folder / "zstandard.whl").write_bytes(b"wheel")
+        assert command[-len(gpu_prepare.PACKAGES) :] == [*gpu_prepare.PACKAGES]
+        return None
 
-	monkeypatch.setattr(subprocess, "run", offline)
-	monkeypatch.setattr(gpu_prepare, "ROOT", tmp_path)
-	run(["git", "init", "-q"], cwd=tmp_path, check=True)
-	(tmp_path / ".gitignore").write_text("/.gpu/\nignored\n")
-	(tmp_path / "ignored").write_bytes(b"0" * 5000)
-	given = tmp_path / "given"
-	given.mkdir()
-	(given / "a.jsonl").write_bytes(b"1" * 700)
-	(given / "b.model").write_bytes(b"2" * 30)
-	argv = [str(given / "a.jsonl"), "--tokenizer", str(given / "b.model")]
-	(tmp_path / ".gpu").mkdir()
-	(tmp_path / ".gpu/old").write_bytes(b"")
-	assert gpu_prepare.main(argv) == 0
-	here = {str(p.relative_to(tmp_path / ".gpu")) for p in (tmp_path / ".gpu").rglob("*.*")}
-	assert here == {"docs/a.jsonl", "b.model", "wheels/zstandard.whl"}
-	assert gpu_prepare.tree_bytes() == 2 * 730 + len("wheel") + len("/.gpu/\nignored\n")
-	monkeypatch.setattr(gpu_prepare, "LIMIT", 1000)
-	assert gpu_prepare.main(argv) == 2
-	assert "give fewer documents" in capsys.readouterr().err
+    monkeypatch.setattr(subprocess, "run", offline)
+    monkeypatch.setattr(gpu_prepare, "ROOT", tmp_path)
+    run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    (tmp_path / ".gitignore").write_text("/.gpu/\nignored\n")
+    (tmp_path / "ignored").write_bytes(b"0" * 5000)
+    given = tmp_path / "given"
+    given.mkdir()
+    (given / "a.jsonl").write_bytes(b"1" * 700)
+    (given / "b.model").write_bytes(b"2" * 30)
+    argv = [str(given / "a.jsonl"), "--tokenizer", str(given / "b.model")]
+    (tmp_path / ".gpu").mkdir()
+    (tmp_path / ".gpu/old").write_bytes(b"")
+    assert gpu_prepare.main(argv) == 0
+    here = {str(p.relative_to(tmp_path / ".gpu")) for p in (tmp_path / ".gpu").rglob("*.*")}
+    assert here == {"docs/a.jsonl", "b.model", "wheels/zstandard.whl"}
+    assert gpu_prepare.tree_bytes() == 2 * 730 + len("wheel") + len("/.gpu/\nignored\n")
+    monkeypatch.setattr(gpu_prepare, "LIMIT", 1000)
+    assert gpu_prepare.main(argv) == 2
+    assert "give fewer documents" in capsys.readouterr().err
 
 
 def test_the_packages_of_both_scripts_are_the_same():
-	script = (ROOT / "tests/gpu.sh").read_text(encoding="utf-8")
-	assert f"for package in {' '.join(gpu_prepare.PACKAGES)}; do" in script
+    script = (ROOT / "tests/gpu.sh").read_text(encoding="utf-8")
+    assert f"for package in {' '.join(gpu_prepare.PACKAGES)}; do" in script

@@ -17,326 +17,326 @@ import train_gpt as tg
 TINY_TEXT = " ".join(f"{name}={value}" for name, value in TINY.items())
 TINY_TEXT += " MICRO_BATCH_TOKENS=1024 GPTQ_CALIB_TOKENS=256"
 SCALE = Scale(
-	device="cpu",
-	rounds=2,
-	calls=2,
-	settings=TINY_TEXT,
-	byte_settings=f"{TINY_TEXT} JEPA_CHUNK_SIZE=4",
-	eager="MICRO_BATCH_TOKENS=512",
-	matrices="VOCAB_SIZE=260 NUM_LAYERS=2 MODEL_DIM=32 NUM_HEADS=4 ROPE_DIMS=4",
-	ranks="VOCAB_SIZE=260 NUM_LAYERS=2 MODEL_DIM=32 NUM_HEADS=4 ROPE_DIMS=4 "
-	"TRAIN_SEQ_LEN=16 TRAIN_BATCH_TOKENS=16",
-	attention=((1, 16),),
-	heads=(4, 2, 8),
-	val_tokens=300,
-	codes=4096,
-	square=32,
+    device="cpu",
+    rounds=2,
+    calls=2,
+    settings=TINY_TEXT,
+    byte_settings=f"{TINY_TEXT} JEPA_CHUNK_SIZE=4",
+    eager="MICRO_BATCH_TOKENS=512",
+    matrices="VOCAB_SIZE=260 NUM_LAYERS=2 MODEL_DIM=32 NUM_HEADS=4 ROPE_DIMS=4",
+    ranks="VOCAB_SIZE=260 NUM_LAYERS=2 MODEL_DIM=32 NUM_HEADS=4 ROPE_DIMS=4 "
+    "TRAIN_SEQ_LEN=16 TRAIN_BATCH_TOKENS=16",
+    attention=((1, 16),),
+    heads=(4, 2, 8),
+    val_tokens=300,
+    codes=4096,
+    square=32,
 )
 # What each benchmark must tell of, at least.
 ROWS = {
-	"step": {"step", "step, cut", "  forward", "  Muon", "speed", "model FLOP utilisation"},
-	"attention": {"1 x 16, forward: flash", "1 x 16, forward and backward: math"},
-	"muon": {"step, stacked", "step, matrix by matrix", "Newton-Schulz, stacked"},
-	"gptq": {"rounding", "GPTQ, collecting Hessians", "GPTQ, solving"},
-	"loop": {
-		"plain loop",
-		"plain loop, products as ours",
-		"train_gpt.py, eager",
-		"train_gpt.py, compiled",
-	},
-	"scoring": {"sliding, a window at a time", "plain, scored", "one pass", "one pass, scored"},
-	"packing": {"zstd-22", "zlib-9", "lzma-9e", "order-0 entropy", "the artifact"},
-	"bytes": {"step", "  backward", "speed"},
-	"startup": {"import of train_gpt.py", "settings", "first step", "peak memory, training"},
-	"ranks": {"backward alone", "one all-reduce after it", "DDP's buckets within it"},
+    "step": {"step", "step, cut", "  forward", "  Muon", "speed", "model FLOP utilisation"},
+    "attention": {"1 x 16, forward: flash", "1 x 16, forward and backward: math"},
+    "muon": {"step, stacked", "step, matrix by matrix", "Newton-Schulz, stacked"},
+    "gptq": {"rounding", "GPTQ, collecting Hessians", "GPTQ, solving"},
+    "loop": {
+        "plain loop",
+        "plain loop, products as ours",
+        "train_gpt.py, eager",
+        "train_gpt.py, compiled",
+    },
+    "scoring": {"sliding, a window at a time", "plain, scored", "one pass", "one pass, scored"},
+    "packing": {"zstd-22", "zlib-9", "lzma-9e", "order-0 entropy", "the artifact"},
+    "bytes": {"step", "  backward", "speed"},
+    "startup": {"import of train_gpt.py", "settings", "first step", "peak memory, training"},
+    "ranks": {"backward alone", "one all-reduce after it", "DDP's buckets within it"},
 }
 
 
 @pytest.fixture
 def rt():
-	return harness.start_runtime(SCALE)
+    return harness.start_runtime(SCALE)
 
 
 @pytest.fixture(autouse=True)
 def no_compiler(monkeypatch):
-	monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 
 @pytest.mark.parametrize(
-	"changes",
-	[
-		{"grad_clip_norm": 0.05, "adam_eps": 1e-3},  # so that a gradient's length matters
-		{"jepa_chunk_size": 4, "jepa_lr": 0.02, "grad_clip_norm": 0, "ema_enabled": 0},
-	],
+    "changes",
+    [
+        {"grad_clip_norm": 0.05, "adam_eps": 1e-3},  # so that a gradient's length matters
+        {"jepa_chunk_size": 4, "jepa_lr": 0.02, "grad_clip_norm": 0, "ema_enabled": 0},
+    ],
 )
 def test_the_plain_loop_takes_the_trainers_steps(changes, cpu):
-	"""Losses and averaged weights, over a rise of momentum and a fall of the rates."""
-	h = settings(iterations=12, muon_momentum_warmup_steps=8, **changes)
-	data = harness.random_data(h)
-	model, plain = (harness.random_model(h, cpu).train() for _ in range(2))
-	optimizers, average = tg.Optimizers(model, h), tg.WeightAverage(model, h)
-	loop, losses = reference.Loop(plain, h), []
-	assert tg.micro_batches(h) == 2
-	for n in range(h.iterations):
-		scale, batch = tg.lr_scale(n, 0.0, h), data.train.batch(n % 3, h)
-		for each in (model, plain):
-			each.prepare(0.01 * (n % 2), n)
-		terms = tg.train_step(model.losses, optimizers, batch, n, scale, cpu)
-		average.update(n)
-		losses.append((terms["train_loss"].item(), loop.step(n, scale, *batch)))
-	ours, theirs = zip(*losses, strict=True)
-	assert ours == pytest.approx(theirs, rel=1e-5)
-	assert ours[-1] < ours[0] - 0.2  # it learns
-	weights = torch.cat([w.flatten() for w in average.weights.values()])
-	same = torch.cat([w.flatten() for w in loop.average])
-	torch.testing.assert_close(same, weights, atol=2e-4, rtol=0)
+    """Losses and averaged weights, over a rise of momentum and a fall of the rates."""
+    h = settings(iterations=12, muon_momentum_warmup_steps=8, **changes)
+    data = harness.random_data(h)
+    model, plain = (harness.random_model(h, cpu).train() for _ in range(2))
+    optimizers, average = tg.Optimizers(model, h), tg.WeightAverage(model, h)
+    loop, losses = reference.Loop(plain, h), []
+    assert tg.micro_batches(h) == 2
+    for n in range(h.iterations):
+        scale, batch = tg.lr_scale(n, 0.0, h), data.train.batch(n % 3, h)
+        for each in (model, plain):
+            each.prepare(0.01 * (n % 2), n)
+        terms = tg.train_step(model.losses, optimizers, batch, n, scale, cpu)
+        average.update(n)
+        losses.append((terms["train_loss"].item(), loop.step(n, scale, *batch)))
+    ours, theirs = zip(*losses, strict=True)
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert ours[-1] < ours[0] - 0.2  # it learns
+    weights = torch.cat([w.flatten() for w in average.weights.values()])
+    same = torch.cat([w.flatten() for w in loop.average])
+    torch.testing.assert_close(same, weights, atol=2e-4, rtol=0)
 
 
 def test_plain_newton_schulz_is_the_polynomial_on_the_singular_values():
-	matrix = torch.randn(48, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-	u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
-	s = s / s.norm()
-	for _ in range(5):
-		s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-	torch.testing.assert_close(reference.newton_schulz(matrix, 5), u @ s.diag() @ vt)
+    matrix = torch.randn(48, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+    s = s / s.norm()
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    torch.testing.assert_close(reference.newton_schulz(matrix, 5), u @ s.diag() @ vt)
 
 
 @pytest.mark.parametrize("total", [64, 65, 100, 200])
 @pytest.mark.parametrize("stride", [7, 64])
 def test_plain_scores_take_each_token_once(total, stride):
-	"""By a model whose loss says how many tokens stand before one in its window."""
-	seen = []
+    """By a model whose loss says how many tokens stand before one in its window."""
+    seen = []
 
-	def forward_logits(ids):
-		seen.append(ids.size(1))
-		certain = 10.0 * torch.nn.functional.one_hot(ids[:, 1:].roll(0, 1), 4)
-		return torch.cat((certain, torch.zeros(1, 1, 4)), 1).float()
+    def forward_logits(ids):
+        seen.append(ids.size(1))
+        certain = 10.0 * torch.nn.functional.one_hot(ids[:, 1:].roll(0, 1), 4)
+        return torch.cat((certain, torch.zeros(1, 1, 4)), 1).float()
 
-	tokens = torch.arange(total + 1) % 4
-	nats = reference.score(forward_logits, tokens, 64, stride)
-	windows = 1 + math.ceil((total - 64) / stride)
-	sure = math.log(1 + 3 * math.exp(-10))  # every token but a window's last is told
-	assert seen == [64] * windows
-	assert nats == pytest.approx(windows * math.log(4) + (total - windows) * sure, rel=1e-5)
+    tokens = torch.arange(total + 1) % 4
+    nats = reference.score(forward_logits, tokens, 64, stride)
+    windows = 1 + math.ceil((total - 64) / stride)
+    sure = math.log(1 + 3 * math.exp(-10))  # every token but a window's last is told
+    assert seen == [64] * windows
+    assert nats == pytest.approx(windows * math.log(4) + (total - windows) * sure, rel=1e-5)
 
 
 def test_flops_a_token_are_those_counted_by_hand():
-	v9 = tg.Hyperparameters.from_env({})
-	with torch.device("meta"):
-		model = tg.GPT(v9)
-	block = 2 * 512 * 512 + 2 * 512 * 256 + 2 * 512 * 1536
-	n = 11 * block + 1024 * 512 + 128 * 512 + 128 * 256
-	assert step.flops_per_token(model, v9) == 6 * n + 6 * 11 * 2048 * 512 == 228_655_104
-	jepa = tg.Hyperparameters.from_env({"PRESET": "byte_jepa"})
-	with torch.device("meta"):
-		model = tg.GPT(jepa)
-	block = 2 * 512 * 512 + 2 * 512 * 256 + 2 * 512 * 1024
-	head = (512 * 256 + 256 * 256 + 2 * 256 * 256 + 256 * 512) / 8
-	n = 13 * block + 260 * 512 + 32 * 512 + head
-	assert step.flops_per_token(model, jepa) == 6 * n + 6 * 13 * 4096 * 512
+    v9 = tg.Hyperparameters.from_env({})
+    with torch.device("meta"):
+        model = tg.GPT(v9)
+    block = 2 * 512 * 512 + 2 * 512 * 256 + 2 * 512 * 1536
+    n = 11 * block + 1024 * 512 + 128 * 512 + 128 * 256
+    assert step.flops_per_token(model, v9) == 6 * n + 6 * 11 * 2048 * 512 == 228_655_104
+    jepa = tg.Hyperparameters.from_env({"PRESET": "byte_jepa"})
+    with torch.device("meta"):
+        model = tg.GPT(jepa)
+    block = 2 * 512 * 512 + 2 * 512 * 256 + 2 * 512 * 1024
+    head = (512 * 256 + 256 * 256 + 2 * 256 * 256 + 256 * 512) / 8
+    n = 13 * block + 260 * 512 + 32 * 512 + head
+    assert step.flops_per_token(model, jepa) == 6 * n + 6 * 13 * 4096 * 512
 
 
 def test_every_benchmark_is_tried_here():
-	assert ROWS.keys() == program.BENCHMARKS.keys()
+    assert ROWS.keys() == program.BENCHMARKS.keys()
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_benchmark_gives_finite_rows(name, rt, monkeypatch):
-	monkeypatch.setenv("OMP_NUM_THREADS", "1")
-	monkeypatch.setattr(startup, "STAGES", {"step": "training"})  # the others: see below
-	table = program.BENCHMARKS[name](SCALE, rt)
-	assert {row.what for row in table.rows} >= ROWS[name]
-	assert table.sizes
-	for row in table.rows:
-		assert 0 <= row.low <= row.median <= row.high < math.inf, row
-		assert row.rounds in (1, 2)
-		assert row.unit in ("s", "bytes", "MiB", "tokens/s", "TFLOP/s", "%")
-		assert row.ratio is None or all(map(math.isfinite, row.ratio))
-	assert any(row.rounds == 2 for row in table.rows) or name in ("gptq", "packing", "startup")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(startup, "STAGES", {"step": "training"})  # the others: see below
+    table = program.BENCHMARKS[name](SCALE, rt)
+    assert {row.what for row in table.rows} >= ROWS[name]
+    assert table.sizes
+    for row in table.rows:
+        assert 0 <= row.low <= row.median <= row.high < math.inf, row
+        assert row.rounds in (1, 2)
+        assert row.unit in ("s", "bytes", "MiB", "tokens/s", "TFLOP/s", "%")
+        assert row.ratio is None or all(map(math.isfinite, row.ratio))
+    assert any(row.rounds == 2 for row in table.rows) or name in ("gptq", "packing", "startup")
 
 
 def test_stages_are_parts_of_a_step_that_stays_the_same(rt):
-	h = SCALE.h(SCALE.settings)
-	one, other = (step.Ours(h, rt, harness.random_data(h)) for _ in range(2))
-	before, cut = tg.summed, step.Cut(other)
-	for _ in range(3):
-		one()
-		began = rt.now()
-		cut()
-		took = rt.now() - began
-	assert [x.item() for x in one.losses] == [x.item() for x in other.losses]
-	assert tg.summed is before  # and nothing stays patched
-	assert all("step" not in vars(x) for x in (other.optimizers.muon, other.optimizers.adamw))
-	assert tuple(cut.times[-1]) == step.STAGES
-	assert 0.9 * took < sum(cut.times[-1].values()) <= took
-	assert min(cut.times[-1].values()) > 0
-	assert cut.times[-1]["backward"] > cut.times[-1]["gradient reduction"]
+    h = SCALE.h(SCALE.settings)
+    one, other = (step.Ours(h, rt, harness.random_data(h)) for _ in range(2))
+    before, cut = tg.summed, step.Cut(other)
+    for _ in range(3):
+        one()
+        began = rt.now()
+        cut()
+        took = rt.now() - began
+    assert [x.item() for x in one.losses] == [x.item() for x in other.losses]
+    assert tg.summed is before  # and nothing stays patched
+    assert all("step" not in vars(x) for x in (other.optimizers.muon, other.optimizers.adamw))
+    assert tuple(cut.times[-1]) == step.STAGES
+    assert 0.9 * took < sum(cut.times[-1].values()) <= took
+    assert min(cut.times[-1].values()) > 0
+    assert cut.times[-1]["backward"] > cut.times[-1]["gradient reduction"]
 
 
 def test_without_a_compiler_the_others_are_told(rt, monkeypatch):
-	def fails(*_, **__):
-		raise RuntimeError("no compiler")
+    def fails(*_, **__):
+        raise RuntimeError("no compiler")
 
-	monkeypatch.setattr(torch, "compile", fails)
-	table = step.loop(SCALE, rt)
-	plain = ["plain loop", "plain loop, products as ours"]
-	assert [row.what for row in table.rows] == [*plain, "train_gpt.py, eager"]
-	assert "not here: RuntimeError('no compiler')" in table.sizes
+    monkeypatch.setattr(torch, "compile", fails)
+    table = step.loop(SCALE, rt)
+    plain = ["plain loop", "plain loop, products as ours"]
+    assert [row.what for row in table.rows] == [*plain, "train_gpt.py, eager"]
+    assert "not here: RuntimeError('no compiler')" in table.sizes
 
 
 def test_unequal_results_are_refused(rt, monkeypatch):
-	harness.equal([1.0, 2.0], [1.0, 2.0 + 1e-6], 1e-5, "x")
-	with pytest.raises(ValueError, match="x: differ"):
-		harness.equal([1.0, 2.0], [1.0, 2.1], 1e-3, "x")
-	with pytest.raises(ValueError, match="x: differ"):
-		harness.equal([math.nan], [1.0], 1e-3, "x")
-	monkeypatch.setattr(reference, "score", lambda *_: 1.0)
-	with pytest.raises(ValueError, match="sliding scores: differ"):
-		program.BENCHMARKS["scoring"](SCALE, rt)
+    harness.equal([1.0, 2.0], [1.0, 2.0 + 1e-6], 1e-5, "x")
+    with pytest.raises(ValueError, match="x: differ"):
+        harness.equal([1.0, 2.0], [1.0, 2.1], 1e-3, "x")
+    with pytest.raises(ValueError, match="x: differ"):
+        harness.equal([math.nan], [1.0], 1e-3, "x")
+    monkeypatch.setattr(reference, "score", lambda *_: 1.0)
+    with pytest.raises(ValueError, match="sliding scores: differ"):
+        program.BENCHMARKS["scoring"](SCALE, rt)
 
 
 def test_variants_take_turns_and_the_first_rounds_are_thrown_away():
-	clock, turns = [0.0], []
+    clock, turns = [0.0], []
 
-	def way(name, seconds):
-		def act():
-			turns.append(name)
-			clock[0] += seconds * len(turns)
+    def way(name, seconds):
+        def act():
+            turns.append(name)
+            clock[0] += seconds * len(turns)
 
-		return act
+        return act
 
-	ways = {"a": way("a", 1.0), "b": way("b", 10.0)}
-	seconds = harness.in_turns(ways, 2, lambda: clock[0], warm=1)
-	assert turns == ["a", "b", "b", "a", "a", "b"]
-	assert seconds == {"a": [4.0, 5.0], "b": [30.0, 60.0]}
-	assert harness.in_turns({"a": way("a", 1.0)}, 1, lambda: clock[0], 0, calls=2) == {"a": [7.5]}
-	first, second = harness.rows_of(seconds)
-	assert first == Row("a", "s", 4.5, 4.0, 5.0, 2, [1.0, 1.0, 1.0])
-	assert second == Row("b", "s", 45.0, 30.0, 60.0, 2, [9.75, 7.5, 12.0])
+    ways = {"a": way("a", 1.0), "b": way("b", 10.0)}
+    seconds = harness.in_turns(ways, 2, lambda: clock[0], warm=1)
+    assert turns == ["a", "b", "b", "a", "a", "b"]
+    assert seconds == {"a": [4.0, 5.0], "b": [30.0, 60.0]}
+    assert harness.in_turns({"a": way("a", 1.0)}, 1, lambda: clock[0], 0, calls=2) == {"a": [7.5]}
+    first, second = harness.rows_of(seconds)
+    assert first == Row("a", "s", 4.5, 4.0, 5.0, 2, [1.0, 1.0, 1.0])
+    assert second == Row("b", "s", 45.0, 30.0, 60.0, 2, [9.75, 7.5, 12.0])
 
 
 def test_the_sizes_are_legal_and_on_a_gpu_the_published_ones():
-	for (device, _), scale in harness.SCALES.items():
-		assert scale.device == device
-		for text in (scale.settings, scale.byte_settings, scale.matrices, scale.ranks):
-			scale.h(text)
-		assert scale.val_tokens > scale.h(scale.settings).train_seq_len
-	for quick in (False, True):
-		scale = harness.SCALES["cuda", quick]
-		h, byte = scale.h(scale.settings), scale.h(scale.byte_settings)
-		shape = (h.num_layers, h.model_dim, h.train_batch_tokens, tg.micro_batches(h))
-		assert shape == (11, 512, 98_304, 1)
-		assert (byte.num_layers, byte.train_seq_len, byte.jepa_chunk_size) == (13, 4096, 8)
-		assert scale.attention == ((98_304 // 2048, 2048), (393_216 // 8 // 4096, 4096))
+    for (device, _), scale in harness.SCALES.items():
+        assert scale.device == device
+        for text in (scale.settings, scale.byte_settings, scale.matrices, scale.ranks):
+            scale.h(text)
+        assert scale.val_tokens > scale.h(scale.settings).train_seq_len
+    for quick in (False, True):
+        scale = harness.SCALES["cuda", quick]
+        h, byte = scale.h(scale.settings), scale.h(scale.byte_settings)
+        shape = (h.num_layers, h.model_dim, h.train_batch_tokens, tg.micro_batches(h))
+        assert shape == (11, 512, 98_304, 1)
+        assert (byte.num_layers, byte.train_seq_len, byte.jepa_chunk_size) == (13, 4096, 8)
+        assert scale.attention == ((98_304 // 2048, 2048), (393_216 // 8 // 4096, 4096))
 
 
 @pytest.fixture
 def report(tmp_path, monkeypatch):
-	"""A report of two benchmarks, one of which fails."""
+    """A report of two benchmarks, one of which fails."""
 
-	def good(scale, rt):
-		"""What is good."""
-		return Table("small", [harness.row("x", "s", [0.5, 1.5], [1.0, 1.0])])
+    def good(scale, rt):
+        """What is good."""
+        return Table("small", [harness.row("x", "s", [0.5, 1.5], [1.0, 1.0])])
 
-	def bad(scale, rt):
-		"""What is bad."""
-		raise RuntimeError("it broke")
+    def bad(scale, rt):
+        """What is bad."""
+        raise RuntimeError("it broke")
 
-	monkeypatch.setattr(program, "BENCHMARKS", {"bad": bad, "good": good})
-	path = tmp_path / "deeper" / "report.json"
-	assert program.main(["--device", "cpu", "--quick", "--out", str(path)]) == 1
-	return path
+    monkeypatch.setattr(program, "BENCHMARKS", {"bad": bad, "good": good})
+    path = tmp_path / "deeper" / "report.json"
+    assert program.main(["--device", "cpu", "--quick", "--out", str(path)]) == 1
+    return path
 
 
 def test_a_report_has_its_keys_and_keeps_what_others_found(report, capsys):
-	told = json.loads(report.read_text())
-	assert told.keys() == {
-		"kind",
-		"quick",
-		"device",
-		"cores",
-		"threads",
-		"load",
-		"versions",
-		"command",
-		"date",
-		"code_sha256",
-		"benchmarks",
-	}
-	assert (told["kind"], told["quick"], told["device"]["dtype"]) == ("cpu", True, "float32")
-	assert told["versions"]["torch"] == torch.__version__
-	assert told["command"].startswith("python -m tests.bench")
-	assert "it broke" in told["benchmarks"]["bad"]["error"]
-	good = told["benchmarks"]["good"]
-	assert good.keys() == {"sizes", "rows", "seconds"}
-	assert [Row(**row) for row in good["rows"]] == [
-		Row("x", "s", 1.0, 0.5, 1.5, 2, [1.0, 0.5, 1.5], "")
-	]
+    told = json.loads(report.read_text())
+    assert told.keys() == {
+        "kind",
+        "quick",
+        "device",
+        "cores",
+        "threads",
+        "load",
+        "versions",
+        "command",
+        "date",
+        "code_sha256",
+        "benchmarks",
+    }
+    assert (told["kind"], told["quick"], told["device"]["dtype"]) == ("cpu", True, "float32")
+    assert told["versions"]["torch"] == torch.__version__
+    assert told["command"].startswith("python -m tests.bench")
+    assert "it broke" in told["benchmarks"]["bad"]["error"]
+    good = told["benchmarks"]["good"]
+    assert good.keys() == {"sizes", "rows", "seconds"}
+    assert [Row(**row) for row in good["rows"]] == [
+        Row("x", "s", 1.0, 0.5, 1.5, 2, [1.0, 0.5, 1.5], "")
+    ]
 
 
 def test_markdown_fills_the_block_of_its_device_alone(report, tmp_path):
-	readme = tmp_path / "README.md"
-	text = program.README.read_text(encoding="utf-8")
-	start, end = "<!-- cpu: filled by --markdown, not by hand -->\n", "<!-- end of cpu -->"
-	head, tail = text.partition(start)[0], text.rpartition(end)[2]
-	for _ in range(2):  # again: what is there is replaced
-		readme.write_text(text)
-		program.write_markdown(report, readme)
-		text = readme.read_text()
-	assert text.startswith(head + start)
-	assert text.endswith(end + tail)
-	assert text.count("### good: What is good") == 1
-	assert "| x | 1.00 s | 500 ms to 1.50 s | 1.000 (0.500 to 1.500) | 2 |\n" in text
-	assert "### bad: failed" in text
-	with pytest.raises(ValueError, match="no marks"):
-		tables.fill("nothing", "cpu", "")
+    readme = tmp_path / "README.md"
+    text = program.README.read_text(encoding="utf-8")
+    start, end = "<!-- cpu: filled by --markdown, not by hand -->\n", "<!-- end of cpu -->"
+    head, tail = text.partition(start)[0], text.rpartition(end)[2]
+    for _ in range(2):  # again: what is there is replaced
+        readme.write_text(text)
+        program.write_markdown(report, readme)
+        text = readme.read_text()
+    assert text.startswith(head + start)
+    assert text.endswith(end + tail)
+    assert text.count("### good: What is good") == 1
+    assert "| x | 1.00 s | 500 ms to 1.50 s | 1.000 (0.500 to 1.500) | 2 |\n" in text
+    assert "### bad: failed" in text
+    with pytest.raises(ValueError, match="no marks"):
+        tables.fill("nothing", "cpu", "")
 
 
 def test_the_readme_has_a_block_for_each_device_and_tells_of_every_benchmark():
-	text = program.README.read_text(encoding="utf-8")
-	for kind in ("cpu", "cuda"):
-		assert tables.fill(text, kind, "").count(f"<!-- end of {kind} -->") == 1
-	for name in program.BENCHMARKS:
-		assert f"| `{name}` |" in text, name
+    text = program.README.read_text(encoding="utf-8")
+    for kind in ("cpu", "cuda"):
+        assert tables.fill(text, kind, "").count(f"<!-- end of {kind} -->") == 1
+    for name in program.BENCHMARKS:
+        assert f"| `{name}` |" in text, name
 
 
 @pytest.mark.parametrize("argv", [["--only", "step,nothing"], ["--device", "gpu"]])
 def test_what_is_not_there_is_refused(argv, capsys):
-	with pytest.raises(SystemExit, match="2"):
-		program.main(argv)
-	assert argv[1].rpartition(",")[2] in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        program.main(argv)
+    assert argv[1].rpartition(",")[2] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", ["score", "quantize"])
 def test_a_probe_tells_seconds_and_memory(stage, capsys):
-	assert stage in startup.STAGES
-	probe.main(stage, json.dumps(dataclasses.asdict(SCALE)))
-	told = json.loads(capsys.readouterr().out)
-	assert [name for name, seconds in told["seconds"].items() if not seconds > 0] == []
-	assert {"settings", f"first {stage}", f"second {stage}"} <= told["seconds"].keys()
-	assert 100 < told["peak_mib"] < 20_000
+    assert stage in startup.STAGES
+    probe.main(stage, json.dumps(dataclasses.asdict(SCALE)))
+    told = json.loads(capsys.readouterr().out)
+    assert [name for name, seconds in told["seconds"].items() if not seconds > 0] == []
+    assert {"settings", f"first {stage}", f"second {stage}"} <= told["seconds"].keys()
+    assert 100 < told["peak_mib"] < 20_000
 
 
 def test_a_probe_that_fails_says_why(rt, tmp_path, monkeypatch):
-	broken = tmp_path / "probe.py"
-	broken.write_text("raise SystemExit('no memory')")
-	monkeypatch.setattr(startup, "PROBE", broken)
-	with pytest.raises(RuntimeError, match="step: no memory"):
-		startup.startup(SCALE, rt)
+    broken = tmp_path / "probe.py"
+    broken.write_text("raise SystemExit('no memory')")
+    monkeypatch.setattr(startup, "PROBE", broken)
+    with pytest.raises(RuntimeError, match="step: no memory"):
+        startup.startup(SCALE, rt)
 
 
 def test_int6_tells_what_each_way_costs(tmp_path, byte_corpus, monkeypatch, capsys):
-	h = settings(gptq_calib_tokens=256)
-	tg.save("model.safetensors", h, randomize(tg.GPT(h)).state_dict(), tg.Log(tmp_path))
-	for name, value in {**TINY, "GPTQ_CALIB_TOKENS": "256", "DATA_PATH": str(byte_corpus)}.items():
-		monkeypatch.setenv(name, value)
-	capsys.readouterr()
-	int6.main(str(tmp_path / "model.safetensors"))
-	told = re.findall(
-		r"^(\S.*?)  +(all|matrices alone) +(\S+) \+- (\S+) bpb", capsys.readouterr().out, re.M
-	)
-	ways = ("rounding", "GPTQ, random", "GPTQ, train")
-	assert [row[:2] for row in told] == [
-		(w, what) for w in ways for what in ("all", "matrices alone")
-	]
-	assert all(abs(float(lost)) < 1 and 0 < float(error) < 1 for *_, lost, error in told)
+    h = settings(gptq_calib_tokens=256)
+    tg.save("model.safetensors", h, randomize(tg.GPT(h)).state_dict(), tg.Log(tmp_path))
+    for name, value in {**TINY, "GPTQ_CALIB_TOKENS": "256", "DATA_PATH": str(byte_corpus)}.items():
+        monkeypatch.setenv(name, value)
+    capsys.readouterr()
+    int6.main(str(tmp_path / "model.safetensors"))
+    told = re.findall(
+        r"^(\S.*?)  +(all|matrices alone) +(\S+) \+- (\S+) bpb", capsys.readouterr().out, re.M
+    )
+    ways = ("rounding", "GPTQ, random", "GPTQ, train")
+    assert [row[:2] for row in told] == [
+        (w, what) for w in ways for what in ("all", "matrices alone")
+    ]
+    assert all(abs(float(lost)) < 1 and 0 < float(error) < 1 for *_, lost, error in told)

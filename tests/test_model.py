@@ -10,310 +10,310 @@ from conftest import randomize, settings
 import train_gpt as tg
 
 SWITCHES = {
-	"unet_skips": (0, 1),
-	"smear_gate": (0, 1),
-	"bos_mask": (0, 1),
-	"ve_enabled": (0, 1),
-	"ln_scale": (0, 1),
-	"bigram_vocab_size": (0, 64),
-	"xsa_last_n": (0, 2),
+    "unet_skips": (0, 1),
+    "smear_gate": (0, 1),
+    "bos_mask": (0, 1),
+    "ve_enabled": (0, 1),
+    "ln_scale": (0, 1),
+    "bigram_vocab_size": (0, 64),
+    "xsa_last_n": (0, 2),
 }
 
 
 def meta_model(**env: str) -> tg.GPT:
-	with torch.device("meta"):
-		return tg.GPT(tg.Hyperparameters.from_env(env))
+    with torch.device("meta"):
+        return tg.GPT(tg.Hyperparameters.from_env(env))
 
 
 BYTE_COMMAND = dict(
-	pair.split("=")
-	for pair in (
-		"NUM_LAYERS=13 VOCAB_SIZE=260 MODEL_DIM=512 NUM_HEADS=8 NUM_KV_HEADS=4 MLP_MULT=2.0 "
-		"TRAIN_SEQ_LEN=4096 TRAIN_BATCH_TOKENS=393216 BIGRAM_VOCAB_SIZE=4096 BIGRAM_DIM=32 "
-		"XSA_LAST_N=4 EMA_ENABLED=1 EMA_DECAY=0.997 SWA_ENABLED=0 ROPE_DIMS=16 LN_SCALE=1 "
-		"MUON_WD=0.04 ADAM_WD=0.04 MATRIX_LR=0.025 SCALAR_LR=0.025 TIED_EMBED_LR=0.035 "
-		"MUON_MOMENTUM=0.99 MUON_MOMENTUM_WARMUP_START=0.92 MUON_MOMENTUM_WARMUP_STEPS=1500 "
-		"WARMDOWN_ITERS=3000 ITERATIONS=9000 MAX_WALLCLOCK_SECONDS=600 EVAL_STRIDE=512"
-	).split()
+    pair.split("=")
+    for pair in (
+        "NUM_LAYERS=13 VOCAB_SIZE=260 MODEL_DIM=512 NUM_HEADS=8 NUM_KV_HEADS=4 MLP_MULT=2.0 "
+        "TRAIN_SEQ_LEN=4096 TRAIN_BATCH_TOKENS=393216 BIGRAM_VOCAB_SIZE=4096 BIGRAM_DIM=32 "
+        "XSA_LAST_N=4 EMA_ENABLED=1 EMA_DECAY=0.997 SWA_ENABLED=0 ROPE_DIMS=16 LN_SCALE=1 "
+        "MUON_WD=0.04 ADAM_WD=0.04 MATRIX_LR=0.025 SCALAR_LR=0.025 TIED_EMBED_LR=0.035 "
+        "MUON_MOMENTUM=0.99 MUON_MOMENTUM_WARMUP_START=0.92 MUON_MOMENTUM_WARMUP_STEPS=1500 "
+        "WARMDOWN_ITERS=3000 ITERATIONS=9000 MAX_WALLCLOCK_SECONDS=600 EVAL_STRIDE=512"
+    ).split()
 )
 
 
 @pytest.mark.parametrize(
-	("env", "parameters"),
-	[
-		(
-			{
-				"NUM_LAYERS": "9",
-				"MLP_MULT": "2",
-				"BIGRAM_VOCAB_SIZE": "0",
-				"VE_ENABLED": "0",
-				"SMEAR_GATE": "0",
-			},
-			17_059_912,
-		),
-		({}, 26_993_756),
-		({"PRESET": "v9"}, 26_993_756),
-		({"VE_ENABLED": "0"}, 26_829_913),
-		({"BIGRAM_VOCAB_SIZE": "1536"}, 26_928_220),
-		({"BIGRAM_VOCAB_SIZE": "3072", "BIGRAM_DIM": "112"}, 27_067_484),
-		({"BIGRAM_VOCAB_SIZE": "2816", "BIGRAM_DIM": "112"}, 27_038_812),
-		(BYTE_COMMAND, 24_165_993),
-	],
+    ("env", "parameters"),
+    [
+        (
+            {
+                "NUM_LAYERS": "9",
+                "MLP_MULT": "2",
+                "BIGRAM_VOCAB_SIZE": "0",
+                "VE_ENABLED": "0",
+                "SMEAR_GATE": "0",
+            },
+            17_059_912,
+        ),
+        ({}, 26_993_756),
+        ({"PRESET": "v9"}, 26_993_756),
+        ({"VE_ENABLED": "0"}, 26_829_913),
+        ({"BIGRAM_VOCAB_SIZE": "1536"}, 26_928_220),
+        ({"BIGRAM_VOCAB_SIZE": "3072", "BIGRAM_DIM": "112"}, 27_067_484),
+        ({"BIGRAM_VOCAB_SIZE": "2816", "BIGRAM_DIM": "112"}, 27_038_812),
+        (BYTE_COMMAND, 24_165_993),
+    ],
 )
 def test_published_parameter_counts(env: dict[str, str], parameters: int):
-	assert sum(p.numel() for p in meta_model(**env).parameters()) == parameters
+    assert sum(p.numel() for p in meta_model(**env).parameters()) == parameters
 
 
 @pytest.mark.parametrize(("env", "matrices"), [({}, 66), (BYTE_COMMAND, 78)])
 def test_muon_holds_exactly_the_block_matrices_in_four_stacks(env, matrices):
-	model = meta_model(**env)
-	roles = tg.parameter_roles(model)
-	assert roles.keys() == dict(model.named_parameters()).keys()
-	shapes = [model.get_parameter(n).shape for n, role in roles.items() if role == "matrix"]
-	assert len(shapes) == matrices
-	assert len(set(shapes)) == 4
+    model = meta_model(**env)
+    roles = tg.parameter_roles(model)
+    assert roles.keys() == dict(model.named_parameters()).keys()
+    shapes = [model.get_parameter(n).shape for n, role in roles.items() if role == "matrix"]
+    assert len(shapes) == matrices
+    assert len(set(shapes)) == 4
 
 
 def test_a_parameter_without_a_role_is_refused():
-	class Gate(torch.nn.Module):
-		def __init__(self):
-			super().__init__()
-			self.weight = torch.nn.Parameter(torch.ones(1))
+    class Gate(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
 
-	with pytest.raises(AttributeError, match="'Gate' object has no attribute 'role'"):
-		tg.parameter_roles(Gate())
+    with pytest.raises(AttributeError, match="'Gate' object has no attribute 'role'"):
+        tg.parameter_roles(Gate())
 
 
 def test_class_or_instance_builds_and_starts_near_uniform():
-	class Small(tg.Hyperparameters):
-		num_layers, model_dim, num_heads, num_kv_heads, vocab_size = 2, 64, 4, 2, 512
+    class Small(tg.Hyperparameters):
+        num_layers, model_dim, num_heads, num_kv_heads, vocab_size = 2, 64, 4, 2, 512
 
-	torch.manual_seed(0)
-	ids, targets = torch.randint(512, (2, 2, 64))
-	loss = tg.GPT(Small)(ids, targets)
-	assert loss.dtype == torch.float32
-	assert abs(loss.item() - math.log(512)) < 0.1
+    torch.manual_seed(0)
+    ids, targets = torch.randint(512, (2, 2, 64))
+    loss = tg.GPT(Small)(ids, targets)
+    assert loss.dtype == torch.float32
+    assert abs(loss.item() - math.log(512)) < 0.1
 
 
 def reference_logits(model: tg.GPT, ids: list[int]) -> torch.Tensor:
-	"""The model from its formulas, one token and one head at a time, in float64."""
-	h = model.h
-	w = {name: p.detach().double() for name, p in model.named_parameters()}
-	d, group = h.model_dim // h.num_heads, h.num_heads // h.num_kv_heads
+    """The model from its formulas, one token and one head at a time, in float64."""
+    h = model.h
+    w = {name: p.detach().double() for name, p in model.named_parameters()}
+    d, group = h.model_dim // h.num_heads, h.num_heads // h.num_kv_heads
 
-	def norm(x):
-		return x / (x.square().mean() + 1.2e-7).sqrt()
+    def norm(x):
+        return x / (x.square().mean() + 1.2e-7).sqrt()
 
-	def scale(n):
-		return 1 / math.sqrt(n + 1) if h.ln_scale else 1.0
+    def scale(n):
+        return 1 / math.sqrt(n + 1) if h.ln_scale else 1.0
 
-	def rope(x, t):
-		base, rope_dims = h.rope_base, h.rope_dims or d
-		if len(ids) > h.rope_train_seq_len:
-			exponent = rope_dims / (rope_dims - 2)
-			base *= (len(ids) / h.rope_train_seq_len) ** exponent
-		x, half = x.clone(), rope_dims // 2
-		for i in range(half):
-			angle = t * base ** (-2 * i / rope_dims)
-			a, b = x[i].clone(), x[i + half].clone()
-			x[i] = a * math.cos(angle) + b * math.sin(angle)
-			x[i + half] = b * math.cos(angle) - a * math.sin(angle)
-		return x
+    def rope(x, t):
+        base, rope_dims = h.rope_base, h.rope_dims or d
+        if len(ids) > h.rope_train_seq_len:
+            exponent = rope_dims / (rope_dims - 2)
+            base *= (len(ids) / h.rope_train_seq_len) ** exponent
+        x, half = x.clone(), rope_dims // 2
+        for i in range(half):
+            angle = t * base ** (-2 * i / rope_dims)
+            a, b = x[i].clone(), x[i + half].clone()
+            x[i] = a * math.cos(angle) + b * math.sin(angle)
+            x[i + half] = b * math.cos(angle) - a * math.sin(angle)
+        return x
 
-	stream = []
-	for t, token in enumerate(ids):
-		fresh = t == 0 or (h.bos_mask and token == tg.BOS_ID)
-		last = h.bigram_vocab_size - 1
-		bucket = last if fresh else ((36313 * token) ^ (27191 * ids[t - 1])) % last
-		bigram = w["bigram.proj.weight"] @ w["bigram.embed.weight"][bucket]
-		stream.append(norm(w["tok_emb.weight"][token] + w["bigram.scale"] * bigram))
-	gate = w["smear.gate"].sigmoid()
-	smeared = []
-	for t, token in enumerate(ids):
-		fresh = t == 0 or (h.bos_mask and token == tg.BOS_ID)
-		smeared.append((1 - gate) * stream[t] + (0 if fresh else gate * stream[t - 1]))
-	xs, x0s, outputs = smeared, smeared, []
-	for n in range(h.num_layers):
-		b = f"blocks.{n}."
-		half = h.num_layers // 2
-		if h.unet_skips and half <= n < 2 * half:
-			early = outputs[2 * half - 1 - n]
-			xs = [x + w["skip_weights"][n - half] * e for x, e in zip(xs, early, strict=True)]
-		mix = w[b + "resid_mix"]
-		xs = [mix[0] * x + mix[1] * x0 for x, x0 in zip(xs, x0s, strict=True)]
-		qs, ks, vs = [], [], []
-		for t, x in enumerate(xs):
-			x = norm(x) * scale(n)
-			q = (w[b + "attn.c_q.weight"] @ x).view(-1, d)
-			k = (w[b + "attn.c_k.weight"] @ x).view(-1, d)
-			v = w[b + "attn.c_v.weight"] @ x
-			if h.ve_enabled and n >= h.num_layers - 2:
-				value = w["value_embedding.embed.weight"][ids[t]]
-				value = w["value_embedding.proj.weight"] @ value * w["value_embedding.scale"]
-				v = v + value * w["value_embedding.layer_scales"][n - h.num_layers + 2]
-			gain = w[b + "attn.q_gain"]
-			qs.append([rope(norm(q[i]), t) * gain[i] for i in range(h.num_heads)])
-			ks.append([rope(norm(k[i]), t) for i in range(h.num_kv_heads)])
-			vs.append(v.view(-1, d))
-		after = []
-		for t, x in enumerate(xs):
-			heads = []
-			for i in range(h.num_heads):
-				scores = torch.stack([qs[t][i] @ ks[s][i // group] for s in range(t + 1)])
-				share = (scores / math.sqrt(d)).softmax(0)
-				y = sum(share[s] * vs[s][i // group] for s in range(t + 1))
-				own = vs[t][i // group]
-				xsa = n >= h.num_layers - h.xsa_last_n
-				heads.append(y - xsa * (y @ own) / (own @ own) * own)
-			x = x + w[b + "attn_scale"] * (w[b + "attn.proj.weight"] @ torch.cat(heads))
-			u = w[b + "mlp.up.weight"] @ (norm(x) * scale(n))
-			u = torch.where(u > 0, u, h.negative_slope * u) ** 2
-			after.append(x + w[b + "mlp_scale"] * (w[b + "mlp.down.weight"] @ u))
-		xs = after
-		outputs.append(xs)
-	logits = torch.stack([w["tok_emb.weight"] @ norm(x) for x in xs])
-	return h.logit_softcap * torch.tanh(logits / h.logit_softcap)
+    stream = []
+    for t, token in enumerate(ids):
+        fresh = t == 0 or (h.bos_mask and token == tg.BOS_ID)
+        last = h.bigram_vocab_size - 1
+        bucket = last if fresh else ((36313 * token) ^ (27191 * ids[t - 1])) % last
+        bigram = w["bigram.proj.weight"] @ w["bigram.embed.weight"][bucket]
+        stream.append(norm(w["tok_emb.weight"][token] + w["bigram.scale"] * bigram))
+    gate = w["smear.gate"].sigmoid()
+    smeared = []
+    for t, token in enumerate(ids):
+        fresh = t == 0 or (h.bos_mask and token == tg.BOS_ID)
+        smeared.append((1 - gate) * stream[t] + (0 if fresh else gate * stream[t - 1]))
+    xs, x0s, outputs = smeared, smeared, []
+    for n in range(h.num_layers):
+        b = f"blocks.{n}."
+        half = h.num_layers // 2
+        if h.unet_skips and half <= n < 2 * half:
+            early = outputs[2 * half - 1 - n]
+            xs = [x + w["skip_weights"][n - half] * e for x, e in zip(xs, early, strict=True)]
+        mix = w[b + "resid_mix"]
+        xs = [mix[0] * x + mix[1] * x0 for x, x0 in zip(xs, x0s, strict=True)]
+        qs, ks, vs = [], [], []
+        for t, x in enumerate(xs):
+            x = norm(x) * scale(n)
+            q = (w[b + "attn.c_q.weight"] @ x).view(-1, d)
+            k = (w[b + "attn.c_k.weight"] @ x).view(-1, d)
+            v = w[b + "attn.c_v.weight"] @ x
+            if h.ve_enabled and n >= h.num_layers - 2:
+                value = w["value_embedding.embed.weight"][ids[t]]
+                value = w["value_embedding.proj.weight"] @ value * w["value_embedding.scale"]
+                v = v + value * w["value_embedding.layer_scales"][n - h.num_layers + 2]
+            gain = w[b + "attn.q_gain"]
+            qs.append([rope(norm(q[i]), t) * gain[i] for i in range(h.num_heads)])
+            ks.append([rope(norm(k[i]), t) for i in range(h.num_kv_heads)])
+            vs.append(v.view(-1, d))
+        after = []
+        for t, x in enumerate(xs):
+            heads = []
+            for i in range(h.num_heads):
+                scores = torch.stack([qs[t][i] @ ks[s][i // group] for s in range(t + 1)])
+                share = (scores / math.sqrt(d)).softmax(0)
+                y = sum(share[s] * vs[s][i // group] for s in range(t + 1))
+                own = vs[t][i // group]
+                xsa = n >= h.num_layers - h.xsa_last_n
+                heads.append(y - xsa * (y @ own) / (own @ own) * own)
+            x = x + w[b + "attn_scale"] * (w[b + "attn.proj.weight"] @ torch.cat(heads))
+            u = w[b + "mlp.up.weight"] @ (norm(x) * scale(n))
+            u = torch.where(u > 0, u, h.negative_slope * u) ** 2
+            after.append(x + w[b + "mlp_scale"] * (w[b + "mlp.down.weight"] @ u))
+        xs = after
+        outputs.append(xs)
+    logits = torch.stack([w["tok_emb.weight"] @ norm(x) for x in xs])
+    return h.logit_softcap * torch.tanh(logits / h.logit_softcap)
 
 
 @pytest.mark.parametrize(
-	"changes",
-	[
-		{},
-		{"rope_train_seq_len": 8},
-		{"rope_dims": 0, "rope_train_seq_len": 8},
-		{"negative_slope": 0},
-		{"ln_scale": 0, "unet_skips": 0},
-		{"xsa_last_n": 2, "ve_enabled": 0, "bos_mask": 0},
-		{"logit_softcap": 5, "num_kv_heads": 4},
-	],
+    "changes",
+    [
+        {},
+        {"rope_train_seq_len": 8},
+        {"rope_dims": 0, "rope_train_seq_len": 8},
+        {"negative_slope": 0},
+        {"ln_scale": 0, "unet_skips": 0},
+        {"xsa_last_n": 2, "ve_enabled": 0, "bos_mask": 0},
+        {"logit_softcap": 5, "num_kv_heads": 4},
+    ],
 )
 def test_logits_equal_the_formulas_in_float64(changes):
-	model = randomize(tg.GPT(settings(**{"num_layers": 5, **changes})), seed=3)
-	ids = torch.randint(4, 260, (20,), generator=torch.Generator().manual_seed(0)).tolist()
-	ids[0] = ids[7] = tg.BOS_ID
-	got = model.forward_logits(torch.tensor([ids]))[0].double()
-	torch.testing.assert_close(got, reference_logits(model, ids), atol=2e-4, rtol=1e-4)
+    model = randomize(tg.GPT(settings(**{"num_layers": 5, **changes})), seed=3)
+    ids = torch.randint(4, 260, (20,), generator=torch.Generator().manual_seed(0)).tolist()
+    ids[0] = ids[7] = tg.BOS_ID
+    got = model.forward_logits(torch.tensor([ids]))[0].double()
+    torch.testing.assert_close(got, reference_logits(model, ids), atol=2e-4, rtol=1e-4)
 
 
 def test_the_loss_is_the_mean_cross_entropy():
-	model = randomize(tg.GPT(settings()))
-	ids, targets = torch.randint(4, 260, (2, 3, 20))
-	chances = model.forward_logits(ids).double().softmax(-1)
-	want = -chances.gather(-1, targets[..., None]).log().mean()
-	assert model(ids, targets).item() == pytest.approx(want.item(), rel=1e-6)
+    model = randomize(tg.GPT(settings()))
+    ids, targets = torch.randint(4, 260, (2, 3, 20))
+    chances = model.forward_logits(ids).double().softmax(-1)
+    want = -chances.gather(-1, targets[..., None]).log().mean()
+    assert model(ids, targets).item() == pytest.approx(want.item(), rel=1e-6)
 
 
 def test_activations_have_their_dtype_and_weights_stay_float32():
-	model = randomize(tg.GPT(settings(), dtype=torch.bfloat16))
-	ids = torch.randint(4, 260, (1, 8))
-	assert model.hidden(ids)[0].dtype == torch.bfloat16
-	assert model.forward_logits(ids).dtype == torch.float32
-	assert {p.dtype for p in model.parameters()} == {torch.float32}
+    model = randomize(tg.GPT(settings(), dtype=torch.bfloat16))
+    ids = torch.randint(4, 260, (1, 8))
+    assert model.hidden(ids)[0].dtype == torch.bfloat16
+    assert model.forward_logits(ids).dtype == torch.float32
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 def test_initial_weights():
-	torch.manual_seed(0)
-	h = settings(qk_gain_init=1.7, num_layers=8, vocab_size=4096, model_dim=64)
-	model = tg.GPT(h)
-	block = model.blocks[3]
-	for orthogonal, gain in (
-		(block.attn.c_q, 1),
-		(block.attn.c_k, 1),
-		(block.mlp.up, 1),
-		(model.bigram.proj, 1 / 4),
-		(model.value_embedding.proj, 1 / 4),
-	):
-		singular = torch.linalg.svdvals(orthogonal.weight)
-		torch.testing.assert_close(singular, torch.full_like(singular, gain))
-	assert not block.attn.proj.weight.any()
-	assert not block.mlp.down.weight.any()
-	assert not model.bigram.embed.weight.any()
-	assert model.tok_emb.weight.std().item() == pytest.approx(0.005, rel=0.02)
-	assert model.value_embedding.embed.weight.std().item() == pytest.approx(0.01, rel=0.05)
-	assert (block.attn.q_gain == 1.7).all()
-	assert torch.equal(block.resid_mix, torch.tensor([[1.0], [0.0]]).expand(2, 64))
+    torch.manual_seed(0)
+    h = settings(qk_gain_init=1.7, num_layers=8, vocab_size=4096, model_dim=64)
+    model = tg.GPT(h)
+    block = model.blocks[3]
+    for orthogonal, gain in (
+        (block.attn.c_q, 1),
+        (block.attn.c_k, 1),
+        (block.mlp.up, 1),
+        (model.bigram.proj, 1 / 4),
+        (model.value_embedding.proj, 1 / 4),
+    ):
+        singular = torch.linalg.svdvals(orthogonal.weight)
+        torch.testing.assert_close(singular, torch.full_like(singular, gain))
+    assert not block.attn.proj.weight.any()
+    assert not block.mlp.down.weight.any()
+    assert not model.bigram.embed.weight.any()
+    assert model.tok_emb.weight.std().item() == pytest.approx(0.005, rel=0.02)
+    assert model.value_embedding.embed.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    assert (block.attn.q_gain == 1.7).all()
+    assert torch.equal(block.resid_mix, torch.tensor([[1.0], [0.0]]).expand(2, 64))
 
 
 def test_last_positions_are_the_last_rows_of_all():
-	model = randomize(tg.GPT(settings()))
-	ids = torch.randint(4, 260, (2, 32))
-	torch.testing.assert_close(
-		model.forward_logits(ids, last=5), model.forward_logits(ids)[:, -5:], atol=1e-5, rtol=1e-5
-	)
+    model = randomize(tg.GPT(settings()))
+    ids = torch.randint(4, 260, (2, 32))
+    torch.testing.assert_close(
+        model.forward_logits(ids, last=5), model.forward_logits(ids)[:, -5:], atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("values", list(itertools.product(*SWITCHES.values())))
 def test_no_logit_sees_a_later_token(values):
-	"""Bit-equal before the changed token, for every combination of features."""
-	features = dict(zip(SWITCHES, values, strict=True))
-	model = randomize(tg.GPT(settings(**features))).eval()
-	ids = torch.randint(1, 260, (1, 48), generator=torch.Generator().manual_seed(5))
-	ids[0, 20] = tg.BOS_ID
-	with torch.inference_mode():
-		before = model.forward_logits(ids)
-		for t in (1, 20, 47):
-			changed = ids.clone()
-			changed[0, t] = 3 + (changed[0, t] + 100) % 256
-			after = model.forward_logits(changed)
-			assert torch.equal(before[:, :t], after[:, :t])
-			assert not torch.equal(before[:, t], after[:, t])
+    """Bit-equal before the changed token, for every combination of features."""
+    features = dict(zip(SWITCHES, values, strict=True))
+    model = randomize(tg.GPT(settings(**features))).eval()
+    ids = torch.randint(1, 260, (1, 48), generator=torch.Generator().manual_seed(5))
+    ids[0, 20] = tg.BOS_ID
+    with torch.inference_mode():
+        before = model.forward_logits(ids)
+        for t in (1, 20, 47):
+            changed = ids.clone()
+            changed[0, t] = 3 + (changed[0, t] + 100) % 256
+            after = model.forward_logits(changed)
+            assert torch.equal(before[:, :t], after[:, :t])
+            assert not torch.equal(before[:, t], after[:, t])
 
 
 def test_an_uncausal_attention_would_be_caught():
-	def peeks(q, k, v):
-		return tg.attend_sdpa(q, k, v) + v.mean(1, keepdim=True).repeat_interleave(2, dim=2)
+    def peeks(q, k, v):
+        return tg.attend_sdpa(q, k, v) + v.mean(1, keepdim=True).repeat_interleave(2, dim=2)
 
-	model = randomize(tg.GPT(settings(), attend=peeks))
-	ids = torch.randint(1, 260, (1, 16))
-	changed = ids.clone()
-	changed[0, -1] = 5 + (changed[0, -1] + 9) % 250
-	assert not torch.equal(model.forward_logits(ids)[:, 0], model.forward_logits(changed)[:, 0])
+    model = randomize(tg.GPT(settings(), attend=peeks))
+    ids = torch.randint(1, 260, (1, 16))
+    changed = ids.clone()
+    changed[0, -1] = 5 + (changed[0, -1] + 9) % 250
+    assert not torch.equal(model.forward_logits(ids)[:, 0], model.forward_logits(changed)[:, 0])
 
 
 @pytest.mark.fault(55)
 @pytest.mark.parametrize("bos_mask", [0, 1])
 def test_what_a_bos_position_gets_ignores_the_document_before(bos_mask):
-	h = settings(bos_mask=bos_mask)
-	smear, bigram = randomize(tg.SmearGate(h)), randomize(tg.BigramHash(h))
-	ids = torch.tensor([[1, 50, 60, 1, 70, 80]])
-	other = torch.tensor([[1, 50, 61, 1, 70, 80]])
-	x = torch.randn(1, 6, h.model_dim)
-	x_other = x.clone()
-	x_other[0, 2] += 1
-	same_smear = torch.equal(smear(x, ids)[:, 3], smear(x_other, other)[:, 3])
-	same_bigram = torch.equal(bigram(ids)[:, 3], bigram(other)[:, 3])
-	assert (same_smear, same_bigram) == (bool(bos_mask), bool(bos_mask))
-	# The first position of a sequence gets what a BOS within it gets.
-	assert torch.equal(bigram(ids)[:, 0], bigram(ids)[:, 3]) == bool(bos_mask)
+    h = settings(bos_mask=bos_mask)
+    smear, bigram = randomize(tg.SmearGate(h)), randomize(tg.BigramHash(h))
+    ids = torch.tensor([[1, 50, 60, 1, 70, 80]])
+    other = torch.tensor([[1, 50, 61, 1, 70, 80]])
+    x = torch.randn(1, 6, h.model_dim)
+    x_other = x.clone()
+    x_other[0, 2] += 1
+    same_smear = torch.equal(smear(x, ids)[:, 3], smear(x_other, other)[:, 3])
+    same_bigram = torch.equal(bigram(ids)[:, 3], bigram(other)[:, 3])
+    assert (same_smear, same_bigram) == (bool(bos_mask), bool(bos_mask))
+    # The first position of a sequence gets what a BOS within it gets.
+    assert torch.equal(bigram(ids)[:, 0], bigram(ids)[:, 3]) == bool(bos_mask)
 
 
 @pytest.mark.parametrize("bigram_dim", [8, 32])  # 32 is the model's width: no projection
 def test_bigram_learns_from_the_second_step_on(bigram_dim):
-	h = settings(bigram_dim=bigram_dim)
-	torch.manual_seed(0)
-	model = tg.GPT(h)
-	optimizers = tg.Optimizers(model, h)
-	for step in range(2):
-		ids, targets = torch.randint(4, 260, (2, 2, 64))
-		model(ids, targets).backward()
-		if step:
-			grads = [p.grad.abs().max() for p in model.bigram.parameters()]
-			assert all(g > 0 for g in grads)
-		optimizers.step(step, 1.0)
+    h = settings(bigram_dim=bigram_dim)
+    torch.manual_seed(0)
+    model = tg.GPT(h)
+    optimizers = tg.Optimizers(model, h)
+    for step in range(2):
+        ids, targets = torch.randint(4, 260, (2, 2, 64))
+        model(ids, targets).backward()
+        if step:
+            grads = [p.grad.abs().max() for p in model.bigram.parameters()]
+            assert all(g > 0 for g in grads)
+        optimizers.step(step, 1.0)
 
 
 def test_value_embeddings_are_where_they_are_asked_for():
-	def value_layers(**changes: object) -> list[int]:
-		return tg.ValueEmbedding(settings(**changes)).layers
+    def value_layers(**changes: object) -> list[int]:
+        return tg.ValueEmbedding(settings(**changes)).layers
 
-	assert value_layers(num_layers=11) == [9, 10]
-	assert value_layers(num_layers=13) == [11, 12]
-	assert value_layers(num_layers=1) == [0]
-	assert value_layers(num_layers=3, ve_layers="2,0") == [0, 2]
-	assert tg.GPT(settings(ve_enabled=0)).value_embedding is None
+    assert value_layers(num_layers=11) == [9, 10]
+    assert value_layers(num_layers=13) == [11, 12]
+    assert value_layers(num_layers=1) == [0]
+    assert value_layers(num_layers=3, ve_layers="2,0") == [0, 2]
+    assert tg.GPT(settings(ve_enabled=0)).value_embedding is None
 
 
 def test_xsa_is_in_the_last_layers_only():
-	model = tg.GPT(settings(num_layers=4, xsa_last_n=3))
-	assert [block.attn.xsa for block in model.blocks] == [False, True, True, True]
-	assert all(b.attn.xsa for b in tg.GPT(settings(num_layers=2, xsa_last_n=11)).blocks)
+    model = tg.GPT(settings(num_layers=4, xsa_last_n=3))
+    assert [block.attn.xsa for block in model.blocks] == [False, True, True, True]
+    assert all(b.attn.xsa for b in tg.GPT(settings(num_layers=2, xsa_last_n=11)).blocks)

@@ -10,201 +10,201 @@ import train_gpt as tg
 
 
 def scalar_iteration(s: torch.Tensor, steps: int = 5) -> torch.Tensor:
-	for _ in range(steps):
-		s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-	return s
+    for _ in range(steps):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return s
 
 
 @pytest.mark.parametrize("shape", [(48, 48), (24, 48), (96, 32)])
 def test_newton_schulz_is_the_polynomial_on_the_singular_values(shape):
-	generator = torch.Generator().manual_seed(0)
-	stack = torch.randn(3, *shape, generator=generator, dtype=torch.float64)
-	stack[1] *= 1e-3  # scale must not matter
-	u, s, vt = torch.linalg.svd(stack, full_matrices=False)
-	relative = s / stack.norm(dim=(1, 2), keepdim=True).squeeze(-1)
-	expected = u @ torch.diag_embed(scalar_iteration(relative)) @ vt
-	got = tg.newton_schulz(stack.float(), 5).double()
-	torch.testing.assert_close(got, expected, atol=2e-3, rtol=2e-3)
-	ends = torch.linalg.svdvals(got)[relative > 0.002]
-	assert ends.min() > 0.66
-	assert ends.max() < 1.22
+    generator = torch.Generator().manual_seed(0)
+    stack = torch.randn(3, *shape, generator=generator, dtype=torch.float64)
+    stack[1] *= 1e-3  # scale must not matter
+    u, s, vt = torch.linalg.svd(stack, full_matrices=False)
+    relative = s / stack.norm(dim=(1, 2), keepdim=True).squeeze(-1)
+    expected = u @ torch.diag_embed(scalar_iteration(relative)) @ vt
+    got = tg.newton_schulz(stack.float(), 5).double()
+    torch.testing.assert_close(got, expected, atol=2e-3, rtol=2e-3)
+    ends = torch.linalg.svdvals(got)[relative > 0.002]
+    assert ends.min() > 0.66
+    assert ends.max() < 1.22
 
 
 def test_a_stack_equals_one_matrix_at_a_time():
-	stack = torch.randn(5, 40, 24, generator=torch.Generator().manual_seed(0))
-	alone = torch.cat([tg.newton_schulz(m[None], 5) for m in stack])
-	torch.testing.assert_close(tg.newton_schulz(stack, 5), alone, atol=1e-5, rtol=1e-5)
+    stack = torch.randn(5, 40, 24, generator=torch.Generator().manual_seed(0))
+    alone = torch.cat([tg.newton_schulz(m[None], 5) for m in stack])
+    torch.testing.assert_close(tg.newton_schulz(stack, 5), alone, atol=1e-5, rtol=1e-5)
 
 
 def test_a_zero_matrix_stays_zero():
-	assert not tg.newton_schulz(torch.zeros(2, 8, 4), 5).any()
+    assert not tg.newton_schulz(torch.zeros(2, 8, 4), 5).any()
 
 
 def test_muon_step_is_the_published_rule():
-	generator = torch.Generator().manual_seed(0)
-	shapes = [(8, 8), (16, 8), (8, 8), (8, 16)]
-	params = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in shapes]
-	expected = [p.detach().clone() for p in params]
-	momenta = [torch.zeros_like(p) for p in params]
-	muon = tg.Muon(params, weight_decay=0.1, ns_steps=5, dtype=torch.float32)
-	assert [len(stack) for stack in muon.stacks] == [2, 1, 1]
-	for momentum in (0.9, 0.95):
-		for p, want, buffer in zip(params, expected, momenta, strict=True):
-			p.grad = torch.randn(p.shape, generator=generator)
-			buffer.mul_(momentum).add_(p.grad)
-			direction = tg.newton_schulz((p.grad + momentum * buffer)[None], 5)[0]
-			want.mul_(1 - 0.02 * 0.1)
-			want.sub_(0.02 * math.sqrt(max(1, p.size(0) / p.size(1))) * direction)
-		muon.step(0.02, momentum)
-	for p, want in zip(params, expected, strict=True):
-		torch.testing.assert_close(p.detach(), want, atol=1e-5, rtol=1e-5)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(8, 8), (16, 8), (8, 8), (8, 16)]
+    params = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in shapes]
+    expected = [p.detach().clone() for p in params]
+    momenta = [torch.zeros_like(p) for p in params]
+    muon = tg.Muon(params, weight_decay=0.1, ns_steps=5, dtype=torch.float32)
+    assert [len(stack) for stack in muon.stacks] == [2, 1, 1]
+    for momentum in (0.9, 0.95):
+        for p, want, buffer in zip(params, expected, momenta, strict=True):
+            p.grad = torch.randn(p.shape, generator=generator)
+            buffer.mul_(momentum).add_(p.grad)
+            direction = tg.newton_schulz((p.grad + momentum * buffer)[None], 5)[0]
+            want.mul_(1 - 0.02 * 0.1)
+            want.sub_(0.02 * math.sqrt(max(1, p.size(0) / p.size(1))) * direction)
+        muon.step(0.02, momentum)
+    for p, want in zip(params, expected, strict=True):
+        torch.testing.assert_close(p.detach(), want, atol=1e-5, rtol=1e-5)
 
 
 def test_every_parameter_is_in_exactly_one_group_with_its_roles_settings():
-	h = settings(num_layers=2, jepa_chunk_size=4)
-	model = tg.GPT(h)
-	optimizers = tg.Optimizers(model, h)
-	held = [p for stack in optimizers.muon.stacks for p in stack]
-	rates = {}
-	for group in optimizers.adamw.param_groups:
-		held += group["params"]
-		rates |= {id(p): (group["base_lr"], group["weight_decay"]) for p in group["params"]}
-	assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
-	assert rates[id(model.tok_emb.weight)] == (h.tied_embed_lr, 0.04)
-	assert rates[id(model.smear.gate)] == (h.scalar_lr, 0.04)
-	assert rates[id(model.bigram.proj.weight)] == (h.scalar_lr, 0.04)
-	assert rates[id(model.jepa.inject.weight)] == (h.jepa_lr, 0.0)
+    h = settings(num_layers=2, jepa_chunk_size=4)
+    model = tg.GPT(h)
+    optimizers = tg.Optimizers(model, h)
+    held = [p for stack in optimizers.muon.stacks for p in stack]
+    rates = {}
+    for group in optimizers.adamw.param_groups:
+        held += group["params"]
+        rates |= {id(p): (group["base_lr"], group["weight_decay"]) for p in group["params"]}
+    assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
+    assert rates[id(model.tok_emb.weight)] == (h.tied_embed_lr, 0.04)
+    assert rates[id(model.smear.gate)] == (h.scalar_lr, 0.04)
+    assert rates[id(model.bigram.proj.weight)] == (h.scalar_lr, 0.04)
+    assert rates[id(model.jepa.inject.weight)] == (h.jepa_lr, 0.0)
 
 
 def test_the_one_table_decides_for_muon_too(monkeypatch):
-	policy = "jepa_lr", "adam_wd", 6
-	monkeypatch.setitem(tg.ROLE_POLICY, "matrix", policy)
-	h = settings(jepa_lr=0.5, adam_wd=0.7)
-	optimizers = tg.Optimizers(tg.GPT(h), h)
-	assert (optimizers.muon_lr, optimizers.muon.weight_decay) == (0.5, 0.7)
+    policy = "jepa_lr", "adam_wd", 6
+    monkeypatch.setitem(tg.ROLE_POLICY, "matrix", policy)
+    h = settings(jepa_lr=0.5, adam_wd=0.7)
+    optimizers = tg.Optimizers(tg.GPT(h), h)
+    assert (optimizers.muon_lr, optimizers.muon.weight_decay) == (0.5, 0.7)
 
 
 def test_a_step_is_the_published_one_at_the_scheduled_rates():
-	"""AdamW and Muon written out, one step after another, at half the learning rates."""
-	h = settings(num_layers=2, grad_clip_norm=0, beta1=0.8, beta2=0.9, adam_eps=1e-3)
-	torch.manual_seed(0)
-	model = randomize(tg.GPT(h))
-	roles = tg.parameter_roles(model)
-	weights = {n: p.detach().clone().double() for n, p in model.named_parameters()}
-	first = {n: torch.zeros_like(w) for n, w in weights.items()}
-	second = {n: torch.zeros_like(w) for n, w in weights.items()}
-	optimizers = tg.Optimizers(model, h)
-	for step in range(2):
-		for p in model.parameters():
-			p.grad.normal_()
-		grads = {n: p.grad.double().clone() for n, p in model.named_parameters()}
-		for n, w in weights.items():
-			g, m = grads[n], first[n]
-			if roles[n] == "matrix":
-				momentum = 0.92 + step / 1500 * 0.07
-				m.mul_(momentum).add_(g)
-				u = tg.newton_schulz((g + momentum * m)[None].float(), 5)[0].double()
-				w.mul_(1 - 0.5 * 0.025 * 0.04)
-				w.sub_(0.5 * 0.025 * math.sqrt(max(1, w.size(0) / w.size(1))) * u)
-				continue
-			lr = 0.5 * {"embed": 0.035, "scalar": 0.025}[roles[n]]
-			m.mul_(0.8).add_(0.2 * g)
-			second[n].mul_(0.9).add_(0.1 * g * g)
-			w.mul_(1 - lr * 0.04)
-			root = (second[n] / (1 - 0.9 ** (step + 1))).sqrt() + 1e-3
-			w.sub_(lr * m / (1 - 0.8 ** (step + 1)) / root)
-		optimizers.step(step, 0.5)
-	for n, p in model.named_parameters():
-		torch.testing.assert_close(p.detach().double(), weights[n], atol=1e-5, rtol=1e-4, msg=n)
+    """AdamW and Muon written out, one step after another, at half the learning rates."""
+    h = settings(num_layers=2, grad_clip_norm=0, beta1=0.8, beta2=0.9, adam_eps=1e-3)
+    torch.manual_seed(0)
+    model = randomize(tg.GPT(h))
+    roles = tg.parameter_roles(model)
+    weights = {n: p.detach().clone().double() for n, p in model.named_parameters()}
+    first = {n: torch.zeros_like(w) for n, w in weights.items()}
+    second = {n: torch.zeros_like(w) for n, w in weights.items()}
+    optimizers = tg.Optimizers(model, h)
+    for step in range(2):
+        for p in model.parameters():
+            p.grad.normal_()
+        grads = {n: p.grad.double().clone() for n, p in model.named_parameters()}
+        for n, w in weights.items():
+            g, m = grads[n], first[n]
+            if roles[n] == "matrix":
+                momentum = 0.92 + step / 1500 * 0.07
+                m.mul_(momentum).add_(g)
+                u = tg.newton_schulz((g + momentum * m)[None].float(), 5)[0].double()
+                w.mul_(1 - 0.5 * 0.025 * 0.04)
+                w.sub_(0.5 * 0.025 * math.sqrt(max(1, w.size(0) / w.size(1))) * u)
+                continue
+            lr = 0.5 * {"embed": 0.035, "scalar": 0.025}[roles[n]]
+            m.mul_(0.8).add_(0.2 * g)
+            second[n].mul_(0.9).add_(0.1 * g * g)
+            w.mul_(1 - lr * 0.04)
+            root = (second[n] / (1 - 0.9 ** (step + 1))).sqrt() + 1e-3
+            w.sub_(lr * m / (1 - 0.8 ** (step + 1)) / root)
+        optimizers.step(step, 0.5)
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(p.detach().double(), weights[n], atol=1e-5, rtol=1e-4, msg=n)
 
 
 def test_gradients_are_clipped_and_dropped():
-	h = settings(grad_clip_norm=0.3)
-	model = tg.GPT(h)
-	optimizers = tg.Optimizers(model, h)
-	for p in model.parameters():
-		p.grad.fill_(1)
-	seen = []
-	optimizers.muon.step = lambda *_: seen.append(
-		torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
-	)
-	optimizers.step(0, 1.0)
-	assert seen[0] == pytest.approx(0.3, rel=1e-3)
-	assert not any(p.grad.any() for p in model.parameters())
+    h = settings(grad_clip_norm=0.3)
+    model = tg.GPT(h)
+    optimizers = tg.Optimizers(model, h)
+    for p in model.parameters():
+        p.grad.fill_(1)
+    seen = []
+    optimizers.muon.step = lambda *_: seen.append(
+        torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+    )
+    optimizers.step(0, 1.0)
+    assert seen[0] == pytest.approx(0.3, rel=1e-3)
+    assert not any(p.grad.any() for p in model.parameters())
 
 
 def test_momentum_rises_linearly_then_stays():
-	def momentum(step: int, steps: int) -> float:
-		h = settings(muon_momentum_warmup_steps=steps)
-		optimizers, seen = tg.Optimizers(tg.GPT(h), h), []
-		optimizers.muon.step = lambda _, momentum: seen.append(momentum)
-		optimizers.step(step, 1.0)
-		return seen[0]
+    def momentum(step: int, steps: int) -> float:
+        h = settings(muon_momentum_warmup_steps=steps)
+        optimizers, seen = tg.Optimizers(tg.GPT(h), h), []
+        optimizers.muon.step = lambda _, momentum: seen.append(momentum)
+        optimizers.step(step, 1.0)
+        return seen[0]
 
-	table = {0: 0.92, 50: 0.955, 100: 0.99, 5000: 0.99}
-	assert {step: pytest.approx(momentum(step, 100)) for step in table} == table
-	assert momentum(0, 0) == 0.99
+    table = {0: 0.92, 50: 0.955, 100: 0.99, 5000: 0.99}
+    assert {step: pytest.approx(momentum(step, 100)) for step in table} == table
+    assert momentum(0, 0) == 0.99
 
 
 @pytest.mark.parametrize(
-	("env", "step", "elapsed", "scale"),
-	[
-		# Steps end the run: 1 until the warm-down, then linear to 0 after the last step.
-		({"iterations": 300, "warmdown_iters": 150}, 0, 0.0, 1.0),
-		({"iterations": 300, "warmdown_iters": 150}, 150, 9.0, 1.0),
-		({"iterations": 300, "warmdown_iters": 150}, 225, 9.0, 0.5),
-		({"iterations": 300, "warmdown_iters": 150}, 299, 9.0, 1 / 150),
-		# A warm-down longer than the run takes 0.6 of it.
-		({"iterations": 100, "warmdown_iters": 3500}, 40, 9.0, 1.0),
-		({"iterations": 100, "warmdown_iters": 3500}, 70, 9.0, 0.5),
-		# Seconds end the run: 1 s a step, 600 s, so 600 steps.
-		({"max_wallclock_seconds": 600, "warmdown_iters": 100}, 500, 500.0, 1.0),
-		({"max_wallclock_seconds": 600, "warmdown_iters": 100}, 550, 550.0, 0.5),
-		({"max_wallclock_seconds": 600, "warmdown_iters": 100}, 600, 600.0, 0.0),
-		# A slow machine: 10 s a step, 60 steps in all; the warm-down is the last 36 of them.
-		({"max_wallclock_seconds": 600, "warmdown_iters": 3500}, 10, 100.0, 1.0),
-		({"max_wallclock_seconds": 600, "warmdown_iters": 3500}, 42, 420.0, 0.5),
-		# The byte command, 63.14 ms a step: ITERATIONS=9000 ends it first, and at 0.
-		(
-			{"max_wallclock_seconds": 600, "iterations": 9000, "warmdown_iters": 3000},
-			6000,
-			378.84,
-			1.0,
-		),
-		(
-			{"max_wallclock_seconds": 600, "iterations": 9000, "warmdown_iters": 3000},
-			9000,
-			568.3,
-			0.0,
-		),
-		({"iterations": 300, "warmdown_iters": 0}, 299, 9.0, 1.0),
-	],
+    ("env", "step", "elapsed", "scale"),
+    [
+        # Steps end the run: 1 until the warm-down, then linear to 0 after the last step.
+        ({"iterations": 300, "warmdown_iters": 150}, 0, 0.0, 1.0),
+        ({"iterations": 300, "warmdown_iters": 150}, 150, 9.0, 1.0),
+        ({"iterations": 300, "warmdown_iters": 150}, 225, 9.0, 0.5),
+        ({"iterations": 300, "warmdown_iters": 150}, 299, 9.0, 1 / 150),
+        # A warm-down longer than the run takes 0.6 of it.
+        ({"iterations": 100, "warmdown_iters": 3500}, 40, 9.0, 1.0),
+        ({"iterations": 100, "warmdown_iters": 3500}, 70, 9.0, 0.5),
+        # Seconds end the run: 1 s a step, 600 s, so 600 steps.
+        ({"max_wallclock_seconds": 600, "warmdown_iters": 100}, 500, 500.0, 1.0),
+        ({"max_wallclock_seconds": 600, "warmdown_iters": 100}, 550, 550.0, 0.5),
+        ({"max_wallclock_seconds": 600, "warmdown_iters": 100}, 600, 600.0, 0.0),
+        # A slow machine: 10 s a step, 60 steps in all; the warm-down is the last 36 of them.
+        ({"max_wallclock_seconds": 600, "warmdown_iters": 3500}, 10, 100.0, 1.0),
+        ({"max_wallclock_seconds": 600, "warmdown_iters": 3500}, 42, 420.0, 0.5),
+        # The byte command, 63.14 ms a step: ITERATIONS=9000 ends it first, and at 0.
+        (
+            {"max_wallclock_seconds": 600, "iterations": 9000, "warmdown_iters": 3000},
+            6000,
+            378.84,
+            1.0,
+        ),
+        (
+            {"max_wallclock_seconds": 600, "iterations": 9000, "warmdown_iters": 3000},
+            9000,
+            568.3,
+            0.0,
+        ),
+        ({"iterations": 300, "warmdown_iters": 0}, 299, 9.0, 1.0),
+    ],
 )
 def test_learning_rate_schedule(env, step, elapsed, scale):
-	h = settings(**{"iterations": 20_000, **env})
-	assert tg.lr_scale(step, elapsed, h) == pytest.approx(scale, abs=1e-3)
+    h = settings(**{"iterations": 20_000, **env})
+    assert tg.lr_scale(step, elapsed, h) == pytest.approx(scale, abs=1e-3)
 
 
 def test_ema_is_the_bounded_average():
-	h = settings(ema_decay=0.9)
-	model = torch.nn.Linear(1, 1, bias=False)
-	average = tg.WeightAverage(model, h)
-	want = model.weight.item()
-	for t in range(200):
-		model.weight.data.fill_(math.sin(t))
-		decay = min(0.9, (1 + t) / (10 + t))
-		want = decay * want + (1 - decay) * math.sin(t)
-		average.update(t)
-	assert average.weights["weight"].item() == pytest.approx(want, abs=1e-5)
-	assert average.apply(tg.Log()) == "ema"
-	assert model.weight.item() == pytest.approx(want, abs=1e-5)
+    h = settings(ema_decay=0.9)
+    model = torch.nn.Linear(1, 1, bias=False)
+    average = tg.WeightAverage(model, h)
+    want = model.weight.item()
+    for t in range(200):
+        model.weight.data.fill_(math.sin(t))
+        decay = min(0.9, (1 + t) / (10 + t))
+        want = decay * want + (1 - decay) * math.sin(t)
+        average.update(t)
+    assert average.weights["weight"].item() == pytest.approx(want, abs=1e-5)
+    assert average.apply(tg.Log()) == "ema"
+    assert model.weight.item() == pytest.approx(want, abs=1e-5)
 
 
 def test_without_averaging_the_last_weights_stay():
-	h = settings(ema_enabled=0)
-	model = torch.nn.Linear(1, 1, bias=False)
-	average = tg.WeightAverage(model, h)
-	model.weight.data.fill_(7)
-	average.update(0)
-	assert average.apply(tg.Log()) == "raw"
-	assert model.weight.item() == 7
+    h = settings(ema_enabled=0)
+    model = torch.nn.Linear(1, 1, bias=False)
+    average = tg.WeightAverage(model, h)
+    model.weight.data.fill_(7)
+    average.update(0)
+    assert average.apply(tg.Log()) == "raw"
+    assert model.weight.item() == 7

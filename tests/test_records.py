@@ -26,135 +26,135 @@ PAGE = (ROOT / "records" / "README.md").read_text(encoding="utf-8")
 
 
 def tool(name, *argv, env=KEPT):
-	"""One of the tools in a process of its own, and what it printed."""
-	command = [sys.executable, ROOT / "records" / f"{name}.py", *map(str, argv)]
-	return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    """One of the tools in a process of its own, and what it printed."""
+    command = [sys.executable, ROOT / "records" / f"{name}.py", *map(str, argv)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
 
 
 def shell_path():
-	"""The PATH under which `python` is the one that runs these tests."""
-	return f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    """The PATH under which `python` is the one that runs these tests."""
+    return f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a copy that cannot be cloned")
 def test_the_five_commands_of_the_newcomers_page(tmp_path):
-	"""As they stand in records/README.md, but for a smaller model and fewer steps."""
-	commands = re.search(r"```\n(git clone .*?)```", PAGE, re.DOTALL)[1]
-	assert len(commands.splitlines()) == 5
-	smaller = "NUM_LAYERS=1 MODEL_DIM=32 VE_DIM=8 BIGRAM_VOCAB_SIZE=64 TRAIN_BATCH_TOKENS=512 "
-	smaller += "ITERATIONS=6 EVAL_STRIDE=0 GPTQ_CALIB_TOKENS=1024"
-	env = KEPT | dict(pair.split("=") for pair in smaller.split())
-	env |= {"PATH": shell_path(), "URL": str(ROOT), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-	done = subprocess.run(
-		["bash", "-e", "-c", commands], cwd=tmp_path, env=env, capture_output=True, text=True
-	)
-	assert done.returncode == 0, done.stdout + done.stderr
-	assert re.search("^ok: .* run twice$", done.stdout, re.MULTILINE), done.stdout
-	(folder,) = (tmp_path / "trainer" / "records" / "track_non_record_16mb").glob("*_First")
-	told = json.loads((folder / "submission.json").read_text())
-	assert sorted(told["seeds"]) == [7, 42, 1337] and told["step_stop"] == 6
+    """As they stand in records/README.md, but for a smaller model and fewer steps."""
+    commands = re.search(r"```\n(git clone .*?)```", PAGE, re.DOTALL)[1]
+    assert len(commands.splitlines()) == 5
+    smaller = "NUM_LAYERS=1 MODEL_DIM=32 VE_DIM=8 BIGRAM_VOCAB_SIZE=64 TRAIN_BATCH_TOKENS=512 "
+    smaller += "ITERATIONS=6 EVAL_STRIDE=0 GPTQ_CALIB_TOKENS=1024"
+    env = KEPT | dict(pair.split("=") for pair in smaller.split())
+    env |= {"PATH": shell_path(), "URL": str(ROOT), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    done = subprocess.run(
+        ["bash", "-e", "-c", commands], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search("^ok: .* run twice$", done.stdout, re.MULTILINE), done.stdout
+    (folder,) = (tmp_path / "trainer" / "records" / "track_non_record_16mb").glob("*_First")
+    told = json.loads((folder / "submission.json").read_text())
+    assert sorted(told["seeds"]) == [7, 42, 1337] and told["step_stop"] == 6
 
 
 def test_a_sweep_killed_half_way_ends_in_table_comparison_and_plot(byte_corpus, tmp_path):
-	"""Two settings by two by three seeds; one trial is killed by the system, then all."""
-	out = tmp_path / "out"
-	env = KEPT | TINY | {"DATA_PATH": str(byte_corpus), "ITERATIONS": "20", "EVAL_STRIDE": "0"}
-	env["PATH"] = shell_path()
-	argv = ["XSA_LAST_N=0,3", "MUON_WD=0,0.1", "--seeds", "1,2,3", "--cpu", "2", "--out", out]
-	script = [sys.executable, ROOT / "records" / "sweep.py", *map(str, argv)]
-	victim = out / "XSA_LAST_N=0+MUON_WD=0.1" / "seed1"
-	first = subprocess.Popen(script, env=env, stdout=subprocess.PIPE, text=True)
+    """Two settings by two by three seeds; one trial is killed by the system, then all."""
+    out = tmp_path / "out"
+    env = KEPT | TINY | {"DATA_PATH": str(byte_corpus), "ITERATIONS": "20", "EVAL_STRIDE": "0"}
+    env["PATH"] = shell_path()
+    argv = ["XSA_LAST_N=0,3", "MUON_WD=0,0.1", "--seeds", "1,2,3", "--cpu", "2", "--out", out]
+    script = [sys.executable, ROOT / "records" / "sweep.py", *map(str, argv)]
+    victim = out / "XSA_LAST_N=0+MUON_WD=0.1" / "seed1"
+    first = subprocess.Popen(script, env=env, stdout=subprocess.PIPE, text=True)
 
-	def until(true):
-		end = time.monotonic() + 120
-		while not true():
-			assert time.monotonic() < end and first.poll() is None
-			time.sleep(0.02)
+    def until(true):
+        end = time.monotonic() + 120
+        while not true():
+            assert time.monotonic() < end and first.poll() is None
+            time.sleep(0.02)
 
-	def killed():
-		for process in Path("/proc").glob("[0-9]*/environ"):
-			try:
-				if f"RUN_DIR={victim}".encode() not in process.read_bytes().split(b"\0"):
-					continue
-				if b"train_gpt.py" in process.with_name("cmdline").read_bytes():
-					os.kill(int(process.parent.name), signal.SIGKILL)
-					return True
-			except OSError:
-				continue
-		return False
+    def killed():
+        for process in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                if f"RUN_DIR={victim}".encode() not in process.read_bytes().split(b"\0"):
+                    continue
+                if b"train_gpt.py" in process.with_name("cmdline").read_bytes():
+                    os.kill(int(process.parent.name), signal.SIGKILL)
+                    return True
+            except OSError:
+                continue
+        return False
 
-	until(killed)  # as by a system that is out of memory
-	until(lambda: len(list(out.rglob("result.json"))) >= 4)
-	first.kill()
-	first.wait()
-	assert len(list(out.rglob("result.json"))) < 11
-	second = subprocess.run(script, env=env, capture_output=True, text=True, timeout=600)
-	assert second.returncode == 1, second.stderr
-	plan = sweep.read_plan(out)
-	states = {(t.name, t.seed): read_trial(plan.folder_of(t)) for t in plan.trials}
-	assert len(states) == 12
-	dead = states.pop((victim.parent.name, 1))
-	assert (dead.status, dead.reason.split(";")[0]) == ("failed", "killed by signal 9")
-	assert {run.status for run in states.values()} == {"ok"}
-	table = tool("sweep", "--out", out, "--show", env=env)
-	assert table.stdout.count("killed by signal 9") == 1 and table.stdout.count(" ok ") == 11
+    until(killed)  # as by a system that is out of memory
+    until(lambda: len(list(out.rglob("result.json"))) >= 4)
+    first.kill()
+    first.wait()
+    assert len(list(out.rglob("result.json"))) < 11
+    second = subprocess.run(script, env=env, capture_output=True, text=True, timeout=600)
+    assert second.returncode == 1, second.stderr
+    plan = sweep.read_plan(out)
+    states = {(t.name, t.seed): read_trial(plan.folder_of(t)) for t in plan.trials}
+    assert len(states) == 12
+    dead = states.pop((victim.parent.name, 1))
+    assert (dead.status, dead.reason.split(";")[0]) == ("failed", "killed by signal 9")
+    assert {run.status for run in states.values()} == {"ok"}
+    table = tool("sweep", "--out", out, "--show", env=env)
+    assert table.stdout.count("killed by signal 9") == 1 and table.stdout.count(" ok ") == 11
 
-	told = tool("compare", out, "--base", "XSA_LAST_N=0+MUON_WD=0", "--json")
-	assert told.returncode == 0, told.stderr
-	rows = {row["name"]: row for row in json.loads(told.stdout)}
-	assert len(rows) == 4
-	for name, row in rows.items():
-		if name == "XSA_LAST_N=0+MUON_WD=0":
-			continue
-		c = row["comparison"]
-		assert c["method"] == "paired t"
-		assert c["n_a"] == c["n_b"] == (2 if name == victim.parent.name else 3)
-		scores = {
-			(r.name, r.seed): r.scores["plain"].val_bpb for r in read_runs([out]) if r.finished
-		}
-		base = "XSA_LAST_N=0+MUON_WD=0"
-		pairs = [x - scores[base, seed] for (n, seed), x in scores.items() if n == name]
-		assert c["bpb_diff"] == pytest.approx(sum(pairs) / len(pairs), abs=1e-12)
-	shown = tool("compare", out, "--base", "XSA_LAST_N=0+MUON_WD=0").stdout
-	assert f"NOT COUNTED: {victim.parent.name} seed 1: failed: killed by signal 9" in shown
+    told = tool("compare", out, "--base", "XSA_LAST_N=0+MUON_WD=0", "--json")
+    assert told.returncode == 0, told.stderr
+    rows = {row["name"]: row for row in json.loads(told.stdout)}
+    assert len(rows) == 4
+    for name, row in rows.items():
+        if name == "XSA_LAST_N=0+MUON_WD=0":
+            continue
+        c = row["comparison"]
+        assert c["method"] == "paired t"
+        assert c["n_a"] == c["n_b"] == (2 if name == victim.parent.name else 3)
+        scores = {
+            (r.name, r.seed): r.scores["plain"].val_bpb for r in read_runs([out]) if r.finished
+        }
+        base = "XSA_LAST_N=0+MUON_WD=0"
+        pairs = [x - scores[base, seed] for (n, seed), x in scores.items() if n == name]
+        assert c["bpb_diff"] == pytest.approx(sum(pairs) / len(pairs), abs=1e-12)
+    shown = tool("compare", out, "--base", "XSA_LAST_N=0+MUON_WD=0").stdout
+    assert f"NOT COUNTED: {victim.parent.name} seed 1: failed: killed by signal 9" in shown
 
-	drawn = tool(
-		"plot",
-		out,
-		"--kind",
-		"scores",
-		"--out",
-		f"{tmp_path}/plots/",
-		env=env | {"HOME": str(tmp_path)},
-	)
-	assert drawn.returncode == 0, drawn.stderr
-	assert (tmp_path / "plots/scores.png").read_bytes()[:4] == b"\x89PNG"
-	assert "<svg" in (tmp_path / "plots/scores.svg").read_text()
-	assert victim.parent.name in drawn.stdout  # the trial that failed is named
+    drawn = tool(
+        "plot",
+        out,
+        "--kind",
+        "scores",
+        "--out",
+        f"{tmp_path}/plots/",
+        env=env | {"HOME": str(tmp_path)},
+    )
+    assert drawn.returncode == 0, drawn.stderr
+    assert (tmp_path / "plots/scores.png").read_bytes()[:4] == b"\x89PNG"
+    assert "<svg" in (tmp_path / "plots/scores.svg").read_text()
+    assert victim.parent.name in drawn.stdout  # the trial that failed is named
 
 
 @pytest.mark.parametrize("name", ["sweep", "compare", "plot", "submit", "check"])
 def test_every_tool_has_help_with_an_example(name):
-	done = tool(name, "--help")
-	assert done.returncode == 0 and f"python records/{name}.py " in done.stdout
+    done = tool(name, "--help")
+    assert done.returncode == 0 and f"python records/{name}.py " in done.stdout
 
 
 @pytest.mark.parametrize("folder", ENTRIES, ids=lambda path: path.name)
 def test_every_entry_is_without_fault(folder):
-	assert check.faults_of(folder, run=False) == []
+    assert check.faults_of(folder, run=False) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", ENTRIES, ids=lambda path: path.name)
 def test_every_entry_runs(folder, tmp_path):
-	done = tool("check", shutil.copytree(folder, tmp_path / folder.parent.name / folder.name))
-	assert done.returncode == 0, done.stdout
+    done = tool("check", shutil.copytree(folder, tmp_path / folder.parent.name / folder.name))
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_tables_of_our_runs_are_those_of_compare():
-	tables = re.findall(r"<!-- table of (\S+) -->\n(.*?)<!-- end -->", PAGE, re.DOTALL)
-	assert sorted(name for name, _ in tables) == [
-		str(x.relative_to(ROOT / "records")) for x in ENTRIES
-	]
-	for name, text in tables:
-		assert text == markdown_table(read_runs([ROOT / "records" / name]))
+    tables = re.findall(r"<!-- table of (\S+) -->\n(.*?)<!-- end -->", PAGE, re.DOTALL)
+    assert sorted(name for name, _ in tables) == [
+        str(x.relative_to(ROOT / "records")) for x in ENTRIES
+    ]
+    for name, text in tables:
+        assert text == markdown_table(read_runs([ROOT / "records" / name]))

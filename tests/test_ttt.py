@@ -13,202 +13,202 @@ HONEST = tg.test_time_learner
 
 
 def trained(**changes: object) -> tuple[tg.Hyperparameters, tg.GPT]:
-	"""Settings and a model with every parameter away from its start."""
-	h = settings(**{**CHANGES, "train_seq_len": 16, "num_layers": 2, **changes})
-	torch.manual_seed(0)
-	return h, randomize(tg.GPT(h)).eval()
+    """Settings and a model with every parameter away from its start."""
+    h = settings(**{**CHANGES, "train_seq_len": 16, "num_layers": 2, **changes})
+    torch.manual_seed(0)
+    return h, randomize(tg.GPT(h)).eval()
 
 
 def some_text(count: int = 300, seed: int = 0) -> torch.Tensor:
-	return torch.randint(4, 260, (count,), generator=torch.Generator().manual_seed(seed)).int()
+    return torch.randint(4, 260, (count,), generator=torch.Generator().manual_seed(seed)).int()
 
 
 def score(h, model, val, rt, stride, learner=HONEST, monkeypatch=None, calls=None) -> torch.Tensor:
-	"""Nats of every position of a text, as evaluate sums them, and its calls of learn."""
-	found = torch.full((len(val) - 1,), math.nan)
-	cross_entropy, plan = torch.nn.functional.cross_entropy, tg.plan_windows
-	batches = []
+    """Nats of every position of a text, as evaluate sums them, and its calls of learn."""
+    found = torch.full((len(val) - 1,), math.nan)
+    cross_entropy, plan = torch.nn.functional.cross_entropy, tg.plan_windows
+    batches = []
 
-	def planned(*arguments):
-		batches.extend(plan(*arguments))
-		return list(batches)
+    def planned(*arguments):
+        batches.extend(plan(*arguments))
+        return list(batches)
 
-	def kept(logits, targets, reduction="mean", **more):
-		nats = cross_entropy(logits, targets, reduction=reduction, **more)
-		if reduction == "none":  # evaluate's alone
-			batch = batches.pop(0)
-			for (start, count), row in zip(batch.tolist(), nats.view(len(batch), -1), strict=True):
-				end = start + 16
-				assert found[end - count : end].isnan().all()  # never scored twice
-				found[end - count : end] = row[len(row) - count :]
-		return nats
+    def kept(logits, targets, reduction="mean", **more):
+        nats = cross_entropy(logits, targets, reduction=reduction, **more)
+        if reduction == "none":  # evaluate's alone
+            batch = batches.pop(0)
+            for (start, count), row in zip(batch.tolist(), nats.view(len(batch), -1), strict=True):
+                end = start + 16
+                assert found[end - count : end].isnan().all()  # never scored twice
+                found[end - count : end] = row[len(row) - count :]
+        return nats
 
-	learn = learner(model, h, rt)
+    learn = learner(model, h, rt)
 
-	def told(tokens, done):
-		if calls is not None:
-			calls.append((tokens.clone(), done, int((~found.isnan()).sum())))
-		learn(tokens, done)
+    def told(tokens, done):
+        if calls is not None:
+            calls.append((tokens.clone(), done, int((~found.isnan()).sum())))
+        learn(tokens, done)
 
-	data = tg.Data(val, BYTE_TABLE, None)
-	with monkeypatch.context() as patch:
-		patch.setattr(tg.F, "cross_entropy", kept)
-		patch.setattr(tg, "plan_windows", planned)
-		result = tg.evaluate(model.forward_logits, data, h, rt, tg.Log(), stride=stride, learn=told)
-	assert not found.isnan().any()  # every position is scored
-	assert result.nats == pytest.approx(found.double().sum().item(), rel=1e-6)
-	return found
+    data = tg.Data(val, BYTE_TABLE, None)
+    with monkeypatch.context() as patch:
+        patch.setattr(tg.F, "cross_entropy", kept)
+        patch.setattr(tg, "plan_windows", planned)
+        result = tg.evaluate(model.forward_logits, data, h, rt, tg.Log(), stride=stride, learn=told)
+    assert not found.isnan().any()  # every position is scored
+    assert result.nats == pytest.approx(found.double().sum().item(), rel=1e-6)
+    return found
 
 
 @pytest.mark.parametrize("stride", [16, 8, 5, 3])
 def test_only_scored_tokens_are_learned_from(stride, cpu, monkeypatch):
-	h, model = trained()
-	val, calls = some_text(), []
-	score(h, model, val, cpu, stride, monkeypatch=monkeypatch, calls=calls)
-	assert len(calls) == 4  # 299 positions: four whole chunks, and the rest, which comes last
-	for n, (tokens, done, scored) in enumerate(calls):
-		assert torch.equal(tokens, val[64 * n : 64 * n + 65])
-		assert scored >= 64 * (n + 1)  # its last target too
-		assert done == pytest.approx(64 * n / 299)
+    h, model = trained()
+    val, calls = some_text(), []
+    score(h, model, val, cpu, stride, monkeypatch=monkeypatch, calls=calls)
+    assert len(calls) == 4  # 299 positions: four whole chunks, and the rest, which comes last
+    for n, (tokens, done, scored) in enumerate(calls):
+        assert torch.equal(tokens, val[64 * n : 64 * n + 65])
+        assert scored >= 64 * (n + 1)  # its last target too
+        assert done == pytest.approx(64 * n / 299)
 
 
 @pytest.mark.fault(55)
 @pytest.mark.parametrize("every", [0, 2, 7, 64])
 def test_documents_without_bos_and_a_bos_at_the_end_are_learned_from(every, cpu, monkeypatch):
-	"""Chunks are cut by count; where a document starts changes nothing."""
-	h, model = trained()
-	val, calls = some_text(), []
-	if every:
-		val[::every] = val[-1] = 1
-	score(h, model, val, cpu, 5, monkeypatch=monkeypatch, calls=calls)
-	assert [torch.equal(c[0], val[64 * n : 64 * n + 65]) for n, c in enumerate(calls)] == [True] * 4
-	assert all(p.isfinite().all() for p in model.parameters())
+    """Chunks are cut by count; where a document starts changes nothing."""
+    h, model = trained()
+    val, calls = some_text(), []
+    if every:
+        val[::every] = val[-1] = 1
+    score(h, model, val, cpu, 5, monkeypatch=monkeypatch, calls=calls)
+    assert [torch.equal(c[0], val[64 * n : 64 * n + 65]) for n, c in enumerate(calls)] == [True] * 4
+    assert all(p.isfinite().all() for p in model.parameters())
 
 
 def test_a_whole_last_chunk_is_not_learned_from(cpu, monkeypatch):
-	h, model = trained()
-	calls = []
-	score(h, model, some_text(257), cpu, 8, monkeypatch=monkeypatch, calls=calls)
-	assert len(calls) == 3  # of four whole chunks
+    h, model = trained()
+    calls = []
+    score(h, model, some_text(257), cpu, 8, monkeypatch=monkeypatch, calls=calls)
+    assert len(calls) == 3  # of four whole chunks
 
 
 def changed_scores(stride, cpu, monkeypatch, learner=HONEST) -> list[int]:
-	"""Changed tokens that change a score of a position before them."""
-	h, model = trained(ttt_lr=0.05, ttt_epochs=1)
-	start = {name: p.clone() for name, p in model.state_dict().items()}
-	val, early = some_text(257), []
-	before = score(h, model, val, cpu, stride, learner, monkeypatch)
-	for t in (1, 15, 16, 17, 63, 64, 65, 100, 127, 128, 129, 199):
-		model.load_state_dict(start)
-		other = val.clone()
-		other[t] = 4 + (other[t] + 77) % 256
-		after = score(h, model, other, cpu, stride, learner, monkeypatch)
-		assert before[t - 1] != after[t - 1]
-		if not torch.equal(before[: t - 1], after[: t - 1]):
-			early.append(t)
-		if t < 128 and learner is HONEST:  # and learning does carry it on, far beyond a window
-			assert not torch.equal(before[200:], after[200:])
-	return early
+    """Changed tokens that change a score of a position before them."""
+    h, model = trained(ttt_lr=0.05, ttt_epochs=1)
+    start = {name: p.clone() for name, p in model.state_dict().items()}
+    val, early = some_text(257), []
+    before = score(h, model, val, cpu, stride, learner, monkeypatch)
+    for t in (1, 15, 16, 17, 63, 64, 65, 100, 127, 128, 129, 199):
+        model.load_state_dict(start)
+        other = val.clone()
+        other[t] = 4 + (other[t] + 77) % 256
+        after = score(h, model, other, cpu, stride, learner, monkeypatch)
+        assert before[t - 1] != after[t - 1]
+        if not torch.equal(before[: t - 1], after[: t - 1]):
+            early.append(t)
+        if t < 128 and learner is HONEST:  # and learning does carry it on, far beyond a window
+            assert not torch.equal(before[200:], after[200:])
+    return early
 
 
 @pytest.mark.parametrize("stride", [16, 8, 5])
 def test_a_token_changes_no_score_before_it(stride, cpu, monkeypatch):
-	assert not changed_scores(stride, cpu, monkeypatch)
+    assert not changed_scores(stride, cpu, monkeypatch)
 
 
 def test_learning_before_scoring_would_be_caught(cpu, monkeypatch):
-	"""A learner that takes the next chunk instead of the scored one."""
-	texts, evaluate = [], tg.evaluate
+    """A learner that takes the next chunk instead of the scored one."""
+    texts, evaluate = [], tg.evaluate
 
-	def noting(forward_logits, data, *arguments, **named):
-		texts.append(data.val)
-		return evaluate(forward_logits, data, *arguments, **named)
+    def noting(forward_logits, data, *arguments, **named):
+        texts.append(data.val)
+        return evaluate(forward_logits, data, *arguments, **named)
 
-	def cheat(model, h, rt):
-		learn, begins = HONEST(model, h, rt), iter(range(64, 1000, 64))
+    def cheat(model, h, rt):
+        learn, begins = HONEST(model, h, rt), iter(range(64, 1000, 64))
 
-		def ahead(_, done):
-			begin = next(begins)
-			learn(texts[-1][begin : begin + 65], done)
+        def ahead(_, done):
+            begin = next(begins)
+            learn(texts[-1][begin : begin + 65], done)
 
-		return ahead
+        return ahead
 
-	monkeypatch.setattr(tg, "evaluate", noting)
-	assert changed_scores(8, cpu, monkeypatch, cheat) == [100, 127, 128, 199]
+    monkeypatch.setattr(tg, "evaluate", noting)
+    assert changed_scores(8, cpu, monkeypatch, cheat) == [100, 127, 128, 199]
 
 
 @pytest.mark.parametrize("stride", [16, 5])
 def test_scores_of_a_chunk_know_nothing_of_later_tokens(stride, cpu, monkeypatch):
-	"""Bit for bit the same when all that follows is another text of the same length."""
-	h, model = trained(ttt_lr=0.05)
-	start = {name: p.clone() for name, p in model.state_dict().items()}
-	val = some_text(300)
-	before = score(h, model, val, cpu, stride, monkeypatch=monkeypatch)
-	for chunk in range(4):
-		model.load_state_dict(start)
-		end = 64 * (chunk + 1)
-		other = torch.cat((val[: end + 1], some_text(300, seed=9)[end + 1 :]))
-		after = score(h, model, other, cpu, stride, monkeypatch=monkeypatch)
-		assert torch.equal(before[:end], after[:end])
-		assert not torch.equal(before[end:], after[end:])
+    """Bit for bit the same when all that follows is another text of the same length."""
+    h, model = trained(ttt_lr=0.05)
+    start = {name: p.clone() for name, p in model.state_dict().items()}
+    val = some_text(300)
+    before = score(h, model, val, cpu, stride, monkeypatch=monkeypatch)
+    for chunk in range(4):
+        model.load_state_dict(start)
+        end = 64 * (chunk + 1)
+        other = torch.cat((val[: end + 1], some_text(300, seed=9)[end + 1 :]))
+        after = score(h, model, other, cpu, stride, monkeypatch=monkeypatch)
+        assert torch.equal(before[:end], after[:end])
+        assert not torch.equal(before[end:], after[end:])
 
 
 def test_every_parameter_learns(cpu):
-	h, model = trained()
-	before = {name: p.clone() for name, p in model.named_parameters()}
-	tg.test_time_learner(model, h, cpu)(some_text(65), 0.0)
-	same = [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
-	assert not same
+    h, model = trained()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    tg.test_time_learner(model, h, cpu)(some_text(65), 0.0)
+    same = [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
+    assert not same
 
 
 def test_it_learns_by_sgd_with_momentum_on_half_a_cosine(cpu):
-	"""One sequence, two epochs: the update by its formula, the gradient clipped to norm 1."""
-	h, model = trained(ttt_epochs=2, ttt_lr=0.1, label_smoothing=0.5)
-	_, twin = trained()
-	tokens, done = some_text(17), 0.25
-	tg.test_time_learner(model, h, cpu)(tokens, done)
-	rate, momenta = 0.1 * (1 + math.cos(math.pi * done)) / 2, {}
-	ids = tokens.long()
-	for _ in range(2):
-		logits = twin.forward_logits(ids[None, :-1])[0]
-		loss = torch.nn.functional.cross_entropy(logits, ids[1:])  # not smoothed
-		grads = torch.autograd.grad(loss, list(twin.parameters()), allow_unused=True)
-		grads = [torch.zeros(1) if g is None else g for g in grads]
-		norm = math.sqrt(sum(g.double().square().sum().item() for g in grads))
-		assert norm > 1  # so that clipping is seen
-		with torch.no_grad():
-			for i, (p, g) in enumerate(zip(twin.parameters(), grads, strict=True)):
-				momenta[i] = 0.9 * momenta.get(i, 0) + g / norm
-				p -= rate * momenta[i]
-	for p, want in zip(model.parameters(), twin.parameters(), strict=True):
-		torch.testing.assert_close(p, want, atol=1e-5, rtol=1e-4)
+    """One sequence, two epochs: the update by its formula, the gradient clipped to norm 1."""
+    h, model = trained(ttt_epochs=2, ttt_lr=0.1, label_smoothing=0.5)
+    _, twin = trained()
+    tokens, done = some_text(17), 0.25
+    tg.test_time_learner(model, h, cpu)(tokens, done)
+    rate, momenta = 0.1 * (1 + math.cos(math.pi * done)) / 2, {}
+    ids = tokens.long()
+    for _ in range(2):
+        logits = twin.forward_logits(ids[None, :-1])[0]
+        loss = torch.nn.functional.cross_entropy(logits, ids[1:])  # not smoothed
+        grads = torch.autograd.grad(loss, list(twin.parameters()), allow_unused=True)
+        grads = [torch.zeros(1) if g is None else g for g in grads]
+        norm = math.sqrt(sum(g.double().square().sum().item() for g in grads))
+        assert norm > 1  # so that clipping is seen
+        with torch.no_grad():
+            for i, (p, g) in enumerate(zip(twin.parameters(), grads, strict=True)):
+                momenta[i] = 0.9 * momenta.get(i, 0) + g / norm
+                p -= rate * momenta[i]
+    for p, want in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, want, atol=1e-5, rtol=1e-4)
 
 
 def test_it_helps_on_text_that_repeats_and_leaves_the_artifact_as_it_was(
-	cpu, tmp_path, monkeypatch
+    cpu, tmp_path, monkeypatch
 ):
-	h = settings(**CHANGES, train_seq_len=16, eval_stride=8, ttt_lr=0.3)
-	torch.manual_seed(0)
-	model = tg.GPT(h)
-	path = tmp_path / "a.ptz"
-	path.write_bytes(tg.pack(h, tg.quantize(model)[0]))
-	text = byte_tokens("all work and no play makes Jack a dull boy. " * 30)
-	data = tg.Data(torch.tensor(text).int(), BYTE_TABLE, None)
-	models = []
-	monkeypatch.setattr(
-		tg, "test_time_learner", lambda m, *rest: models.append(m) or HONEST(m, *rest)
-	)
-	scores = tg.score_artifact(path, h, cpu, data, tg.Log(tmp_path))
-	assert scores.keys() == {"plain", "sliding", "ttt"}
-	assert scores["ttt"].tokens == scores["plain"].tokens == len(text) - 1
-	assert scores["ttt"].val_bpb < scores["sliding"].val_bpb - 0.5
-	_, weights = tg.load_artifact(path, h)
-	for name, p in models[0].state_dict().items():
-		assert torch.equal(p, weights[name]), name
-	log = (tmp_path / "train.log").read_text()
-	assert f"legal_ttt_exact val_loss:{scores['ttt'].val_loss:.8f}" in log
-	assert f"final_int8_zlib_roundtrip_exact val_loss:{scores['ttt'].val_loss:.8f}" in log
-	off = tg.score_artifact(path, tg.replace(h, ttt_enabled=False), cpu, data, tg.Log())
-	assert off == {
-		name: s._replace(seconds=off[name].seconds) for name, s in scores.items() if name != "ttt"
-	}
+    h = settings(**CHANGES, train_seq_len=16, eval_stride=8, ttt_lr=0.3)
+    torch.manual_seed(0)
+    model = tg.GPT(h)
+    path = tmp_path / "a.ptz"
+    path.write_bytes(tg.pack(h, tg.quantize(model)[0]))
+    text = byte_tokens("all work and no play makes Jack a dull boy. " * 30)
+    data = tg.Data(torch.tensor(text).int(), BYTE_TABLE, None)
+    models = []
+    monkeypatch.setattr(
+        tg, "test_time_learner", lambda m, *rest: models.append(m) or HONEST(m, *rest)
+    )
+    scores = tg.score_artifact(path, h, cpu, data, tg.Log(tmp_path))
+    assert scores.keys() == {"plain", "sliding", "ttt"}
+    assert scores["ttt"].tokens == scores["plain"].tokens == len(text) - 1
+    assert scores["ttt"].val_bpb < scores["sliding"].val_bpb - 0.5
+    _, weights = tg.load_artifact(path, h)
+    for name, p in models[0].state_dict().items():
+        assert torch.equal(p, weights[name]), name
+    log = (tmp_path / "train.log").read_text()
+    assert f"legal_ttt_exact val_loss:{scores['ttt'].val_loss:.8f}" in log
+    assert f"final_int8_zlib_roundtrip_exact val_loss:{scores['ttt'].val_loss:.8f}" in log
+    off = tg.score_artifact(path, tg.replace(h, ttt_enabled=False), cpu, data, tg.Log())
+    assert off == {
+        name: s._replace(seconds=off[name].seconds) for name, s in scores.items() if name != "ttt"
+    }

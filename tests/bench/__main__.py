@@ -35,119 +35,119 @@ from .tables import fill, markdown, show
 
 # In order: what is worth most comes first.
 BENCHMARKS = {
-	"step": step,
-	"attention": attention,
-	"muon": muon,
-	"gptq": gptq,
-	"loop": loop,
-	"scoring": scoring,
-	"packing": packing,
-	"bytes": step_of_bytes,
-	"startup": startup,
-	"ranks": ranks,
+    "step": step,
+    "attention": attention,
+    "muon": muon,
+    "gptq": gptq,
+    "loop": loop,
+    "scoring": scoring,
+    "packing": packing,
+    "bytes": step_of_bytes,
+    "startup": startup,
+    "ranks": ranks,
 }
 README = Path(__file__).with_name("README.md")
 
 
 def about(name):
-	"""What a benchmark measures, in a line."""
-	return BENCHMARKS[name].__doc__.partition("\n")[0].rstrip(".")
+    """What a benchmark measures, in a line."""
+    return BENCHMARKS[name].__doc__.partition("\n")[0].rstrip(".")
 
 
 def surroundings(scale, rt, quick):
-	"""Device, versions, command and date of a report."""
-	versions = {"python": platform.python_version(), "torch": torch.__version__}
-	for package in ("numpy", "zstandard", "triton"):
-		try:
-			versions[package] = version(package)
-		except PackageNotFoundError:
-			versions[package] = ""
-	return {
-		"kind": scale.device,
-		"quick": quick,
-		"device": rt.describe(),
-		"cores": os.cpu_count(),
-		"threads": torch.get_num_threads(),
-		"load": list(os.getloadavg()),
-		"versions": versions,
-		"command": shlex.join(["python", "-m", "tests.bench", *sys.argv[1:]]),
-		"date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-		"code_sha256": hashlib.sha256(Path(tg.__file__).read_bytes()).hexdigest(),
-	}
+    """Device, versions, command and date of a report."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("numpy", "zstandard", "triton"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = ""
+    return {
+        "kind": scale.device,
+        "quick": quick,
+        "device": rt.describe(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": list(os.getloadavg()),
+        "versions": versions,
+        "command": shlex.join(["python", "-m", "tests.bench", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "code_sha256": hashlib.sha256(Path(tg.__file__).read_bytes()).hexdigest(),
+    }
 
 
 def run(names, scale, quick, out):
-	"""Run benchmarks one after another; the report grows with each. The report."""
-	rt = start_runtime(scale)
-	report = {**surroundings(scale, rt, quick), "benchmarks": {}}
-	for name in names:
-		torch.compiler.reset()
-		torch.set_float32_matmul_precision("highest")
-		began, told = time.perf_counter(), {}
-		try:
-			table = BENCHMARKS[name](scale, rt)
-			show(name, table)
-			told = {"sizes": table.sizes, "rows": [row._asdict() for row in table.rows]}
-		except Exception:  # the others may run
-			told = {"error": traceback.format_exc()}
-			print(f"\n{name}: failed\n{told['error']}")
-		told["seconds"] = time.perf_counter() - began
-		report["benchmarks"][name] = told
-		tg.write_atomically(out, json.dumps(report, indent=1).encode())
-	return report
+    """Run benchmarks one after another; the report grows with each. The report."""
+    rt = start_runtime(scale)
+    report = {**surroundings(scale, rt, quick), "benchmarks": {}}
+    for name in names:
+        torch.compiler.reset()
+        torch.set_float32_matmul_precision("highest")
+        began, told = time.perf_counter(), {}
+        try:
+            table = BENCHMARKS[name](scale, rt)
+            show(name, table)
+            told = {"sizes": table.sizes, "rows": [row._asdict() for row in table.rows]}
+        except Exception:  # the others may run
+            told = {"error": traceback.format_exc()}
+            print(f"\n{name}: failed\n{told['error']}")
+        told["seconds"] = time.perf_counter() - began
+        report["benchmarks"][name] = told
+        tg.write_atomically(out, json.dumps(report, indent=1).encode())
+    return report
 
 
 def write_markdown(path, readme):
-	"""Fill a README's block for a report's kind of device with its tables."""
-	report = json.loads(path.read_text())
-	on, versions = report["device"], report["versions"]
-	lines = [
-		f"{on['device']}, {on['dtype']}, compiled: {on['compiled']}, torch {versions['torch']}, "
-		f"Python {versions['python']}; {report['cores']} cores, {report['threads']} threads, load "
-		f"{report['load'][0]:.1f} at the start; {report['date'][:10]}.\n",
-		f"    {report['command']}\n",
-	]
-	for name, told in report["benchmarks"].items():
-		if "error" in told:
-			lines.append(f"### {name}: failed\n")
-			continue
-		rows = [Row(**values) for values in told["rows"]]
-		lines.append(markdown(name, about(name), Table(told["sizes"], rows)))
-	readme.write_text(fill(readme.read_text(), report["kind"], "\n".join(lines)))
+    """Fill a README's block for a report's kind of device with its tables."""
+    report = json.loads(path.read_text())
+    on, versions = report["device"], report["versions"]
+    lines = [
+        f"{on['device']}, {on['dtype']}, compiled: {on['compiled']}, torch {versions['torch']}, "
+        f"Python {versions['python']}; {report['cores']} cores, {report['threads']} threads, load "
+        f"{report['load'][0]:.1f} at the start; {report['date'][:10]}.\n",
+        f"    {report['command']}\n",
+    ]
+    for name, told in report["benchmarks"].items():
+        if "error" in told:
+            lines.append(f"### {name}: failed\n")
+            continue
+        rows = [Row(**values) for values in told["rows"]]
+        lines.append(markdown(name, about(name), Table(told["sizes"], rows)))
+    readme.write_text(fill(readme.read_text(), report["kind"], "\n".join(lines)))
 
 
 def main(argv):
-	"""The program; 1 if a benchmark failed."""
-	listed = "\n".join(f"  {name:10} {about(name)}" for name in BENCHMARKS)
-	parser = argparse.ArgumentParser(
-		prog="python -m tests.bench",
-		description=f"{__doc__}\n{listed}",
-		formatter_class=argparse.RawDescriptionHelpFormatter,
-	)
-	kinds = ("cpu", "cuda")
-	parser.add_argument("--device", choices=kinds, default=kinds[torch.cuda.is_available()])
-	parser.add_argument("--quick", action="store_true", help="fewer rounds; on a CPU smaller sizes")
-	parser.add_argument("--only", metavar="NAME,...", default=",".join(BENCHMARKS))
-	parser.add_argument("--out", type=Path, metavar="FILE.json", help="default: in tests/bench/out")
-	parser.add_argument(
-		"--markdown", type=Path, metavar="FILE.json", help="fill the README from it"
-	)
-	args = parser.parse_args(argv)
-	if args.markdown:
-		write_markdown(args.markdown, README)
-		return 0
-	names = args.only.split(",")
-	if strange := sorted(set(names) - set(BENCHMARKS)):
-		parser.error(f"--only: no benchmark {', '.join(strange)}")
-	if args.device == "cuda" and not torch.cuda.is_available():
-		parser.error("--device cuda: no CUDA GPU is here")
-	stamp = time.strftime("%Y%m%d-%H%M%S")
-	out = args.out or README.parent / "out" / f"{stamp}-{args.device}.json"
-	out.parent.mkdir(parents=True, exist_ok=True)
-	report = run(names, SCALES[args.device, args.quick], args.quick, out)
-	print(f"written: {out}")
-	return int(any("error" in told for told in report["benchmarks"].values()))
+    """The program; 1 if a benchmark failed."""
+    listed = "\n".join(f"  {name:10} {about(name)}" for name in BENCHMARKS)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench",
+        description=f"{__doc__}\n{listed}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kinds = ("cpu", "cuda")
+    parser.add_argument("--device", choices=kinds, default=kinds[torch.cuda.is_available()])
+    parser.add_argument("--quick", action="store_true", help="fewer rounds; on a CPU smaller sizes")
+    parser.add_argument("--only", metavar="NAME,...", default=",".join(BENCHMARKS))
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="default: in tests/bench/out")
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE.json", help="fill the README from it"
+    )
+    args = parser.parse_args(argv)
+    if args.markdown:
+        write_markdown(args.markdown, README)
+        return 0
+    names = args.only.split(",")
+    if strange := sorted(set(names) - set(BENCHMARKS)):
+        parser.error(f"--only: no benchmark {', '.join(strange)}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no CUDA GPU is here")
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    out = args.out or README.parent / "out" / f"{stamp}-{args.device}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    report = run(names, SCALES[args.device, args.quick], args.quick, out)
+    print(f"written: {out}")
+    return int(any("error" in told for told in report["benchmarks"].values()))
 
 
 if __name__ == "__main__":
-	sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

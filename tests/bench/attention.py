@@ -10,40 +10,40 @@ BACK_ENDS = ("flash", "cudnn", "fa3", "math")
 
 
 def attention(scale, rt):
-	"""Each attention back end, forward and with backward."""
-	rows, absent = [], {}
-	*heads, width = scale.heads
-	like = {"device": rt.device, "dtype": rt.dtype}
-	for count, length in scale.attention:
-		shapes = [(count, length, n, width) for n in (heads[0], *heads)]
-		above, q, k = (torch.randn(shape, **like) for shape in shapes)
-		qkv = [x.requires_grad_() for x in (q, k, torch.randn_like(k))]
+    """Each attention back end, forward and with backward."""
+    rows, absent = [], {}
+    *heads, width = scale.heads
+    like = {"device": rt.device, "dtype": rt.dtype}
+    for count, length in scale.attention:
+        shapes = [(count, length, n, width) for n in (heads[0], *heads)]
+        above, q, k = (torch.randn(shape, **like) for shape in shapes)
+        qkv = [x.requires_grad_() for x in (q, k, torch.randn_like(k))]
 
-		def forward(name, qkv=qkv):
-			return tg.load_attention(name)(*qkv)
+        def forward(name, qkv=qkv):
+            return tg.load_attention(name)(*qkv)
 
-		def both(name, qkv=qkv, above=above):
-			y = forward(name, qkv)
-			return y, *torch.autograd.grad(y, qkv, above)
+        def both(name, qkv=qkv, above=above):
+            y = forward(name, qkv)
+            return y, *torch.autograd.grad(y, qkv, above)
 
-		try:
-			good = {}
-			for name in BACK_ENDS:
-				try:
-					good[name] = [x.detach() for x in both(name)]
-				except Exception as error:  # not installed, not of this device, or no memory
-					absent[name] = f"{type(error).__name__}: {error!s:.60}"
-			first, *others = good
-			for name in others:
-				for one, other in zip(good[name], good[first], strict=True):
-					equal(one, other, tolerance(rt, 1e-3, 2e-2), f"attention by {name} and {first}")
-			for what, way in (("forward", forward), ("forward and backward", both)):
-				ways = {
-					f"{count} x {length}, {what}: {n}": lambda n=n, way=way: way(n) for n in good
-				}
-				rows += rows_of(in_turns(ways, scale.rounds, rt.now, calls=scale.calls))
-		finally:
-			tg.load_attention(rt.attention)
-	gone = "".join(f"; not here: {name} ({why})" for name, why in absent.items())
-	shape = f"{heads[0]} query heads, {heads[1]} key/value heads, width {width}"
-	return Table(f"sequences x tokens, {shape}, {rt.dtype}{gone}", rows)
+        try:
+            good = {}
+            for name in BACK_ENDS:
+                try:
+                    good[name] = [x.detach() for x in both(name)]
+                except Exception as error:  # not installed, not of this device, or no memory
+                    absent[name] = f"{type(error).__name__}: {error!s:.60}"
+            first, *others = good
+            for name in others:
+                for one, other in zip(good[name], good[first], strict=True):
+                    equal(one, other, tolerance(rt, 1e-3, 2e-2), f"attention by {name} and {first}")
+            for what, way in (("forward", forward), ("forward and backward", both)):
+                ways = {
+                    f"{count} x {length}, {what}: {n}": lambda n=n, way=way: way(n) for n in good
+                }
+                rows += rows_of(in_turns(ways, scale.rounds, rt.now, calls=scale.calls))
+        finally:
+            tg.load_attention(rt.attention)
+    gone = "".join(f"; not here: {name} ({why})" for name, why in absent.items())
+    shape = f"{heads[0]} query heads, {heads[1]} key/value heads, width {width}"
+    return Table(f"sequences x tokens, {shape}, {rt.dtype}{gone}", rows)

@@ -22,45 +22,45 @@ import train_gpt as tg
 
 @torch.inference_mode()
 def window_nats(model: tg.GPT, val: torch.Tensor, length: int) -> torch.Tensor:
-	"""Nats float64 [N] of each whole window of `length` tokens."""
-	count = (len(val) - 1) // length
-	inputs, targets = (val[i:][: count * length].long().view(count, -1) for i in (0, 1))
-	nats = []
-	for x, y in zip(inputs.split(16), targets.split(16), strict=True):
-		logits = model.forward_logits(x).flatten(0, 1)
-		nats.append(F.cross_entropy(logits, y.flatten(), reduction="none").double().view(x.shape))
-	return torch.cat(nats).sum(1)
+    """Nats float64 [N] of each whole window of `length` tokens."""
+    count = (len(val) - 1) // length
+    inputs, targets = (val[i:][: count * length].long().view(count, -1) for i in (0, 1))
+    nats = []
+    for x, y in zip(inputs.split(16), targets.split(16), strict=True):
+        logits = model.forward_logits(x).flatten(0, 1)
+        nats.append(F.cross_entropy(logits, y.flatten(), reduction="none").double().view(x.shape))
+    return torch.cat(nats).sum(1)
 
 
 def main(path: str) -> None:
-	"""Print the table of a checkpoint."""
-	h, weights, _ = tg.load_checkpoint(Path(path), tg.Hyperparameters.from_env(os.environ))
-	data, length = tg.load_data(h, tg.Log()), h.train_seq_len
-	model = tg.GPT(h).eval()
-	model.load_state_dict(weights)
-	rt = tg.Runtime(torch.device("cpu"), torch.float32, "flash", tg.attend_sdpa, False, [])
-	clock = tg.TrainingClock(rt, tg.replace(h, max_wallclock_seconds=0.0), tg.Log())
-	roles, base = tg.parameter_roles(model), window_nats(model, data.val, length)
-	scored = data.val[: len(base) * length + 1].long()
-	per_bpb = math.log(2) * int(data.table.count(scored[:-1], scored[1:]).sum())
-	print(f"float32: {base.sum() / per_bpb:.6f} bpb, {len(base)} windows of {length}")
-	for calib in ("", "random", "train"):
-		began, hessians = time.perf_counter(), {}
-		if calib:
-			batches = tg.calibration(data.train, tg.replace(h, gptq_calib=calib), 0)
-			hessians = tg.collect_hessians(model, batches, clock, tg.Log())
-			hessians = {n: x for n, x in hessians.items() if roles[n] == "matrix"}
-		arrays, _ = tg.quantize(model, hessians)
-		seconds, stored = time.perf_counter() - began, tg.dequantize(arrays)
-		alone = {n: stored[n] if roles[n] == "matrix" else w for n, w in weights.items()}
-		for what, changed in (("all", stored), ("matrices alone", alone)):
-			other = tg.GPT(h).eval()
-			other.load_state_dict(changed)
-			lost = (window_nats(other, data.val, length) - base) / per_bpb
-			error = lost.std() * len(lost) ** 0.5
-			name = f"GPTQ, {calib}" if calib else "rounding"
-			print(f"{name:14} {what:15} {lost.sum():.6f} +- {error:.6f} bpb, {seconds:.1f} s")
+    """Print the table of a checkpoint."""
+    h, weights, _ = tg.load_checkpoint(Path(path), tg.Hyperparameters.from_env(os.environ))
+    data, length = tg.load_data(h, tg.Log()), h.train_seq_len
+    model = tg.GPT(h).eval()
+    model.load_state_dict(weights)
+    rt = tg.Runtime(torch.device("cpu"), torch.float32, "flash", tg.attend_sdpa, False, [])
+    clock = tg.TrainingClock(rt, tg.replace(h, max_wallclock_seconds=0.0), tg.Log())
+    roles, base = tg.parameter_roles(model), window_nats(model, data.val, length)
+    scored = data.val[: len(base) * length + 1].long()
+    per_bpb = math.log(2) * int(data.table.count(scored[:-1], scored[1:]).sum())
+    print(f"float32: {base.sum() / per_bpb:.6f} bpb, {len(base)} windows of {length}")
+    for calib in ("", "random", "train"):
+        began, hessians = time.perf_counter(), {}
+        if calib:
+            batches = tg.calibration(data.train, tg.replace(h, gptq_calib=calib), 0)
+            hessians = tg.collect_hessians(model, batches, clock, tg.Log())
+            hessians = {n: x for n, x in hessians.items() if roles[n] == "matrix"}
+        arrays, _ = tg.quantize(model, hessians)
+        seconds, stored = time.perf_counter() - began, tg.dequantize(arrays)
+        alone = {n: stored[n] if roles[n] == "matrix" else w for n, w in weights.items()}
+        for what, changed in (("all", stored), ("matrices alone", alone)):
+            other = tg.GPT(h).eval()
+            other.load_state_dict(changed)
+            lost = (window_nats(other, data.val, length) - base) / per_bpb
+            error = lost.std() * len(lost) ** 0.5
+            name = f"GPTQ, {calib}" if calib else "rounding"
+            print(f"{name:14} {what:15} {lost.sum():.6f} +- {error:.6f} bpb, {seconds:.1f} s")
 
 
 if __name__ == "__main__":
-	main(sys.argv[1])
+    main(sys.argv[1])

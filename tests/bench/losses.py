@@ -19,45 +19,45 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def train(program, steps, folder):
-	"""The result of a run of a program for some steps."""
-	settings = {"PRESET": "cpu", "EVAL_STRIDE": "0", "GPTQ_ENABLED": "0", **os.environ}
-	settings |= {"ITERATIONS": str(steps), "RUN_DIR": str(folder)}
-	done = subprocess.run(
-		[sys.executable, program], env=settings, cwd=ROOT, capture_output=True, text=True
-	)
-	if done.returncode not in (0, 1):  # 1: over a limit
-		sys.exit(
-			f"{program}: exit status {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
-		)
-	return json.loads((folder / "result.json").read_text())
+    """The result of a run of a program for some steps."""
+    settings = {"PRESET": "cpu", "EVAL_STRIDE": "0", "GPTQ_ENABLED": "0", **os.environ}
+    settings |= {"ITERATIONS": str(steps), "RUN_DIR": str(folder)}
+    done = subprocess.run(
+        [sys.executable, program], env=settings, cwd=ROOT, capture_output=True, text=True
+    )
+    if done.returncode not in (0, 1):  # 1: over a limit
+        sys.exit(
+            f"{program}: exit status {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
+    return json.loads((folder / "result.json").read_text())
 
 
 def main():
-	"""Run both, print both and how far they are apart."""
-	parser = argparse.ArgumentParser(
-		description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-	)
-	parser.add_argument("other", type=Path)
-	parser.add_argument("--steps", type=int, default=50)
-	parser.add_argument("--tolerance", type=float, default=0.002)
-	args = parser.parse_args()
-	with tempfile.TemporaryDirectory() as folder:
-		programs = {"this": ROOT / "train_gpt.py", "other": args.other.resolve()}
-		results = {
-			name: train(path, args.steps, Path(folder, name)) for name, path in programs.items()
-		}
-	losses = [result["train_losses"] for result in results.values()]
-	apart = [abs(a / b - 1) for a, b in zip(*losses, strict=True)]
-	for step in sorted({1, *range(10, args.steps + 1, 10), args.steps}):
-		this, other = (x[step - 1] for x in losses)
-		print(f"step {step:4} this {this:.5f} other {other:.5f} apart {apart[step - 1]:.1e}")
-	for name, result in results.items():
-		bpb, ms = result["scores"]["plain"]["val_bpb"], result["step_ms"]["p50"]
-		print(f"{name}: bpb {bpb:.5f}, {ms:.1f} ms a step")
-	same = max(apart) <= args.tolerance
-	print(f"{'same' if same else 'NOT THE SAME'}: {max(apart):.1e} of {args.tolerance:.0e} allowed")
-	return not same
+    """Run both, print both and how far they are apart."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("other", type=Path)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--tolerance", type=float, default=0.002)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        programs = {"this": ROOT / "train_gpt.py", "other": args.other.resolve()}
+        results = {
+            name: train(path, args.steps, Path(folder, name)) for name, path in programs.items()
+        }
+    losses = [result["train_losses"] for result in results.values()]
+    apart = [abs(a / b - 1) for a, b in zip(*losses, strict=True)]
+    for step in sorted({1, *range(10, args.steps + 1, 10), args.steps}):
+        this, other = (x[step - 1] for x in losses)
+        print(f"step {step:4} this {this:.5f} other {other:.5f} apart {apart[step - 1]:.1e}")
+    for name, result in results.items():
+        bpb, ms = result["scores"]["plain"]["val_bpb"], result["step_ms"]["p50"]
+        print(f"{name}: bpb {bpb:.5f}, {ms:.1f} ms a step")
+    same = max(apart) <= args.tolerance
+    print(f"{'same' if same else 'NOT THE SAME'}: {max(apart):.1e} of {args.tolerance:.0e} allowed")
+    return not same
 
 
 if __name__ == "__main__":
-	sys.exit(main())
+    sys.exit(main())

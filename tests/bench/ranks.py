@@ -25,86 +25,86 @@ from .harness import SCALES, Row, Table, in_turns, rows_of
 
 
 def ranks(scale, rt):
-	"""Averaging gradients over ranks: one all-reduce against DDP's buckets."""
-	count = torch.cuda.device_count() if rt.device.type == "cuda" else 2
-	launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-	told = ["--rounds", str(scale.rounds), "--settings", scale.ranks, "--json"]
-	told += ["--device", rt.device.type]
-	done = subprocess.run(
-		[sys.executable, *launch, "-m", "bench.ranks", *told],
-		cwd=ROOT / "tests",
-		env={"OMP_NUM_THREADS": "1", **os.environ},
-		capture_output=True,
-		text=True,
-		check=False,
-	)
-	if done.returncode:
-		raise RuntimeError(done.stderr[-500:])
-	sizes, rows = json.loads(done.stdout.splitlines()[-1])
-	return Table(sizes, [Row(*values) for values in rows])
+    """Averaging gradients over ranks: one all-reduce against DDP's buckets."""
+    count = torch.cuda.device_count() if rt.device.type == "cuda" else 2
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    told = ["--rounds", str(scale.rounds), "--settings", scale.ranks, "--json"]
+    told += ["--device", rt.device.type]
+    done = subprocess.run(
+        [sys.executable, *launch, "-m", "bench.ranks", *told],
+        cwd=ROOT / "tests",
+        env={"OMP_NUM_THREADS": "1", **os.environ},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-500:])
+    sizes, rows = json.loads(done.stdout.splitlines()[-1])
+    return Table(sizes, [Row(*values) for values in rows])
 
 
 def measure(h, device, rounds, compiled):
-	"""The table of this process group."""
-	cuda = device.type == "cuda"
-	dtype = torch.bfloat16 if cuda else torch.float32
-	ours, theirs = (tg.GPT(h, dtype=dtype).to(device) for _ in range(2))
-	gradient = tg.flat_gradient(list(ours.parameters()))
-	ddp = DistributedDataParallel(theirs)
-	if compiled:
-		ours, ddp = (torch.compile(model, dynamic=False) for model in (ours, ddp))
-	ids = torch.randint(h.vocab_size, (h.train_batch_tokens // h.train_seq_len, h.train_seq_len))
-	ids = ids.to(device)
+    """The table of this process group."""
+    cuda = device.type == "cuda"
+    dtype = torch.bfloat16 if cuda else torch.float32
+    ours, theirs = (tg.GPT(h, dtype=dtype).to(device) for _ in range(2))
+    gradient = tg.flat_gradient(list(ours.parameters()))
+    ddp = DistributedDataParallel(theirs)
+    if compiled:
+        ours, ddp = (torch.compile(model, dynamic=False) for model in (ours, ddp))
+    ids = torch.randint(h.vocab_size, (h.train_batch_tokens // h.train_seq_len, h.train_seq_len))
+    ids = ids.to(device)
 
-	def flat():
-		ours(ids, ids).backward()
-		tg.summed(gradient)
+    def flat():
+        ours(ids, ids).backward()
+        tg.summed(gradient)
 
-	def now():
-		if cuda:
-			torch.cuda.synchronize()
-		dist.barrier()
-		return time.perf_counter()
+    def now():
+        if cuda:
+            torch.cuda.synchronize()
+        dist.barrier()
+        return time.perf_counter()
 
-	ways = {
-		"backward alone": lambda: ours(ids, ids).backward(),
-		"one all-reduce after it": flat,
-		"DDP's buckets within it": lambda: ddp(ids, ids).backward(),
-	}
-	rows = rows_of(in_turns(ways, rounds, now, warm=2))
-	world = dist.get_world_size()
-	return Table(
-		f"{gradient.numel():,} gradients, {ids.numel()} tokens a rank, {world} ranks", rows
-	)
+    ways = {
+        "backward alone": lambda: ours(ids, ids).backward(),
+        "one all-reduce after it": flat,
+        "DDP's buckets within it": lambda: ddp(ids, ids).backward(),
+    }
+    rows = rows_of(in_turns(ways, rounds, now, warm=2))
+    world = dist.get_world_size()
+    return Table(
+        f"{gradient.numel():,} gradients, {ids.numel()} tokens a rank, {world} ranks", rows
+    )
 
 
 def main():
-	"""Measure; rank 0 prints."""
-	parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-	parser.add_argument("--rounds", type=int, default=7)
-	parser.add_argument("--compile", action="store_true")
-	kinds = ("cpu", "cuda")
-	parser.add_argument("--device", choices=kinds, default=kinds[torch.cuda.is_available()])
-	parser.add_argument("--settings", help="of the model and its batch, as one would type them")
-	parser.add_argument("--json", action="store_true", help="print sizes and rows as JSON")
-	args = parser.parse_args()
-	cuda = args.device == "cuda"
-	if cuda:
-		torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-	dist.init_process_group("nccl" if cuda else "gloo")
-	device = torch.device(args.device)
-	scale = SCALES[args.device, False]
-	h = scale.h(scale.ranks if args.settings is None else args.settings)
-	table = measure(h, device, args.rounds, args.compile)
-	if tg.ranks()[0] == 0:
-		if args.json:
-			print(json.dumps(table))
-		else:
-			from .tables import show
+    """Measure; rank 0 prints."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--compile", action="store_true")
+    kinds = ("cpu", "cuda")
+    parser.add_argument("--device", choices=kinds, default=kinds[torch.cuda.is_available()])
+    parser.add_argument("--settings", help="of the model and its batch, as one would type them")
+    parser.add_argument("--json", action="store_true", help="print sizes and rows as JSON")
+    args = parser.parse_args()
+    cuda = args.device == "cuda"
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo")
+    device = torch.device(args.device)
+    scale = SCALES[args.device, False]
+    h = scale.h(scale.ranks if args.settings is None else args.settings)
+    table = measure(h, device, args.rounds, args.compile)
+    if tg.ranks()[0] == 0:
+        if args.json:
+            print(json.dumps(table))
+        else:
+            from .tables import show
 
-			show("ranks", table)
-	dist.destroy_process_group()
+            show("ranks", table)
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-	main()
+    main()

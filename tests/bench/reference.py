@@ -14,84 +14,84 @@ import train_gpt as tg
 
 
 def newton_schulz(gradient, steps):
-	"""About U V^T of one U S V^T [rows, cols]."""
-	tall = gradient.size(0) > gradient.size(1)
-	x = gradient / (gradient.norm() + 1e-7)
-	if tall:
-		x = x.T
-	for _ in range(steps):
-		gram = x @ x.T
-		x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-	return x.T if tall else x
+    """About U V^T of one U S V^T [rows, cols]."""
+    tall = gradient.size(0) > gradient.size(1)
+    x = gradient / (gradient.norm() + 1e-7)
+    if tall:
+        x = x.T
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if tall else x
 
 
 class Loop:
-	"""A training loop: `step` is one step, `average` the moving average of the weights."""
+    """A training loop: `step` is one step, `average` the moving average of the weights."""
 
-	def __init__(self, model, h):
-		self.model, self.h = model.train(), h
-		roles, groups = (
-			tg.parameter_roles(model),
-			{"matrix": [], "embed": [], "scalar": [], "aux": []},
-		)
-		for name, p in model.named_parameters():
-			groups[roles[name]].append(p)
-		self.matrices = groups["matrix"]
-		self.momenta = [torch.zeros_like(p) for p in self.matrices]
-		self.rates = {"embed": h.tied_embed_lr, "scalar": h.scalar_lr, "aux": h.jepa_lr}
-		decays = {"embed": h.adam_wd, "scalar": h.adam_wd, "aux": 0.0}
-		self.adamw = torch.optim.AdamW(
-			[{"params": groups[role], "weight_decay": decays[role]} for role in self.rates],
-			betas=(h.beta1, h.beta2),
-			eps=h.adam_eps,
-			foreach=False,
-		)
-		self.average = [p.detach().clone() for p in model.parameters()]
+    def __init__(self, model, h):
+        self.model, self.h = model.train(), h
+        roles, groups = (
+            tg.parameter_roles(model),
+            {"matrix": [], "embed": [], "scalar": [], "aux": []},
+        )
+        for name, p in model.named_parameters():
+            groups[roles[name]].append(p)
+        self.matrices = groups["matrix"]
+        self.momenta = [torch.zeros_like(p) for p in self.matrices]
+        self.rates = {"embed": h.tied_embed_lr, "scalar": h.scalar_lr, "aux": h.jepa_lr}
+        decays = {"embed": h.adam_wd, "scalar": h.adam_wd, "aux": 0.0}
+        self.adamw = torch.optim.AdamW(
+            [{"params": groups[role], "weight_decay": decays[role]} for role in self.rates],
+            betas=(h.beta1, h.beta2),
+            eps=h.adam_eps,
+            foreach=False,
+        )
+        self.average = [p.detach().clone() for p in model.parameters()]
 
-	def step(self, number, scale, inputs, targets):
-		"""A step on ids [sequences, T] at `scale` times the rates: its mean loss."""
-		h, parts = self.h, tg.micro_batches(self.h)
-		for p in self.model.parameters():  # one that no loss reaches has momentum all the same
-			p.grad = torch.zeros_like(p)
-		total = 0.0
-		for x, y in zip(inputs.chunk(parts), targets.chunk(parts), strict=True):
-			loss, terms = self.model.losses(x, y)
-			(loss / parts).backward()
-			total += terms["train_loss"].item() / parts
-		nn.utils.clip_grad_norm_(self.model.parameters(), h.grad_clip_norm or math.inf)
-		self.muon(number, scale)
-		for group, rate in zip(self.adamw.param_groups, self.rates.values(), strict=True):
-			group["lr"] = rate * scale
-		self.adamw.step()
-		decay = min(h.ema_decay, (1 + number) / (10 + number)) if h.ema_enabled else 0.0
-		with torch.no_grad():
-			for average, p in zip(self.average, self.model.parameters(), strict=True):
-				average.copy_(decay * average + (1 - decay) * p)
-		return total
+    def step(self, number, scale, inputs, targets):
+        """A step on ids [sequences, T] at `scale` times the rates: its mean loss."""
+        h, parts = self.h, tg.micro_batches(self.h)
+        for p in self.model.parameters():  # one that no loss reaches has momentum all the same
+            p.grad = torch.zeros_like(p)
+        total = 0.0
+        for x, y in zip(inputs.chunk(parts), targets.chunk(parts), strict=True):
+            loss, terms = self.model.losses(x, y)
+            (loss / parts).backward()
+            total += terms["train_loss"].item() / parts
+        nn.utils.clip_grad_norm_(self.model.parameters(), h.grad_clip_norm or math.inf)
+        self.muon(number, scale)
+        for group, rate in zip(self.adamw.param_groups, self.rates.values(), strict=True):
+            group["lr"] = rate * scale
+        self.adamw.step()
+        decay = min(h.ema_decay, (1 + number) / (10 + number)) if h.ema_enabled else 0.0
+        with torch.no_grad():
+            for average, p in zip(self.average, self.model.parameters(), strict=True):
+                average.copy_(decay * average + (1 - decay) * p)
+        return total
 
-	@torch.no_grad()
-	def muon(self, number, scale):
-		"""Muon's part of the step."""
-		h = self.h
-		warm = min(number / h.muon_momentum_warmup_steps, 1) if h.muon_momentum_warmup_steps else 1
-		start, end = h.muon_momentum_warmup_start, h.muon_momentum
-		momentum, lr = start + warm * (end - start), h.matrix_lr * scale
-		for p, buffer in zip(self.matrices, self.momenta, strict=True):
-			buffer.mul_(momentum).add_(p.grad)
-			direction = (p.grad + momentum * buffer).to(self.model.dtype)
-			update = newton_schulz(direction, h.muon_backend_steps).float()
-			p.mul_(1 - lr * h.muon_wd)
-			p.sub_(lr * max(1, p.size(0) / p.size(1)) ** 0.5 * update)
+    @torch.no_grad()
+    def muon(self, number, scale):
+        """Muon's part of the step."""
+        h = self.h
+        warm = min(number / h.muon_momentum_warmup_steps, 1) if h.muon_momentum_warmup_steps else 1
+        start, end = h.muon_momentum_warmup_start, h.muon_momentum
+        momentum, lr = start + warm * (end - start), h.matrix_lr * scale
+        for p, buffer in zip(self.matrices, self.momenta, strict=True):
+            buffer.mul_(momentum).add_(p.grad)
+            direction = (p.grad + momentum * buffer).to(self.model.dtype)
+            update = newton_schulz(direction, h.muon_backend_steps).float()
+            p.mul_(1 - lr * h.muon_wd)
+            p.sub_(lr * max(1, p.size(0) / p.size(1)) ** 0.5 * update)
 
 
 @torch.inference_mode()
 def score(forward_logits, tokens, seq_len, stride):
-	"""Nats of all tokens but the first, in windows `stride` apart, one at a time."""
-	total, nats, scored = len(tokens) - 1, 0.0, 0
-	for end in [*range(seq_len, total, stride), total]:
-		window = tokens[end - seq_len : end + 1].long()
-		logits = forward_logits(window[None, :-1])[0]
-		losses = F.cross_entropy(logits, window[1:], reduction="none").double()
-		nats += losses[scored - end :].sum().item()
-		scored = end
-	return nats
+    """Nats of all tokens but the first, in windows `stride` apart, one at a time."""
+    total, nats, scored = len(tokens) - 1, 0.0, 0
+    for end in [*range(seq_len, total, stride), total]:
+        window = tokens[end - seq_len : end + 1].long()
+        logits = forward_logits(window[None, :-1])[0]
+        losses = F.cross_entropy(logits, window[1:], reduction="none").double()
+        nats += losses[scored - end :].sum().item()
+        scored = end
+    return nats

@@ -8,55 +8,55 @@ HEADS = ("", "median", "lowest to highest", "ratio to the first", "rounds")
 
 
 def figure(value, unit):
-	"""A value as people read it."""
-	if unit == "s":
-		return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"
-	if unit in ("bytes", "tokens/s"):
-		return f"{value:,.0f} {unit}"
-	return f"{value:,.1f} {unit}" if value >= 10 else f"{value:.3g} {unit}"
+    """A value as people read it."""
+    if unit == "s":
+        return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"
+    if unit in ("bytes", "tokens/s"):
+        return f"{value:,.0f} {unit}"
+    return f"{value:,.1f} {unit}" if value >= 10 else f"{value:.3g} {unit}"
 
 
 def cells(row):
-	"""The five texts of a row."""
-	(low, unit), (high, also) = (figure(x, row.unit).split() for x in (row.low, row.high))
-	told = f"{low} to {high} {also}" if unit == also else f"{low} {unit} to {high} {also}"
-	ratio = ""
-	if row.ratio:
-		middle, low, high = row.ratio
-		ratio = f"{middle:.3f}" if low == high else f"{middle:.3f} ({low:.3f} to {high:.3f})"
-	told = told if row.low < row.high else ""
-	return row.what, figure(row.median, row.unit), told, ratio, str(row.rounds)
+    """The five texts of a row."""
+    (low, unit), (high, also) = (figure(x, row.unit).split() for x in (row.low, row.high))
+    told = f"{low} to {high} {also}" if unit == also else f"{low} {unit} to {high} {also}"
+    ratio = ""
+    if row.ratio:
+        middle, low, high = row.ratio
+        ratio = f"{middle:.3f}" if low == high else f"{middle:.3f} ({low:.3f} to {high:.3f})"
+    told = told if row.low < row.high else ""
+    return row.what, figure(row.median, row.unit), told, ratio, str(row.rounds)
 
 
 def show(name, table):
-	"""Print a table."""
-	console = Console()
-	console.width = max(console.width, 110)  # in a log too
-	console.print(f"\n[bold]{name}[/bold]: {table.sizes}", highlight=False)
-	grid = Grid(*HEADS[:1], box=SIMPLE_HEAD)
-	for head in HEADS[1:]:
-		grid.add_column(head, justify="right")
-	for row in table.rows:
-		grid.add_row(*cells(row))
-	console.print(grid)
+    """Print a table."""
+    console = Console()
+    console.width = max(console.width, 110)  # in a log too
+    console.print(f"\n[bold]{name}[/bold]: {table.sizes}", highlight=False)
+    grid = Grid(*HEADS[:1], box=SIMPLE_HEAD)
+    for head in HEADS[1:]:
+        grid.add_column(head, justify="right")
+    for row in table.rows:
+        grid.add_row(*cells(row))
+    console.print(grid)
 
 
 def markdown(name, about, table):
-	"""A table in Markdown under a heading."""
-	lines = [f"### {name}: {about}", "", f"{table.sizes}.", ""]
-	lines += ["| " + " | ".join(HEADS) + " |", "|---|--:|--:|--:|--:|"]
-	for row in table.rows:
-		what, *rest = cells(row)
-		indented = "&ensp;" * (len(what) - len(what.lstrip())) + what.lstrip()
-		lines.append("| " + " | ".join([indented, *rest]) + " |")
-	return "\n".join(lines) + "\n"
+    """A table in Markdown under a heading."""
+    lines = [f"### {name}: {about}", "", f"{table.sizes}.", ""]
+    lines += ["| " + " | ".join(HEADS) + " |", "|---|--:|--:|--:|--:|"]
+    for row in table.rows:
+        what, *rest = cells(row)
+        indented = "&ensp;" * (len(what) - len(what.lstrip())) + what.lstrip()
+        lines.append("| " + " | ".join([indented, *rest]) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def fill(text, kind, block):
-	"""A README with a block in place of what its marks of this kind hold."""
-	start, end = f"<!-- {kind}: filled by --markdown, not by hand -->", f"<!-- end of {kind} -->"
-	before, found, rest = text.partition(start)
-	_, also, after = rest.partition(end)
-	if not (found and also):
-		raise ValueError(f"no marks {start} and {end}")
-	return f"{before}{start}\n\n{block}\n{end}{after}"
+    """A README with a block in place of what its marks of this kind hold."""
+    start, end = f"<!-- {kind}: filled by --markdown, not by hand -->", f"<!-- end of {kind} -->"
+    before, found, rest = text.partition(start)
+    _, also, after = rest.partition(end)
+    if not (found and also):
+        raise ValueError(f"no marks {start} and {end}")
+    return f"{before}{start}\n\n{block}\n{end}{after}"
