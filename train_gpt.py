@@ -80,7 +80,6 @@ EVAL_SECONDS_LIMIT = 600.0  # the challenge's limit for scoring
 BYTE_VOCAB = 260  # vocabulary of bytes: ids 0 to 3 are special, id 4 + b is byte b
 FIRST_TEXT_ID = 4  # ids below are special: padding, BOS, EOS, unknown
 BOS_ID = 1  # the first token of every document
-UNKNOWN_ID = 3
 T = TypeVar("T")
 
 
@@ -568,9 +567,8 @@ class Ranks:
 
     def all_reduce_max(self, *values: float) -> list[float]:
         """Returns the largest of each value over all ranks."""
-        return self.all_reduce_(
-            torch.tensor(values, dtype=torch.float64), dist.ReduceOp.MAX
-        ).tolist()
+        largest = torch.tensor(values, dtype=torch.float64)
+        return self.all_reduce_(largest, dist.ReduceOp.MAX).tolist()
 
     def barrier(self) -> None:
         """Returns when every rank has called this."""
@@ -667,13 +665,13 @@ class Device:
         """Whether it is a GPU."""
         return self.device.type == "cuda"
 
-    def describe(self) -> dict[str, str]:
+    def describe(self) -> dict[str, Any]:
         """Returns the name of the device, and versions."""
         name = torch.cuda.get_device_name(self.device) if self.is_cuda else platform.machine()
         return {
             "device": name,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "compiled": str(self.compiled),
+            "compiled": self.compiled,
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
@@ -2022,7 +2020,7 @@ class Muon:
         """Decays the weights, then moves them by the orthogonalized update, tall ones further."""
         lr = self.lr * lr_scale
         for stack, buffer in zip(self.stacks, self.momenta):
-            gradient = torch.stack([p.grad for p in stack if p.grad is not None])
+            gradient = torch.stack([p.grad for p in stack])  # type: ignore[misc]
             buffer.mul_(momentum).add_(gradient)
             update = gradient.add_(buffer, alpha=momentum).to(self.dtype)
             (update,) = self.ranks.map_over_ranks(
@@ -2165,8 +2163,7 @@ class TrainingClock:
 
     def agree(self, stop: bool = False) -> bool:
         """Takes the seconds of the slowest rank; returns whether any rank wants to stop."""
-        own = self.elapsed
-        recent = max(self.recent, default=0.0)
+        own, recent = self.elapsed, max(self.recent, default=0.0)
         self.elapsed, self.slowest, stops = self.ranks.all_reduce_max(own, recent, stop)
         self.mark += self.elapsed - own
         return stops > 0
@@ -2213,8 +2210,7 @@ class StepLog:
         step = len(self.losses)
         if step <= 10 or (self.every and step % self.every == 0):
             self.write(**terms)
-        per_step = self.clock.elapsed / step
-        left = per_step * (self.iterations - step)
+        left = self.clock.elapsed / step * (self.iterations - step)
         self.log.progress(
             f"step {step}/{self.iterations}  loss {loss:.4f}  at most {left:.0f} s left"
         )
@@ -2277,8 +2273,9 @@ def save_tensors(
 
     If the file cannot be written the log says so; a file from before stays whole.
     """
-    finite = all(tensor.isfinite().all() for tensor in tensors.values())
-    if log.silent or log.folder is None or not finite:
+    if log.silent or log.folder is None:
+        return
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
         return
     path = log.folder / name
     try:
@@ -2316,7 +2313,12 @@ def auxiliary_inputs(
 
 
 class Trainer:
-    """All that a training step changes, and the loop. All ranks take every decision alike."""
+    """All that a training step changes, and the loop. All ranks take every decision alike.
+
+    In a step these tensors travel between the ranks: the seconds of the clock (agree), the gradient
+    of all weights (take_step), Muon's updates (map_over_ranks), and the terms of the loss
+    (StepLog.launched).
+    """
 
     def __init__(
         self,
@@ -3135,7 +3137,7 @@ class Run:
             log(" ".join(f"{name}:{value}" for name, value in values.items()))
         log(f"changed_settings: {env_form(changed_settings(h))}")
 
-    def machine(self) -> dict[str, str]:
+    def machine(self) -> dict[str, Any]:
         """Returns device, attention back end and versions."""
         return self.device.describe() | {"attention": self.attention.name}
 
