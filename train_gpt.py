@@ -287,7 +287,7 @@ class Hyperparameters(ModelSettings):
         0.025, "AdamW learning rate: gains, gates and projections of small tables."
     )
     tied_embed_lr: float = setting(0.035, "AdamW learning rate: embeddings.")
-    embed_lr: float = setting(0.6, "The same with TIE_EMBEDDINGS=0.")
+    embed_lr: float = setting(0.6, "AdamW learning rate: embeddings with TIE_EMBEDDINGS=0.")
     head_lr: float = setting(0.008, "AdamW learning rate: the head with TIE_EMBEDDINGS=0.")
     jepa_lr: float = setting(0.001, "AdamW learning rate: the JEPA head.")
     beta1: float = setting(0.9, "AdamW: decay of the first moment.", high=0.9999)
@@ -1920,7 +1920,8 @@ def score(
     """
     began, total = device.now(), len(val.tokens) - 1
     scorer = WindowScorer(scoring_pass, val, device, log)
-    seq_len, stride, learner = scorer.seq_len, scoring_pass.stride, scoring_pass.learner
+    seq_len, learner = scorer.seq_len, scoring_pass.learner
+    stride = min(scoring_pass.stride, seq_len)
     chunk, learned = learner.chunk_tokens if learner else total, 0
     batches = plan_windows(total, seq_len, stride, max(batch_tokens // seq_len, 1), chunk)
     with matmul_precision("highest"):
@@ -1932,7 +1933,7 @@ def score(
                 learner.learn(text, learned * chunk / total)
                 learned = complete
             if n % ranks.world_size == ranks.rank:
-                scorer.add(windows, min(stride, seq_len) if n else seq_len)
+                scorer.add(windows, stride if n else seq_len)
             log.progress(f"scoring batch {n + 1} of {len(batches)}")
     nats, tokens, text_bytes = ranks.all_reduce_(scorer.sums).tolist()
     if tokens != total:
