@@ -47,6 +47,7 @@ import shutil
 import signal
 import struct
 import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -80,6 +81,7 @@ EVAL_SECONDS_LIMIT = 600.0  # the challenge's limit for scoring
 BYTE_VOCAB = 260  # vocabulary of bytes: ids 0 to 3 are special, id 4 + b is byte b
 FIRST_TEXT_ID = 4  # ids below are special: padding, BOS, EOS, unknown
 BOS_ID = 1  # the first token of every document
+BYTE_UNKNOWN_ID = 3
 T = TypeVar("T")
 
 
@@ -221,7 +223,7 @@ class Hyperparameters(ModelSettings):
     preset: str = setting(
         "",
         "A whole configuration under one name; other variables override parts of it.",
-        choices=tuple(PRESETS),
+        choices=("", *PRESETS),
     )
     run_id: str = setting("", "Name of the run; empty takes date, time and seed.")
     run_dir: str = setting("", "Folder of the run; empty takes logs/<RUN_ID>.")
@@ -384,6 +386,12 @@ class Hyperparameters(ModelSettings):
         return self.max_wallclock_seconds or math.inf
 
     @property
+    def training_deadline(self) -> float:
+        """Seconds at which training steps end; the rest is kept for calibration on text."""
+        reserve = self.gptq_reserve_seconds if self.calibrates_on_text else 0.0
+        return self.training_seconds - reserve
+
+    @property
     def calibrates_on_text(self) -> bool:
         """Whether GPTQ reads training text, which counts as training."""
         return self.gptq_enabled and self.gptq_calib == "train"
@@ -409,8 +417,8 @@ def value_faults(settings: ModelSettings) -> list[str]:
         if type(value) not in accepted:
             faults.append(f"{says} {kinds[f.type]}")
         elif f.type is str:
-            if legal["choices"] and value not in (f.default, *legal["choices"]):
-                faults.append(f"{says} one of {', '.join(legal['choices'])}")
+            if legal["choices"] and value not in legal["choices"]:
+                faults.append(f"{says} one of {', '.join(filter(None, legal['choices']))}")
         elif not legal["low"] <= value <= legal["high"]:  # false for NaN too
             faults.append(f"{says} from {legal['low']:g} to {legal['high']:g}")
     return faults
@@ -518,8 +526,14 @@ def env_form(settings: Mapping[str, Any]) -> str:
 
 
 def changed_settings(h: Hyperparameters) -> dict[str, Any]:
-    """Returns the settings that differ from the defaults."""
-    return {f.name: getattr(h, f.name) for f in fields(h) if getattr(h, f.name) != f.default}
+    """Returns the settings that differ from the default, or from what PRESET or a rule sets.
+
+    As an environment they give the same settings again.
+    """
+    defaults = {f.name: f.default for f in fields(h)}
+    rule = BYTE_RULES if h.vocab_size == BYTE_VOCAB else {}
+    implied = defaults | rule | PRESETS.get(h.preset, {})
+    return {k: v for k, v in asdict(h).items() if not v == defaults[k] == implied[k]}
 
 
 def settings_table() -> str:
@@ -528,9 +542,10 @@ def settings_table() -> str:
     for f in fields(Hyperparameters):
         default: Any = f.default
         default = int(default) if f.type is bool else default
-        choices = ", ".join(f.metadata["choices"])
+        choices = ", ".join(filter(None, f.metadata["choices"]))
         meaning = f.metadata["meaning"] + (f" ({choices})" if choices else "")
-        lines.append(f"{f.name.upper():<28}{default!s:<12}{meaning}")
+        row = f"{f.name.upper():<28}{default!s:<12}"
+        lines += textwrap.wrap(meaning, 100, initial_indent=row, subsequent_indent=" " * 40)
     return "\n".join(lines)
 
 
@@ -954,9 +969,12 @@ def shard_header(count: int) -> bytes:
 
 def read_shard(path: Path) -> np.ndarray:
     """Returns the tokens of a shard, uint16 [count], mapped from disk. Raises DataError."""
-    header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
+    try:
+        header, size = np.fromfile(path, "<i4", SHARD_HEADER_INTS), path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; make or download it again") from None
     magic, version, count = (*header.tolist(), 0, 0, 0)[:3]
-    needed, size = 4 * SHARD_HEADER_INTS + 2 * count, path.stat().st_size
+    needed = 4 * SHARD_HEADER_INTS + 2 * count
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION) or count <= 0 or size != needed:
         raise DataError(
             f"{path}: not a complete shard: magic {magic}, version {version}, {count} tokens need "
@@ -1149,20 +1167,29 @@ def load_tokenizer(h: Hyperparameters, log: Log) -> Any:
     return tokenizer
 
 
-def load_byte_table(h: Hyperparameters, tokens: Tensor, log: Log) -> ByteTable:
-    """Returns the byte table of the vocabulary, verified on the validation tokens."""
+def load_byte_table(h: Hyperparameters, folder: Path, tokens: Tensor, log: Log) -> ByteTable:
+    """Returns the byte table of the vocabulary, verified on the validation tokens of a folder.
+
+    Warns of unknown tokens. Raises DataError if nothing could be verified.
+    """
     if h.vocab_size == BYTE_VOCAB:
         log(f"val_bpb:enabled tokenizer_kind=byte260 vocab_size={BYTE_VOCAB}")
-        return ByteTable.of_bytes()
-    tokenizer = load_tokenizer(h, log)
-    table = ByteTable.of_tokenizer(tokenizer)
-    proven = verify_byte_table(table, tokenizer, tokens)
-    log(f"byte_table:proven against {proven} bytes of decoded text")
-    unknown = int((tokens == tokenizer.unk_id()).sum())
+        table, unknown_id = ByteTable.of_bytes(), BYTE_UNKNOWN_ID
+    else:
+        tokenizer = load_tokenizer(h, log)
+        table, unknown_id = ByteTable.of_tokenizer(tokenizer), tokenizer.unk_id()
+        proven = verify_byte_table(table, tokenizer, tokens)
+        if not proven:
+            raise DataError(
+                f"{folder}: no whole document follows a BOS in the first {PROOF_TOKENS} validation "
+                "tokens, so the byte table cannot be verified"
+            )
+        log(f"byte_table:proven against {proven} bytes of decoded text")
+    unknown = int((tokens == unknown_id).sum())
     if unknown:
         log(
             f"warning: {unknown} of {len(tokens)} validation tokens are unknown to the tokenizer "
-            "and count 0 bytes: bpb is higher than of a tokenizer that covers the text"
+            "and count 0 bytes: the tokenizer does not cover this text, and its bpb is not right"
         )
     return table
 
@@ -1177,7 +1204,7 @@ def load_validation(h: Hyperparameters, stream: TokenStream, log: Log) -> Valida
             f"{folder}: {len(tokens)} validation tokens do not fill a window of {h.window_tokens}; "
             "lower EVAL_SEQ_LEN"
         )
-    table = load_byte_table(h, tokens, log)
+    table = load_byte_table(h, folder, tokens, log)
     log(f"val_loader:shards pattern={stream.pattern} tokens:{len(tokens) - 1}")
     text_bytes = int(table.text_bytes(tokens[:-1], tokens[1:]).sum())
     if not text_bytes:
@@ -3084,8 +3111,7 @@ class Run:
         self.prepare(training=True)
         self.write_program()
         model = self.initial_model()
-        deadline = h.training_seconds - (h.gptq_reserve_seconds if h.calibrates_on_text else 0.0)
-        trainer = Trainer(model, self.data, h, self.ranks, self.device, log, deadline)
+        trainer = Trainer(model, self.data, h, self.ranks, self.device, log, h.training_deadline)
         trainer.train(self.read_resume())
         step_ms = np.diff(trainer.steps.times, prepend=0.0) * 1000
         self.result |= {

@@ -41,10 +41,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from train_gpt import BOS_ID, BYTE_VOCAB, SHARD_HEADER_INTS, SHARD_MAGIC, SHARD_VERSION, DataError
+from train_gpt import BOS_ID, BYTE_VOCAB, FIRST_TEXT_ID, DataError, shard_header, write_atomically
 
 PAD_ID, EOS_ID, UNK_ID = 0, 2, 3
-BYTE_OFFSET = 4  # the id of byte b is 4 + b
 MAX_VOCAB = 1 << 16  # a token is stored in 16 bits
 SPLITS = ("train", "val")
 EMBEDDED_NAME, EMBEDDED_VOCAB = "python", 1024
@@ -64,11 +63,9 @@ class InputError(Exception):
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> None:
-    """Write tokens [n] as one shard: 256 little-endian int32 of header, then uint16."""
-    header = np.zeros(SHARD_HEADER_INTS, dtype="<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
+    """Write tokens [n] as one shard: a header, then little-endian uint16."""
     with path.open("wb") as file:
-        file.write(header.tobytes())
+        file.write(shard_header(len(tokens)))
         file.write(tokens.astype("<u2", copy=False).data)
 
 
@@ -289,7 +286,7 @@ class Vocabulary:
         """Return (tokens [n] uint16, do they decode to the exact text) of each text."""
         if not self.model:
             data = (np.frombuffer(text.encode(), np.uint8) for text in texts)
-            return [(octets.astype("<u2") + BYTE_OFFSET, True) for octets in data]
+            return [(octets.astype("<u2") + FIRST_TEXT_ID, True) for octets in data]
         # SentencePiece's own threads: as fast as processes here, and the order is kept.
         ids = self.model.encode(texts, num_threads=workers)
         decoded = self.model.decode(ids, num_threads=workers)
@@ -317,8 +314,9 @@ class Vocabulary:
         if not model or (path.exists() and path.read_bytes() == model.serialized_model_proto()):
             return
         rows = (f"{model.id_to_piece(i)}\t{model.get_score(i):g}\n" for i in range(self.size))
-        write_file(path.with_suffix(".vocab"), "".join(rows).encode())
-        write_file(path, model.serialized_model_proto())
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path.with_suffix(".vocab"), "".join(rows).encode())
+        write_atomically(path, model.serialized_model_proto())
 
 
 def load_tokenizer(path: Path) -> Vocabulary:
@@ -392,13 +390,6 @@ def staging(folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as name:
         yield Path(name)
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    with staging(path.parent) as temporary:
-        (temporary / path.name).write_bytes(data)
-        (temporary / path.name).replace(path)
 
 
 def publish(temporary: Path, folder: Path) -> None:
@@ -485,7 +476,7 @@ def merge_entries(path: Path, tokenizer: dict[str, Any], dataset: dict[str, Any]
     for key, entry in (("tokenizers", tokenizer), ("datasets", dataset)):
         others = [other for other in manifest[key] if other["name"] != entry["name"]]
         manifest[key] = [*others, entry]
-    write_file(path, (json.dumps(manifest, indent=2) + "\n").encode())
+    write_atomically(path, (json.dumps(manifest, indent=2) + "\n").encode())
 
 
 # ---- Command line ----

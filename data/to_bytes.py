@@ -30,7 +30,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import prepare
-from prepare import BYTE_OFFSET, InputError
+from prepare import InputError
 
 import train_gpt as tg
 
@@ -51,19 +51,15 @@ class Shard:
 
     def chunks(self) -> Iterator[np.ndarray]:
         """Yield the source's tokens in order as int64 [1 + n], led by the token before them."""
-        before = self.before
-        # Read, not mapped: pages of a map would count as this process's memory.
-        with self.source.open("rb") as file:
-            file.seek(4 * tg.SHARD_HEADER_INTS)
-            while len(tokens := np.fromfile(file, "<u2", CHUNK_TOKENS)):
-                yield np.concatenate(([before], tokens), dtype=np.int64)
-                before = tokens[-1]
+        before, shard = self.before, tg.read_shard(self.source)
+        for start in range(0, len(shard), CHUNK_TOKENS):
+            tokens = shard[start : start + CHUNK_TOKENS]
+            yield np.concatenate(([before], tokens), dtype=np.int64)
+            before = int(tokens[-1])
 
     def header(self) -> bytes:
-        """Return the target's first 1024 bytes."""
-        header = np.zeros(tg.SHARD_HEADER_INTS, dtype="<i4")
-        header[:3] = tg.SHARD_MAGIC, tg.SHARD_VERSION, self.counts["tokens"]
-        return header.tobytes()
+        """Return the target's header."""
+        return tg.shard_header(self.counts["tokens"])
 
 
 # ---- Tokens to bytes ----
@@ -75,8 +71,8 @@ def piece_ids(tokenizer: SentencePieceProcessor, token: int, special: bool) -> l
     if special:
         return [token]
     if tokenizer.is_byte(token):  # <0xNN>
-        return [BYTE_OFFSET + int(piece[1:-1], 16)]
-    return [BYTE_OFFSET + byte for byte in piece.replace("\u2581", " ").encode()]
+        return [tg.FIRST_TEXT_ID + int(piece[1:-1], 16)]
+    return [tg.FIRST_TEXT_ID + byte for byte in piece.replace("\u2581", " ").encode()]
 
 
 class Converter:
@@ -107,7 +103,7 @@ class Converter:
     def count_bytes(self, tokens: np.ndarray) -> int:
         """Return the bytes that the trainer counts for tokens [1 + n] without the first."""
         ids = torch.from_numpy(tokens)
-        return int(self.table.count(ids[:-1], ids[1:]).sum())
+        return int(self.table.text_bytes(ids[:-1], ids[1:]).sum())
 
     def fault(self, tokens: np.ndarray, ids: np.ndarray, draw: np.random.Generator) -> str:
         """Say in what `ids` [m] are not the text of tokens [1 + n] without the first, or "".
@@ -115,7 +111,8 @@ class Converter:
         Compared are the special tokens, the number of bytes, and with the decoder's text the bytes
         between two special tokens: the first, the last and some drawn at random.
         """
-        edges, marks = np.flatnonzero(self.special[tokens[1:]]), np.flatnonzero(ids < BYTE_OFFSET)
+        edges = np.flatnonzero(self.special[tokens[1:]])
+        marks = np.flatnonzero(ids < tg.FIRST_TEXT_ID)
         if not np.array_equal(tokens[1:][edges], ids[marks]):
             return "the special tokens are not the same"
         if len(ids) - len(marks) != self.count_bytes(tokens):
@@ -124,7 +121,7 @@ class Converter:
         last = len(edges) - 2
         for i in sorted({0, last, *draw.integers(last + 1, size=CHUNK_SAMPLES).tolist()}):
             run = tokens[edges[i] + 1 : edges[i + 1]].tolist()
-            data = (ids[marks[i] + 1 : marks[i + 1]] - BYTE_OFFSET).astype(np.uint8).tobytes()
+            data = (ids[marks[i] + 1 : marks[i + 1]] - tg.FIRST_TEXT_ID).astype(np.uint8).tobytes()
             # Amid text the decoder keeps a leading space, so there some text must lead.
             lead = [] if self.special[tokens[edges[i]]] else [self.anchor]
             text = self.tokenizer.decode(lead + run)[len(self.tokenizer.decode(lead)) :]
@@ -181,9 +178,9 @@ def verify(path: Path, shard: Shard, converter: Converter) -> bool:
     Nothing is believed of an earlier run: the source is converted again. The conversion is proven
     against the byte table and the decoder; InputError where it fails.
     """
-    draw, position = np.random.default_rng(0), 0
+    draw, position, header = np.random.default_rng(0), 0, shard.header()
     with path.open("rb") as file:
-        if file.read(4 * tg.SHARD_HEADER_INTS) != shard.header():
+        if file.read(len(header)) != header:
             return False
         for tokens in shard.chunks():
             ids = converter.convert(tokens)
@@ -252,8 +249,8 @@ def load_converter(path: Path, size: int | None) -> Converter:
         reason = f"{model.vocab_size():,} pieces for tokens of {size:,}"
         raise InputError(f"--tokenizer: {path}: {reason}; give the tokens' own")
     converter = Converter(model)
-    if len(others := np.flatnonzero(converter.special[BYTE_OFFSET:])):
-        reason = f"id {others[0] + BYTE_OFFSET} is no text, nor one of the special ids 0 to 3"
+    if len(others := np.flatnonzero(converter.special[tg.FIRST_TEXT_ID :])):
+        reason = f"id {others[0] + tg.FIRST_TEXT_ID} is no text, nor one of the special ids 0 to 3"
         raise InputError(f"--tokenizer: {path}: {reason}; use tokens of another tokenizer")
     return converter
 

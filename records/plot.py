@@ -18,10 +18,8 @@ import math
 import sys
 import textwrap
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent)]
@@ -221,25 +219,22 @@ def draw_loss(figure: Figure, trials: Trials, base: str, x: str) -> list[str]:
 
 
 def settings_of(run: Run) -> train_gpt.Hyperparameters:
-    """A run's settings as its loop had them, which keeps time for calibration."""
+    """Returns the settings of a run. Raises PlotError where train_gpt.py does not take them."""
     names = train_gpt.Hyperparameters.__dataclass_fields__
     try:
-        h = train_gpt.Hyperparameters(**{k: v for k, v in run.settings.items() if k in names})
+        return train_gpt.Hyperparameters(**{k: v for k, v in run.settings.items() if k in names})
     except train_gpt.SettingsError as error:
         raise PlotError(f"{run.path}: train_gpt.py does not take its settings: {error}") from None
-    reserve = h.gptq_reserve_seconds * (h.gptq_enabled and h.gptq_calib == "train")
-    cap = h.max_wallclock_seconds
-    return replace(h, max_wallclock_seconds=cap and cap - reserve, gptq_enabled=False)
 
 
-def momentum(step: int, h: train_gpt.Hyperparameters) -> float:
-    """Muon's momentum at a step: what Optimizers.step, which computes it, hands to a Muon."""
-    told: list[float] = []
-    muon = SimpleNamespace(step=lambda _, momentum: told.append(momentum))
-    adamw = SimpleNamespace(param_groups=[], step=lambda: None)
-    of = {"h": h, "gradient": torch.zeros(1), "muon": muon, "muon_lr": 0.0, "adamw": adamw}
-    train_gpt.Optimizers.step(SimpleNamespace(**of), step, 1.0)
-    return told[0]
+def phases(run: Run, h: train_gpt.Hyperparameters, steps: np.ndarray) -> list[train_gpt.Phase]:
+    """Returns what the schedule gives a run when so many steps are done."""
+    deadline = h.training_seconds - h.gptq_reserve_seconds * h.calibrates_on_text
+    moments = zip(steps.tolist(), elapsed(run, steps).tolist(), strict=True)
+    return [
+        train_gpt.schedule(train_gpt.Progress(step, h.iterations, seconds, deadline), h)
+        for step, seconds in moments
+    ]
 
 
 def draw_schedule(figure: Figure, trials: Trials, base: str, x: str) -> list[str]:
@@ -250,12 +245,12 @@ def draw_schedule(figure: Figure, trials: Trials, base: str, x: str) -> list[str
         h = settings_of(run)
         last = max((run.steps or h.iterations) - 1, 0)
         steps = np.unique(np.linspace(0, last, POINTS).round().astype(int))
-        at, moments = along(run, steps, x), [*zip(steps, elapsed(run, steps), strict=True)]
-        values = {"learning-rate factor": [train_gpt.lr_scale(*when, h) for when in moments]}
-        values["Muon's momentum"] = [momentum(step, h) for step in steps]
+        at, told = along(run, steps, x), phases(run, h, steps)
+        values = {"learning-rate factor": [phase.lr_scale for phase in told]}
+        values["Muon's momentum"] = [phase.muon_momentum for phase in told]
         if h.jepa_chunk_size and h.jepa_lambda_max:
-            weights = [train_gpt.jepa_weight(*when, h) for when in moments]
-            values["JEPA's weight / peak"] = [weight / h.jepa_lambda_max for weight in weights]
+            weights = [phase.jepa_weight / h.jepa_lambda_max for phase in told]
+            values["JEPA's weight / peak"] = weights
         for title, line in values.items():
             lines = panels.setdefault(title, {})
             lines.setdefault((tuple(at), tuple(np.round(line, 9))), []).append(name)
@@ -369,18 +364,22 @@ def group_of(array: str) -> str:
     return parts[2] if parts[0] == "blocks" else parts[0]
 
 
-def group_bytes(path: Path) -> tuple[dict[str, int], int]:
-    """Bytes of each group of an artifact's arrays, packed alone, and those of the artifact."""
+def group_bytes(path: Path, compressor: str = "zstd") -> tuple[dict[str, int], int]:
+    """Returns the bytes of each group of an artifact's arrays, packed alone, and of the whole."""
     try:
         blob = path.read_bytes()
-        h, arrays = train_gpt.unpack(memoryview(blob), train_gpt.Hyperparameters())
+        h, arrays = train_gpt.unpack_artifact(memoryview(blob), train_gpt.Hyperparameters())
     except Exception as error:  # whatever a damaged file raises
         raise PlotError(f"{path}: cannot be read as an artifact: {error!r:.200}") from None
     groups: dict[str, dict[str, torch.Tensor]] = {}
     for name, array in arrays.items():
         groups.setdefault(group_of(name), {})[name] = array
-    header = len(train_gpt.pack(h, {}))  # with the settings
-    sizes = {group: len(train_gpt.pack(h, part)) - header for group, part in groups.items()}
+
+    def packed_size(part: dict[str, torch.Tensor]) -> int:
+        return len(train_gpt.pack_artifact(h, part, compressor))
+
+    header = packed_size({})  # with the settings
+    sizes = {group: packed_size(part) - header for group, part in groups.items()}
     return {**sizes, "header": header}, len(blob)
 
 
@@ -388,7 +387,8 @@ def draw_bytes(figure: Figure, trials: Trials, base: str, x: str) -> list[str]:
     """What each group of arrays takes when packed alone, of each trial's first run."""
     axes, bar, sizes, gaps = figure.subplots(), 0.8 / len(trials), {}, []
     for name, (run, *_) in trials.items():
-        sizes[name], whole = group_bytes(run.path / ARTIFACT)
+        compressor = run.settings.get("compressor", "zstd")
+        sizes[name], whole = group_bytes(run.path / ARTIFACT, compressor)
         gaps.append(f"{run.called} {whole:,} ({sum(sizes[name].values()) / whole - 1:+.1%})")
     groups = {
         group: max(of.get(group, 0) for of in sizes.values())

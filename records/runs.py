@@ -121,52 +121,62 @@ def by_name(runs: Iterable[Run]) -> dict[str, list[Run]]:
     return trials
 
 
-class Defaults:
-    """What a program's settings are unless told, by its source: nothing of it is run.
+CLASSES = "ModelSettings", "Hyperparameters"  # of a program; they hold its settings
+MUTATORS = {"clear", "pop", "popitem", "setdefault", "update"}  # methods that change a dict
 
-    A submission's program has presets and defaults of its own. What cannot be read here, or is
-    changed after it is first given, counts as none, so that a command names the setting.
+
+class Defaults:
+    """The defaults and presets of a program, read from its source, which is not executed.
+
+    Two forms are read: `name = default, "meaning"` with presets as text (`A=1 B=2`), and
+    `name: type = setting(default, ...)` with presets as dicts. A value that cannot be read, or that
+    the program changes later, is unknown; a command then names the setting.
     """
 
     def __init__(self, tree: ast.Module) -> None:
-        of_module = literals(tree.body)
-        self.byte_rules = variables(of_module.get("BYTE_RULES"))
-        presets = of_module.get("PRESETS")
+        constants, changed = literals(tree.body, {}), changed_in_place(tree)
+        presets = {} if "PRESETS" in changed else constants.get("PRESETS")
+        byte_rules = {} if "BYTE_RULES" in changed else constants.get("BYTE_RULES")
+        self.byte_rules = as_settings(byte_rules)
         self.presets = presets if isinstance(presets, dict) else {}
-        self.presets = {name: variables(text) for name, text in self.presets.items()}
+        self.presets = {name: as_settings(preset) for name, preset in self.presets.items()}
         self.defaults: dict[str, Any] = {}
-        classes = "ModelSettings", "Hyperparameters"
         for node in tree.body:
-            if isinstance(node, ast.ClassDef) and node.name in classes:
+            if isinstance(node, ast.ClassDef) and node.name in CLASSES:
                 names = {getattr(part, "id", "") for part in ast.walk(node)}
                 kept = {name: x for name, x in self.defaults.items() if name not in names}
-                self.defaults = kept | literals(node.body)
-        stored = (x for x in ast.walk(tree) if isinstance(getattr(x, "ctx", None), ast.Store))
-        for node in stored:  # as Hyperparameters.seed = 7
+                self.defaults = kept | literals(node.body, constants)
+        for node in ast.walk(tree):  # as Hyperparameters.seed = 7
             owner = getattr(getattr(node, "value", None), "id", "")
-            if owner == "PRESETS":
-                self.presets = {}
-            if owner in classes:
+            if owner in CLASSES and isinstance(getattr(node, "ctx", None), ast.Store):
                 self.defaults.pop(getattr(node, "attr", ""), None)
 
     def settings(self, env: dict[str, str]) -> dict[str, Any]:
-        """By these variables, else PRESET, else rule of bytes, else default."""
-        env = self.presets.get(env.get("PRESET"), {}) | env
-        if env.get("VOCAB_SIZE") == str(train_gpt.BYTE_VOCAB):
-            env = self.byte_rules | env
-        told = {name: env[name.upper()] for name in self.defaults if name.upper() in env}
+        """Returns all settings by precedence: `env`, its PRESET, rule of bytes, default."""
+        given = {name.lower(): text for name, text in env.items()}
+        given = self.presets.get(env.get("PRESET"), {}) | given
+        if str(given.get("vocab_size")) == str(train_gpt.BYTE_VOCAB):
+            given = self.byte_rules | given
         kinds = {name: type(x) for name, x in self.defaults.items() if x is not None}
-        return self.defaults | {name: typed(x, kinds.get(name)) for name, x in told.items()}
+        return self.defaults | {
+            name: typed(x, kinds.get(name)) if isinstance(x, str) else x
+            for name, x in given.items()
+            if name in self.defaults
+        }
 
     def command(self, run: Run) -> str:
-        """The shortest command that gives a run's settings, less its names; SEED is first."""
-        preset = run.settings.get("preset", "")
-        env = {"PRESET": preset} if preset else {}
-        if run.settings.get("vocab_size") == train_gpt.BYTE_VOCAB:
+        """Returns the shortest command that gives a run's settings, without its names.
+
+        SEED is first. `--quantize` runs of older programs have one sequence as their step.
+        """
+        told = run.settings
+        env = {"PRESET": preset} if (preset := told.get("preset", "")) else {}
+        if told.get("vocab_size") == train_gpt.BYTE_VOCAB:
             env["VOCAB_SIZE"] = str(train_gpt.BYTE_VOCAB)
         given, left_out = self.settings(env), ["run_id", "run_dir", "resume", "seed"]
-        left_out += ["train_batch_tokens"] * run.repacked  # one sequence, whatever is said
-        for name, value in run.settings.items():
+        if run.repacked and told.get("train_batch_tokens") == told.get("train_seq_len"):
+            left_out.append("train_batch_tokens")
+        for name, value in told.items():
             if name not in left_out and value != given.get(name):
                 env[name.upper()] = str(int(value)) if isinstance(value, bool) else str(value)
         pairs = [f"{name}={shlex.quote(value)}" for name, value in env.items()]
@@ -176,28 +186,78 @@ class Defaults:
         return " ".join([f"SEED={run.seed}", *pairs, launcher, "train_gpt.py", *weights])
 
 
-def literals(body: list[ast.stmt]) -> dict[str, Any]:
-    """The names that a body gives a literal alone; of a setting, a tuple, its default."""
-    found, times = {}, Counter()
+def literals(body: list[ast.stmt], constants: dict[str, Any]) -> dict[str, Any]:
+    """Returns the values that a body assigns once, as literals, by name; of a setting, its default.
+
+    Names of `constants`, and those assigned before, may stand in the place of numbers and texts.
+    """
+    known, times = dict(constants), Counter()
     for node in body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             continue
-        stored = (part for part in ast.walk(node) if isinstance(part, ast.Name))
-        times.update(part.id for part in stored if not isinstance(part.ctx, ast.Load))
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            of_tuple = isinstance(node.value, ast.Tuple) and node.value.elts
-            with suppress(ValueError, TypeError, MemoryError, RecursionError):  # no literal
-                value = ast.literal_eval(of_tuple[0] if of_tuple else node.value)
-                found[node.targets[0].id] = value
-    return {name: value for name, value in found.items() if times[name] == 1}
+        names = (part for part in ast.walk(node) if isinstance(part, ast.Name))
+        stored = [part.id for part in names if not isinstance(part.ctx, ast.Load)]
+        times.update(stored)
+        known = {name: value for name, value in known.items() if name not in stored}
+        name, value = assignment(node)
+        with suppress(ValueError, TypeError, MemoryError, RecursionError):  # it is no literal
+            known[name] = evaluate(value, known)
+    return {name: value for name, value in known.items() if times[name] == 1}
 
 
-def variables(text: Any) -> dict[str, str]:
-    """The variables of a line `A=1 B=2`; of anything else, none."""
+def assignment(node: ast.stmt) -> tuple[str, ast.expr | None]:
+    """Returns the name that a statement assigns, and the expression of its value or default."""
+    match node:
+        case ast.Assign(targets=[ast.Name(id=name), *_], value=ast.Tuple(elts=[default, *_])):
+            return name, default
+        case ast.Assign(targets=[ast.Name(id=name), *_], value=value):
+            return name, value
+        case ast.AnnAssign(
+            target=ast.Name(id=name),
+            value=ast.Call(func=ast.Name(id="setting"), args=[default, *_]),
+        ):
+            return name, default
+        case ast.AnnAssign(target=ast.Name(id=name), value=ast.Dict() as value):
+            return name, value
+    return "", None
+
+
+def evaluate(node: ast.expr | None, constants: dict[str, Any]) -> Any:
+    """Returns the value of a literal, in which names of constants may stand; ValueError if none."""
+    match node:
+        case ast.Name(id=name) if isinstance(constants.get(name), (str, int, float)):
+            return constants[name]
+        case ast.Dict(keys=keys, values=values):
+            pairs = zip(keys, values, strict=True)
+            return {evaluate(key, constants): evaluate(x, constants) for key, x in pairs}
+        case ast.expr():
+            return ast.literal_eval(node)
+    raise ValueError("not an expression")
+
+
+def changed_in_place(tree: ast.Module) -> set[str]:
+    """Returns the names of values that a program changes, as in A["x"] = 1 or A.update(x=1)."""
+    names = set()
+    for node in ast.walk(tree):
+        stored = not isinstance(getattr(node, "ctx", ast.Load()), ast.Load)
+        if stored or getattr(node, "attr", "") in MUTATORS:
+            inner: Any = node
+            while isinstance(inner, (ast.Attribute, ast.Subscript)):
+                inner = inner.value
+            if inner is not node:
+                names.add(getattr(inner, "id", ""))
+    return names
+
+
+def as_settings(preset: Any) -> dict[str, Any]:
+    """Returns a preset as settings by lower-case name: of a dict, or of a text `A=1 B=2`."""
+    if isinstance(preset, dict):
+        return {name: value for name, value in preset.items() if isinstance(name, str)}
     try:
-        return train_gpt.assignments(text)
-    except (ValueError, AttributeError, TypeError):
+        pairs = dict(pair.split("=", 1) for pair in preset.split())
+    except (ValueError, AttributeError):
         return {}
+    return {name.lower(): text for name, text in pairs.items()}
 
 
 def typed(text: str, kind: type | None) -> Any:

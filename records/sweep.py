@@ -44,8 +44,8 @@ OWN = {"SEED": "--seeds", "RUN_ID": "--out", "RUN_DIR": "--out", "RESUME": "CHEC
 DUE = ("waiting", "cut off", "interrupted")
 PATIENCE_SECONDS = 40  # with a trial told to end, which saves first
 # Training losses of trials that differ in these do not compare: they are of another text, unit or
-# context, or of a step with more tokens behind it. Settings of JEPA's losses are not among them:
-# what is logged as train_loss is the cross-entropy alone. LABEL_SMOOTHING changes that.
+# context, or of a step with more tokens behind it. Settings of the JEPA and STP losses are not
+# among them: what is logged as train_loss is the cross-entropy alone. LABEL_SMOOTHING changes that.
 OF_THE_LOSS = ("corpus", "data_path", "vocab_size", "train_seq_len", "train_batch_tokens")
 OF_THE_LOSS += ("label_smoothing",)
 

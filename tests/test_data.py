@@ -1,4 +1,4 @@
-"""Data: the shard format both ways, the endless stream, bytes against decoded text."""
+"""Data: the shard format, the token stream and its batches, bytes against decoded text."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from conftest import TINY, byte_tokens, settings, shard_bytes
+from conftest import TINY, byte_tokens, load, settings, shard_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,6 +23,20 @@ def test_a_shard_of_the_description_is_read(tmp_path: Path):
     assert tg.read_shard(path).tolist() == tokens
 
 
+@given(tokens=st.lists(st.integers(0, 65_535), min_size=1, max_size=300))
+def test_a_shard_under_the_written_header_is_read(tmp_path_factory, tokens: list[int]):
+    path = tmp_path_factory.mktemp("s") / "shard.bin"
+    path.write_bytes(tg.shard_header(len(tokens)) + np.array(tokens, "<u2").tobytes())
+    assert path.read_bytes() == shard_bytes(tokens)
+    assert tg.read_shard(path).tolist() == tokens
+
+
+def test_a_header_holds_the_largest_count():
+    header = tg.shard_header(2**31 - 1)
+    assert len(header) == 1024
+    assert struct.unpack("<256i", header) == (20240520, 1, 2**31 - 1, *[0] * 253)
+
+
 GOOD = shard_bytes([1, 2, 3, 4])
 
 
@@ -32,12 +46,12 @@ fault = pytest.mark.fault
 @pytest.mark.parametrize(
     ("blob", "says"),
     [
-        pytest.param(b"", "0 bytes, but 0 tokens need 1024", marks=fault(6)),
-        pytest.param(GOOD[:500], "500 bytes, but 4 tokens need 1032", marks=fault(6)),
-        pytest.param(GOOD[:1023], "1023 bytes, but 4 tokens need 1032", marks=fault(6)),
-        pytest.param(GOOD[:1024], "1024 bytes, but 4 tokens need 1032", marks=fault(4)),
-        pytest.param(GOOD[:-1], "1031 bytes, but 4 tokens need 1032", marks=fault(4)),
-        pytest.param(GOOD + b"x", "1033 bytes, but 4 tokens need 1032", marks=fault(4)),
+        pytest.param(b"", "0 tokens need 1024 bytes, the file has 0;", marks=fault(6)),
+        pytest.param(GOOD[:500], "4 tokens need 1032 bytes, the file has 500;", marks=fault(6)),
+        pytest.param(GOOD[:1023], "4 tokens need 1032 bytes, the file has 1023;", marks=fault(6)),
+        pytest.param(GOOD[:1024], "4 tokens need 1032 bytes, the file has 1024;", marks=fault(4)),
+        pytest.param(GOOD[:-1], "4 tokens need 1032 bytes, the file has 1031;", marks=fault(4)),
+        pytest.param(GOOD + b"x", "4 tokens need 1032 bytes, the file has 1033;", marks=fault(4)),
         pytest.param(struct.pack("<i", 7) + GOOD[4:], "magic 7", marks=fault(5)),
         pytest.param(GOOD[:4] + struct.pack("<i", 2) + GOOD[8:], "version 2", marks=fault(5)),
         pytest.param(GOOD[:8] + struct.pack("<i", 0) + GOOD[12:], "0 tokens", marks=fault(7)),
@@ -77,15 +91,53 @@ def test_the_stream_is_the_shards_repeated(tmp_path_factory, parts, position, co
 
 
 def test_batches_tile_the_stream_and_targets_are_one_ahead(byte_corpus: Path):
-    h = settings()
-    stream = tg.TokenStream(byte_corpus, "train", 260)
-    tokens = stream.read(0, 3 * h.train_batch_tokens + 1)
+    batches = load(settings(data_path=byte_corpus)).train
+    tokens = tg.TokenStream(byte_corpus, "train", 260).read(0, 3 * 1024 + 1)
     for step in (2, 0, 1):  # no step depends on another
-        x, y = stream.batch(step, h)
-        at = step * h.train_batch_tokens
+        x, y = batches.batch(step)
+        at = step * 1024
         assert x.shape == y.shape == (16, 64)
+        assert x.dtype == y.dtype == torch.int64
         assert torch.equal(x.flatten(), tokens[at : at + 1024])
         assert torch.equal(y.flatten(), tokens[at + 1 : at + 1025])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_the_rows_of_all_ranks_are_the_whole_step(byte_corpus: Path, world_size: int):
+    """Also for a step that reads past the end of the last shard."""
+    stream = tg.TokenStream(byte_corpus, "train", 260)
+    for step in (0, 1, len(stream) // 1024):
+        tokens = stream.read(step * 1024, 1025)
+        parts = [
+            tg.TrainingBatches(stream, 1024, 64, tg.Ranks(rank, world_size)).batch(step)
+            for rank in range(world_size)
+        ]
+        assert all(x.shape == y.shape == (16 // world_size, 64) for x, y in parts)
+        x, y = (torch.cat(rows) for rows in zip(*parts, strict=True))
+        assert torch.equal(x, tokens[:-1].view(16, 64))
+        assert torch.equal(y, tokens[1:].view(16, 64))
+
+
+def test_a_rank_reads_its_own_rows_only(byte_corpus: Path, monkeypatch):
+    stream, reads = tg.TokenStream(byte_corpus, "train", 260), []
+    read = tg.TokenStream.read
+    monkeypatch.setattr(
+        tg.TokenStream, "read", lambda *args: reads.append(args[1:3]) or read(*args)
+    )
+    for rank in range(4):
+        tg.TrainingBatches(stream, 1024, 64, tg.Ranks(rank, 4)).batch(3)
+    assert reads == [(3 * 1024 + 256 * rank, 257) for rank in range(4)]
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_sequences_are_those_that_a_step_reads_first(byte_corpus: Path, world_size: int):
+    """On every rank, and as many as are asked for, more than a step has or fewer."""
+    stream = tg.TokenStream(byte_corpus, "train", 260)
+    for rank in range(world_size):
+        batches = tg.TrainingBatches(stream, 1024, 64, tg.Ranks(rank, world_size))
+        for count in (1, 16, 20):
+            tokens = stream.read(2 * 1024, count * 64)
+            assert torch.equal(batches.sequences(2, count), tokens.view(count, 64))
 
 
 @pytest.mark.fault(1, 2)
@@ -94,10 +146,10 @@ def test_no_shards_names_the_setting_and_both_remedies(tmp_path: Path, split: st
     for folder in (tmp_path, tmp_path / "none"):
         with pytest.raises(tg.DataError) as error:
             tg.TokenStream(folder, split, 260)
-        found = f"DATA_PATH={folder}: no fineweb_{split}_*.bin there; "
+        found = f"DATA_PATH={folder}: no file matches fineweb_{split}_*.bin. "
         assert str(error.value).startswith(found)
-        assert "PRESET=cpu's by data/prepare.py" in str(error.value)
-        assert "data/download.py" in str(error.value)
+        assert "`python data/prepare.py` for the embedded corpus (PRESET=cpu)" in str(error.value)
+        assert "`python data/download.py` for the challenge's shards" in str(error.value)
 
 
 @pytest.mark.fault(1, 2)
@@ -107,11 +159,26 @@ def test_a_run_without_a_split_ends_before_it_begins(tmp_path, byte_corpus, monk
         if split not in path.name:
             (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tg, "run", lambda *_: pytest.fail("training began"))
+    monkeypatch.setattr(tg.Trainer, "train", lambda *_: pytest.fail("training began"))
     env = {**TINY, "DATA_PATH": str(tmp_path), "RUN_ID": "no_data"}
     assert tg.main([], env) == 2
     result = json.loads(Path("logs/no_data/result.json").read_text())
-    assert f"no fineweb_{split}_*.bin" in result["reason"]
+    assert f"no file matches fineweb_{split}_*.bin" in result["reason"]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_link_to_no_file_is_an_error_of_the_data(tmp_path, byte_corpus, monkeypatch, split):
+    for path in byte_corpus.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    link = tmp_path / f"fineweb_{split}_000000.bin"
+    link.unlink()
+    link.symlink_to(tmp_path / "gone.bin")
+    monkeypatch.chdir(tmp_path)
+    assert tg.main([], {**TINY, "DATA_PATH": str(tmp_path), "RUN_ID": "no_file"}) == 2
+    result = json.loads(Path("logs/no_file/result.json").read_text())
+    assert result["status"] == "data"
+    assert str(link) in result["reason"]
+    assert "Traceback" not in result["reason"]
 
 
 @pytest.mark.fault(3)
@@ -135,26 +202,26 @@ def test_missing_shards_are_told_with_both_counts(tmp_path, capsys, split, here,
         for i in here if name == split else [0]:
             tokens = byte_tokens(f"{name} {i} " * 20)
             (folder / f"fineweb_{name}_{i:06d}.bin").write_bytes(shard_bytes(tokens))
-    tg.load_data(settings(data_path=folder, corpus="own"), tg.Log())
+    tg.load_data(settings(data_path=folder, corpus="own"), tg.Ranks(), tg.Log())
     warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     assert len(warnings) == bool(says)
-    assert not says or f"fineweb_{split}_*.bin: {says} shards" in warnings[0]
+    assert not says or f"fineweb_{split}_*.bin: {says} shards found" in warnings[0]
 
 
 def test_shards_without_numbers_are_read_without_a_warning(tmp_path, capsys):
     for name in ("train", "val"):
         path = tmp_path / f"fineweb_{name}_last.bin"
         path.write_bytes(shard_bytes(byte_tokens(f"{name} " * 20)))
-    tg.load_data(settings(data_path=tmp_path, corpus="own"), tg.Log())
+    tg.load_data(settings(data_path=tmp_path, corpus="own"), tg.Ranks(), tg.Log())
     assert "warning" not in capsys.readouterr().out
 
 
-def id_checks(stream: tg.TokenStream, **part: int) -> list[str]:
-    """What checking each reach from 1 token to all of them finds."""
+def id_checks(stream: tg.TokenStream) -> list[str]:
+    """The errors of checks that reach from 1 token to all of them."""
     found = []
     for reach in range(1, len(stream) + 1):
         try:
-            stream.check(tg.Log(), reach, **part)
+            stream.check(tg.Log(), reach, tg.Ranks())
             found.append("")
         except tg.DataError as error:
             found.append(str(error))
@@ -167,27 +234,26 @@ def test_an_id_outside_the_vocabulary_names_shard_and_id(tmp_path: Path):
     found = id_checks(stream)
     assert found[:3] == [""] * 3
     assert len(set(found[3:])) == 1
-    assert found[3].endswith("000001.bin: id 260, VOCAB_SIZE=260; change one")
+    says = "000001.bin: token id 260 is not below VOCAB_SIZE=260; change DATA_PATH or VOCAB_SIZE"
+    assert found[3].endswith(says)
 
 
 @pytest.mark.fault(9)
 def test_ranks_together_check_every_shard_within_reach(tmp_path: Path):
     parts = [[300 + i, 1, 1] for i in range(5)]
     stream = make_split(tmp_path / "d", parts)
-    for world in (1, 2, 3, 8):
+    for world_size in (1, 2, 3, 8):
         for reach in (1, 3, 4, 15, 99):
             seen = []
-            for rank in range(world):
+            for rank in range(world_size):
                 looked = tg.TokenStream(tmp_path / "d", "train", 260)
-                looked.shards = [
-                    (path, Seen(shard, seen, i)) for i, (path, shard) in enumerate(stream.shards)
-                ]
-                looked.check(tg.Log(), reach, rank, world)
+                looked.shards = [Seen(shard, seen, i) for i, shard in enumerate(stream.shards)]
+                looked.check(tg.Log(), reach, tg.Ranks(rank, world_size))
             assert sorted(seen) == list(range(min(-(-reach // 3), 5)))
 
 
 class Seen:
-    """A shard of no token too large that notes when it is looked at."""
+    """A shard without a token that is too large; it records each check."""
 
     def __init__(self, shard: np.ndarray, seen: list[int], number: int) -> None:
         self.shard, self.seen, self.number = shard, seen, number
@@ -208,17 +274,17 @@ def test_ids_that_a_run_can_reach_are_checked_before_it(tmp_path, iterations, re
     make_split(tmp_path / "d", [[7] * (1024 + 64 + 64), [260] * 100])
     h = settings(data_path=tmp_path / "d", iterations=iterations, gptq_calib_tokens=64)
     if refused:
-        with pytest.raises(tg.DataError, match=r"000001\.bin: id 260, VOCAB_SIZE=260"):
-            tg.load_data(h, tg.Log())
+        with pytest.raises(tg.DataError, match=r"000001\.bin: token id 260 is not below"):
+            load(h)
     else:
-        assert len(tg.load_data(h, tg.Log()).train) == 1252
+        assert len(load(h).train.stream) == 1252
 
 
 @pytest.mark.fault(9)
 def test_ids_of_the_whole_validation_split_are_checked(tmp_path: Path):
     make_split(tmp_path / "d", [byte_tokens("scored " * 99), [5] * 9, [5, 5, 261]], "val")
-    with pytest.raises(tg.DataError, match=r"val_000002\.bin: id 261, VOCAB_SIZE=260"):
-        tg.load_data(settings(data_path=tmp_path / "d"), tg.Log(), training=False)
+    with pytest.raises(tg.DataError, match=r"val_000002\.bin: token id 261 is not below"):
+        load(settings(data_path=tmp_path / "d"), training=False)
 
 
 @pytest.mark.fault(12)
@@ -238,19 +304,23 @@ def test_a_folder_of_another_tokenizer_is_refused_by_its_name(tmp_path, byte_cor
     (tmp_path / name).symlink_to(byte_corpus)
     h = settings(data_path=tmp_path / name)
     if fits:
-        assert tg.load_data(h, tg.Log()).train
+        assert load(h).train
     else:
-        with pytest.raises(tg.DataError, match=rf"DATA_PATH=.*{name}: not of VOCAB_SIZE=260;"):
-            tg.load_data(h, tg.Log())
+        says = rf"DATA_PATH=.*{name}: its shards are not of VOCAB_SIZE=260;"
+        with pytest.raises(tg.DataError, match=says):
+            load(h)
 
 
 @pytest.mark.parametrize(("micro", "parts"), [(10**9, 1), (512, 2), (500, 4), (64, 16), (1, 16)])
 def test_a_step_is_cut_into_equal_parts(micro: int, parts: int):
-    assert tg.micro_batches(settings(micro_batch_tokens=micro)) == parts
+    assert tg.grad_accum_steps(16, 64, micro) == parts
 
 
-def test_default_steps_are_cut_as_on_eight_gpus():
-    assert tg.micro_batches(tg.Hyperparameters()) == 8
+@pytest.mark.parametrize(("world_size", "parts"), [(1, 8), (2, 4), (8, 1)])
+def test_the_default_step_has_as_many_parts_as_on_eight_gpus(world_size: int, parts: int):
+    h = tg.Hyperparameters
+    rows = h.train_batch_tokens // h.train_seq_len // world_size
+    assert tg.grad_accum_steps(rows, h.train_seq_len, h.micro_batch_tokens) == parts
 
 
 # --- bytes ---
@@ -311,7 +381,7 @@ def tokenizer(request, tmp_path_factory):
 
 
 def counted(table: tg.ByteTable, ids: list[int]) -> int:
-    return int(table.count(torch.tensor([1, *ids[:-1]]), torch.tensor(ids)).sum())
+    return int(table.text_bytes(torch.tensor([1, *ids[:-1]]), torch.tensor(ids)).sum())
 
 
 @pytest.mark.fault(13)
@@ -340,19 +410,19 @@ def test_an_identity_tokenizer_counts_the_documents_own_bytes(tmp_path: Path):
 def test_the_proof_accepts_what_fits_and_refuses_what_does_not(tokenizer):
     tokens = torch.tensor([t for text in TEXTS * 3 for t in (1, *tokenizer.encode(text))]).int()
     table = tg.ByteTable.of_tokenizer(tokenizer)
-    total = int(table.count(tokens[:-1], tokens[1:]).sum())
-    assert tg.prove_byte_table(table, tokenizer, tokens) == total
+    total = int(table.text_bytes(tokens[:-1], tokens[1:]).sum())
+    assert tg.verify_byte_table(table, tokenizer, tokens) == total
     for wrong in (
         table._replace(size=table.size + (torch.arange(len(table.size)) == int(tokens[2])).short()),
         table._replace(space=1 - table.space),
     ):
         with pytest.raises(tg.DataError, match="no bpb of these data"):
-            tg.prove_byte_table(wrong, tokenizer, tokens)
+            tg.verify_byte_table(wrong, tokenizer, tokens)
 
 
 def test_nothing_is_proven_where_there_is_no_text(tokenizer):
     table = tg.ByteTable.of_tokenizer(tokenizer)
-    assert tg.prove_byte_table(table, tokenizer, torch.tensor([1, 1, 1, 2])) == 0
+    assert tg.verify_byte_table(table, tokenizer, torch.tensor([1, 1, 1, 2])) == 0
 
 
 def test_the_proof_ends_with_a_whole_run(tokenizer, monkeypatch):
@@ -361,18 +431,18 @@ def test_the_proof_ends_with_a_whole_run(tokenizer, monkeypatch):
     table = tg.ByteTable.of_tokenizer(tokenizer)
     for length in range(len(ids) - 20, len(ids)):
         monkeypatch.setattr(tg, "PROOF_TOKENS", length)
-        tg.prove_byte_table(table, tokenizer, torch.tensor(ids))
+        tg.verify_byte_table(table, tokenizer, torch.tensor(ids))
 
 
 def test_bytes_are_counted_as_one_and_specials_as_none(byte_corpus):
-    table = tg.load_data(settings(data_path=byte_corpus), tg.Log()).table
     ids = torch.arange(260)
-    assert table.count(ids.roll(1), ids).tolist() == [0] * 4 + [1] * 256
+    for table in (tg.ByteTable.of_bytes(), load(settings(data_path=byte_corpus)).val.table):
+        assert table.text_bytes(ids.roll(1), ids).tolist() == [0] * 4 + [1] * 256
 
 
 @pytest.fixture(scope="module")
 def text_corpus(tmp_path_factory) -> dict[str, object]:
-    """The settings of a corpus of tokens; `no_bos` beside it has no document's start."""
+    """The settings of a corpus of tokens; the folder `no_bos` beside it has no BOS."""
     folder = tmp_path_factory.mktemp("text")
     tokenizer = train_tokenizer(folder, "m.model", **KINDS["identity"])
     ids = [t for text in TEXTS * 9 for t in (1, *tokenizer.encode(text))]
@@ -388,15 +458,39 @@ def text_corpus(tmp_path_factory) -> dict[str, object]:
 
 def refused(**changes: object) -> str:
     with pytest.raises(tg.DataError) as error:
-        tg.load_data(settings(**changes), tg.Log())
+        load(settings(**changes))
     return str(error.value)
 
 
 def test_a_corpus_of_tokens_is_loaded(text_corpus, capsys):
-    data = tg.load_data(settings(**text_corpus), tg.Log())
+    data = tg.load_data(settings(**text_corpus), tg.Ranks(), tg.Log())
     val = tg.TokenStream(text_corpus["data_path"], "val", 1024)
-    assert data.val.tolist() == val.read(0, len(val)).tolist()
-    assert "byte_table:proven" in capsys.readouterr().out
+    assert data.val.tokens.tolist() == val.read(0, len(val)).tolist()
+    counted_bytes = data.val.table.text_bytes(data.val.tokens[:-1], data.val.tokens[1:]).sum()
+    shown = capsys.readouterr().out
+    assert f"byte_table:proven against {counted_bytes} bytes of decoded text" in shown
+    assert "are unknown" not in shown
+
+
+@pytest.mark.parametrize("unknown", [0, 1, 7])
+def test_unknown_validation_tokens_are_warned_of(tmp_path: Path, capsys, unknown: int):
+    """A tokenizer that does not cover the text counts 0 bytes for what it does not know."""
+    tokenizer = train_tokenizer(tmp_path, "m.model", **KINDS["no_fallback"])
+    texts = [text.strip() for text in TEXTS[:2]] * 9
+    texts[:unknown] = [f"{text} \u0539 dog" for text in texts[:unknown]]
+    tokens = [t for text in texts for t in (1, *tokenizer.encode(text))]
+    assert tokens.count(tokenizer.unk_id()) == unknown
+    make_split(tmp_path / "d", [tokens], "val")
+    h = settings(
+        vocab_size=tokenizer.vocab_size(),
+        data_path=tmp_path / "d",
+        tokenizer_path=tmp_path / "m.model",
+        corpus="own",
+    )
+    tg.load_data(h, tg.Ranks(), tg.Log(), training=False)
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    says = f"warning: {unknown} of {len(tokens)} validation tokens are unknown to the tokenizer "
+    assert [line.startswith(says) for line in warnings] == [True] * bool(unknown)
 
 
 @pytest.mark.parametrize(
@@ -410,8 +504,9 @@ def test_a_corpus_of_tokens_is_loaded(text_corpus, capsys):
 def test_the_folder_follows_corpus_and_vocabulary(env, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(tg.DataError) as error:
-        tg.load_data(tg.Hyperparameters.from_env(env), tg.Log())
-    assert str(error.value).startswith(f"DATA_PATH=data/datasets/{name}: no fineweb_val")
+        load(tg.Hyperparameters.from_env(env))
+    says = f"DATA_PATH=data/datasets/{name}: no file matches fineweb_val_"
+    assert str(error.value).startswith(says)
 
 
 @pytest.mark.parametrize(
@@ -434,22 +529,21 @@ def test_what_is_no_tokenizer_is_refused_by_its_path(text_corpus, name):
     (path.parent / "cut").write_bytes(path.read_bytes()[:-500])
     says = refused(**{**text_corpus, "tokenizer_path": path.parent / name})
     assert says.startswith(f"TOKENIZER_PATH={path.parent / name}: ")
-    assert says.endswith("fetch it with its data")
+    assert says.endswith("make or download it together with its shards")
 
 
 @pytest.mark.fault(11)
 def test_a_tokenizer_of_another_size_is_refused_with_both(text_corpus):
     size = text_corpus["vocab_size"]
     says = refused(**{**text_corpus, "vocab_size": size + 1})
-    assert (
-        says == f"{text_corpus['tokenizer_path']}: {size} pieces, VOCAB_SIZE={size + 1}; change one"
-    )
+    found = f"TOKENIZER_PATH={text_corpus['tokenizer_path']}: it has {size} pieces"
+    assert says == f"{found}, VOCAB_SIZE={size + 1}; change one"
 
 
 @pytest.mark.fault(13)
 @pytest.mark.parametrize("wrong", ["size", "space"])
 def test_no_bpb_is_printed_of_a_byte_table_that_decoding_refutes(text_corpus, monkeypatch, wrong):
-    """As of a tokenizer whose pieces do not decode as they read."""
+    """As with a tokenizer whose pieces do not decode to their own characters."""
     right = tg.ByteTable.of_tokenizer
 
     def of_tokenizer(tokenizer):
@@ -457,7 +551,7 @@ def test_no_bpb_is_printed_of_a_byte_table_that_decoding_refutes(text_corpus, mo
         return table._replace(**{wrong: getattr(table, wrong) + (table.size > 0)})
 
     monkeypatch.setattr(tg.ByteTable, "of_tokenizer", of_tokenizer)
-    assert "no bpb of these data counts" in refused(**text_corpus)
+    assert "no bpb of these data would be right" in refused(**text_corpus)
 
 
 @pytest.mark.fault(15)
@@ -469,15 +563,18 @@ def test_validation_shorter_than_a_window_is_refused(text_corpus, name):
         if name == "eval_seq_len":
             h["train_batch_tokens"] = 1024
         if fits:
-            assert tg.load_data(settings(**h), tg.Log())
+            assert load(settings(**h))
         else:
-            assert "validation tokens are no window; lower EVAL_SEQ_LEN" in refused(**h)
+            says = f"{tokens} validation tokens do not fill a window of {length}; "
+            assert f"{says}lower EVAL_SEQ_LEN" in refused(**h)
 
 
 @pytest.mark.fault(14, 55)
 def test_tokens_without_bos_cannot_be_proven(text_corpus):
+    """The decoder's text is compared after a special token, so nothing of these is compared."""
     folder = text_corpus["data_path"].parent / "no_bos"
-    assert "no text that follows BOS" in refused(**{**text_corpus, "data_path": folder})
+    with pytest.raises(tg.DataError, match=f"{folder}: .*BOS"):
+        load(settings(**{**text_corpus, "data_path": folder}), training=False)
 
 
 @pytest.mark.fault(14)
@@ -507,8 +604,9 @@ def test_another_validation_text_is_warned_of_and_flagged(
     size = 100_000
     make_split(tmp_path / "d", [[1] + [7] * round(size * factor)], "val")
     monkeypatch.setattr(tg, "VAL_BYTES", size)
-    data = tg.load_data(settings(data_path=tmp_path / "d"), tg.Log(), training=False)
-    assert data.canonical is canonical
+    data = tg.load_data(settings(data_path=tmp_path / "d"), tg.Ranks(), tg.Log(), training=False)
+    assert data.train is None
+    assert data.val.canonical is canonical
     warning = f"warning: {round(size * factor)} bytes of validation text, not the challenge's"
     assert (warning in capsys.readouterr().out) is not canonical
 
@@ -516,7 +614,7 @@ def test_another_validation_text_is_warned_of_and_flagged(
 @pytest.mark.fault(16)
 def test_a_corpus_of_ones_own_is_flagged_without_a_warning(byte_corpus, capsys):
     h = settings(data_path=byte_corpus, corpus="own")
-    assert tg.load_data(h, tg.Log()).canonical is False
+    assert tg.load_data(h, tg.Ranks(), tg.Log()).val.canonical is False
     assert "warning" not in capsys.readouterr().out
 
 
@@ -534,7 +632,7 @@ def test_what_is_trained_on_is_not_scored(tmp_path: Path, kind):
     make_split(folder, [[6] * 100], "train")
     val, train = folder / "fineweb_val_000001.bin", folder / "fineweb_train_000001.bin"
     h = {"data_path": folder}
-    assert tg.load_data(settings(**h), tg.Log())
+    assert load(settings(**h))
     if kind == "link":
         train.hardlink_to(val)
     elif kind == "symbolic link":
@@ -542,15 +640,14 @@ def test_what_is_trained_on_is_not_scored(tmp_path: Path, kind):
     else:
         train.write_bytes(shard_bytes(tokens * (1 + (kind == "longer copy"))))
     says = refused(**h)
-    assert f"{val}: as {train}: " in says
-    assert "what is trained on cannot be scored" in says
+    assert says == f"{train}: the same tokens as {val}; training text cannot be scored"
 
 
 @pytest.mark.fault(17)
 def test_shards_that_begin_alike_but_differ_are_two(tmp_path: Path):
     for split, last in (("val", 7), ("train", 8)):
         make_split(tmp_path / "d", [[1, *[5] * 100, last]], split)
-    assert tg.load_data(settings(data_path=tmp_path / "d"), tg.Log())
+    assert load(settings(data_path=tmp_path / "d"))
 
 
 @pytest.mark.fault(8)
@@ -558,6 +655,6 @@ def test_reading_maps_the_file_and_copies_nothing(tmp_path: Path):
     path = tmp_path / "large.bin"
     count = 50_000_000
     with open(path, "wb") as file:
-        file.write(np.array([tg.SHARD_MAGIC, 1, count] + [0] * 253, "<i4").tobytes())
+        file.write(tg.shard_header(count))
         os.truncate(file.fileno(), 1024 + 2 * count)
     assert isinstance(tg.read_shard(path), np.memmap)

@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib
 import pytest
 import torch
-from conftest import ROOT, randomize, settings
+from conftest import ROOT, TINY, randomize, settings
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from scipy import stats
 
@@ -73,7 +73,12 @@ def artifact():
     """The bytes of a real artifact with all parts a model can have."""
     h = settings(jepa_chunk_size=8, jepa_latent_dim=16, jepa_proj_hidden=16, bigram_vocab_size=512)
     torch.manual_seed(0)
-    return tg.pack(h, tg.quantize(randomize(tg.GPT(h)))[0])
+    return tg.pack_artifact(h, quantized(h), "zstd")
+
+
+def quantized(h):
+    """The arrays of an artifact of random weights."""
+    return tg.quantize_model(randomize(tg.GPT(h)), {}, tg.Ranks())[0]
 
 
 @pytest.fixture(scope="module")
@@ -321,8 +326,9 @@ def test_the_schedule_is_that_of_training_by_steps(tmp_path):
     rates, momenta, weights = (drawn(figure, n) for n in range(3))
     assert [*rates] == [*range(100)]
     for step in (0, 30, 59, 60, 61, 80, 99):
-        assert rates[step] == pytest.approx(tg.lr_scale(step, 0.0, h))
-        assert weights[step] == pytest.approx(tg.jepa_weight(step, 0.0, h) / 0.001, abs=1e-9)
+        phase = tg.schedule(tg.Progress(step, 100, 0.0, math.inf), h)
+        assert rates[step] == pytest.approx(phase.lr_scale)
+        assert weights[step] == pytest.approx(phase.jepa_weight / 0.001, abs=1e-9)
     assert (rates[0], rates[80]) == (1.0, 0.5)
     assert 0.9 < weights[79] < 1 and weights[80] == 0
     assert momenta[0] == 0.92
@@ -336,11 +342,8 @@ def test_the_schedule_is_that_of_training_by_the_clock(tmp_path):
     rates = drawn(plot.make(runs, "schedule"))
     over_seconds = drawn(plot.make(runs, "schedule", x="seconds"))
     for step in (0, 1, 59, 61, 80, 99):
-        assert (
-            rates[step]
-            == over_seconds[2.0 * step]
-            == pytest.approx(tg.lr_scale(step, 2.0 * step, h))
-        )
+        scale = tg.lr_scale(tg.Progress(step, 1000, 2.0 * step, 200.0), 40, 0.6)
+        assert rates[step] == over_seconds[2.0 * step] == pytest.approx(scale)
     assert rates[80] == pytest.approx(0.5)  # by ITERATIONS it would still be 1
     kept = replace(h, gptq_enabled=True, gptq_calib="train", gptq_reserve_seconds=20.0)
     seconds = {"train": 183.0, "calibrate": 3.0}
@@ -349,14 +352,26 @@ def test_the_schedule_is_that_of_training_by_the_clock(tmp_path):
     assert rates[70] == pytest.approx(0.5)  # of 180 seconds
 
 
-def test_the_momentum_is_what_muon_gets(monkeypatch):
-    h, got = settings(muon_momentum_warmup_steps=10), []
-    optimizers = tg.Optimizers(tg.GPT(h), h)
-    monkeypatch.setattr(tg.Muon, "step", lambda _, lr, momentum: got.append(momentum))
-    for step in (0, 3, 10, 500):
-        optimizers.step(step, 1.0)
-        assert plot.momentum(step, h) == got[-1]
-    assert len(set(got)) == 3
+def test_the_schedule_is_what_the_steps_of_a_run_were_told(byte_corpus, tmp_path, monkeypatch):
+    told, take_step = [], tg.Trainer.take_step
+
+    def record(trainer, phase, *batch):
+        told.append(phase)
+        return take_step(trainer, phase, *batch)
+
+    monkeypatch.setattr(tg.Trainer, "take_step", record)
+    changes = {"ITERATIONS": "12", "WARMDOWN_ITERS": "6", "MUON_MOMENTUM_WARMUP_STEPS": "10"}
+    changes |= {"JEPA_CHUNK_SIZE": "8", "DATA_PATH": str(byte_corpus), "RUN_DIR": str(tmp_path)}
+    assert tg.main([], {**TINY, **changes}) == 0
+    figure = plot.make([read_run(tmp_path)], "schedule")
+    rates, momenta, weights = (drawn(figure, n) for n in range(3))
+    assert len(told) == len(rates) == 12
+    for step, phase in enumerate(told):
+        assert rates[step] == pytest.approx(phase.lr_scale)
+        assert momenta[step] == pytest.approx(phase.muon_momentum)
+        assert weights[step] == pytest.approx(phase.jepa_weight / 0.001, abs=1e-9)
+    for values in zip(*told, strict=True):
+        assert len(set(values)) > 3 or set(values) == {0.0}  # STP is off
 
 
 def test_equal_schedules_are_one_line(tmp_path):
@@ -494,12 +509,24 @@ def test_bytes_are_those_of_the_artifact(tmp_path, artifact):
     assert gap in note_of(figure)
 
 
+def test_bytes_are_those_of_the_codec_that_packed_the_artifact(tmp_path):
+    h = settings(compressor="lzma")
+    folder = write_run(tmp_path / "a", h=h)
+    (folder / "final_model.int6.ptz").write_bytes(tg.pack_artifact(h, quantized(h), "lzma"))
+    figure = plot.make([read_run(folder)], "bytes")
+    widths = {bar.get_width() for bar in figure.axes[0].containers[0]}
+    header = len(tg.pack_artifact(h, {}, "lzma"))
+    assert header in widths and header != len(tg.pack_artifact(h, {}, "zstd"))
+
+
 def test_every_array_is_counted_in_one_group(tmp_path, artifact, monkeypatch):
     (tmp_path / "artifact").write_bytes(artifact)
-    _, arrays = tg.unpack(artifact, settings())
+    _, arrays = tg.unpack_artifact(artifact, settings())
     by_name = {name: array.nbytes for name, array in arrays.items()}
     monkeypatch.setattr(
-        tg, "pack", lambda h, arrays: bytes(7 + sum(a.nbytes for a in arrays.values()))
+        tg,
+        "pack_artifact",
+        lambda h, arrays, compressor: bytes(7 + sum(a.nbytes for a in arrays.values())),
     )
     sizes, whole = plot.group_bytes(tmp_path / "artifact")
     assert whole == len(artifact)

@@ -20,6 +20,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import train_gpt as tg
+
 SCRIPT = Path(__file__).resolve().parents[1] / "data" / "prepare.py"
 
 
@@ -118,7 +120,8 @@ def embedded(tmp_path_factory):
 def test_shard_bytes(tmp_path):
     path = tmp_path / "shard.bin"
     prepare.write_shard(path, np.array([0, 1, 65535], dtype=np.uint16))
-    assert read_shard(path) == [0, 1, 65535]
+    assert read_shard(path) == tg.read_shard(path).tolist() == [0, 1, 65535]
+    assert path.read_bytes()[:1024] == tg.shard_header(3)
     assert path.read_bytes()[:12] == b"\x88\xd8\x34\x01\1\0\0\0\3\0\0\0"
 
 

@@ -1,8 +1,10 @@
 """The tools of records/ together, on real runs: from a clone to a checked folder, and a sweep."""
 
+import ast
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,8 +20,9 @@ sys.path.insert(0, str(ROOT / "records"))
 
 import check
 import sweep
+import train_gpt as tg
 from compare import markdown_table
-from runs import read_runs, read_trial
+from runs import Defaults, Run, read_run, read_runs, read_trial
 
 ENTRIES = sorted(path.parent for path in (ROOT / "records").glob("track_*/*/submission.json"))
 PAGE = (ROOT / "records" / "README.md").read_text(encoding="utf-8")
@@ -158,3 +161,102 @@ def test_the_tables_of_our_runs_are_those_of_compare():
     ]
     for name, text in tables:
         assert text == markdown_table(read_runs([ROOT / "records" / name]))
+
+
+# ---- What a program's settings are, by its source ----
+
+SOURCE = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+
+
+def variables(command):
+    """The environment variables of a command."""
+    return dict(
+        word.split("=", 1) for word in shlex.split(command) if re.match(r"[A-Z_0-9]+=", word)
+    )
+
+
+@pytest.mark.parametrize("name", ["tiny/seed42", "plain/seed1337"])
+def test_a_log_gives_the_settings_and_the_command_of_its_run(finished, name):
+    run, log = read_run(finished / name), read_run(finished / name / "train.log")
+    assert log.settings == run.settings
+    twin = (finished / name / "train_gpt.py").read_bytes()
+    assert tg.unpacked_source(twin) == SOURCE.encode()
+    command = Defaults(ast.parse(SOURCE)).command(run)
+    assert command == Defaults(ast.parse(SOURCE)).command(log)
+    given = vars(tg.Hyperparameters.from_env(variables(command)))
+    assert given == run.settings | {"run_dir": ""}
+
+
+def test_a_command_of_repacked_weights_names_the_step_where_it_was_given():
+    """Older programs report one sequence as the step of --quantize, whatever was given."""
+    settings = {"seed": 7, "model_dim": 512, "train_seq_len": 80, "train_batch_tokens": 160}
+    run = Run(Path(), "", "ok", settings=settings)
+    defaults = Defaults(ast.parse(SOURCE))
+    weights = "python train_gpt.py --quantize final_model_seed7.safetensors"
+    said = f"SEED=7 TRAIN_SEQ_LEN=80 TRAIN_BATCH_TOKENS=160 {weights}"
+    assert defaults.command(run) == said
+    tg.Hyperparameters.from_env(variables(said))
+    settings["train_batch_tokens"] = 80
+    assert defaults.command(run) == f"SEED=7 TRAIN_SEQ_LEN=80 {weights}"
+
+
+PROGRAM = """
+DEPTH = 13
+BYTE_RULES: dict[str, Any] = {"ln_scale": False}
+PRESETS: dict[str, dict[str, Any]] = {
+    "deep": {"num_layers": DEPTH, "matrix_lr": 0.1, "attn": "math"},
+}
+class ModelSettings:
+    vocab_size: int = setting(1024, "tokens", low=5)
+    num_layers: int = setting(11, "blocks")
+    ln_scale: bool = setting(
+        True, "Scale the norms.")
+class Hyperparameters(ModelSettings):
+    preset: str = setting("", "configuration", choices=tuple(PRESETS))
+    matrix_lr: float = setting(0.025, "rate", low=-DEPTH)
+    attn: str = setting("auto", "back end")
+    def rate(self):
+        return self.matrix_lr
+"""
+TOLD = {"vocab_size": 260, "num_layers": 13, "ln_scale": False, "preset": "deep"}
+TOLD |= {"matrix_lr": 0.1, "attn": "math", "seed": 5}
+SHORT = "SEED=5 PRESET=deep VOCAB_SIZE=260 "
+
+
+@pytest.mark.parametrize(
+    ("addition", "named"),
+    [
+        ("", ""),
+        ("print(PRESETS.get('deep'), BYTE_RULES | {})", ""),
+        ("DEPTH = 14", ""),  # the preset has the value of DEPTH before it
+        ("PRESETS['deep']['num_layers'] = 14", "NUM_LAYERS=13 MATRIX_LR=0.1 ATTN=math "),
+        ("PRESETS['deep'].update(attn='flash')", "NUM_LAYERS=13 MATRIX_LR=0.1 ATTN=math "),
+        ("PRESETS = PRESETS | {}", "NUM_LAYERS=13 MATRIX_LR=0.1 ATTN=math "),
+        ("del BYTE_RULES['ln_scale']", "LN_SCALE=0 "),
+        ("BYTE_RULES.clear()", "LN_SCALE=0 "),
+        ("Hyperparameters.attn = 'flash'", "ATTN=math "),
+    ],
+)
+def test_defaults_and_presets_are_read_unless_the_program_changes_them(addition, named):
+    defaults = Defaults(ast.parse(f"{PROGRAM}\n{addition}\n"))
+    run = Run(Path(), "", "ok", settings=TOLD, steps=1)
+    assert defaults.command(run) == f"{SHORT}{named}python train_gpt.py"
+
+
+@pytest.mark.parametrize(
+    "default", ["10 + 1", "default=11, meaning=", "DEPTH - 2", "len('eleven layers')"]
+)
+def test_a_default_that_is_no_literal_is_named(default):
+    text = PROGRAM.replace("setting(11,", f"setting({default},".replace("=,", "="))
+    assert text != PROGRAM
+    run = Run(Path(), "", "ok", settings={"num_layers": 11, "attn": "auto", "seed": 5}, steps=1)
+    assert Defaults(ast.parse(PROGRAM)).command(run) == "SEED=5 python train_gpt.py"
+    assert Defaults(ast.parse(text)).command(run) == "SEED=5 NUM_LAYERS=11 python train_gpt.py"
+
+
+@pytest.mark.parametrize("constant", ["DEPTH = int('14')", "if THIS:\n    DEPTH = 14", "del DEPTH"])
+def test_presets_with_a_constant_that_is_not_known_are_unknown(constant):
+    text = PROGRAM.replace("DEPTH = 13\n", f"DEPTH = 13\n{constant}\n")
+    run = Run(Path(), "", "ok", settings=TOLD, steps=1)
+    named = "NUM_LAYERS=13 MATRIX_LR=0.1 ATTN=math"
+    assert Defaults(ast.parse(text)).command(run) == f"{SHORT}{named} python train_gpt.py"

@@ -52,6 +52,7 @@ def test_the_same_settings_give_the_same_bytes(done, tmp_path):
     assert files == {
         "train.log",
         "train_gpt.py",
+        "train_gpt_readable.py",
         "events.jsonl",
         "result.json",
         "final_model.int6.ptz",
@@ -90,8 +91,8 @@ def test_other_settings(other, done, tmp_path):
     before = json.loads((run / "result.json").read_text())
     assert result["scores"]["float"]["nats"] == before["scores"]["float"]["nats"]
     assert (blob == (run / "final_model.int6.ptz").read_bytes()) == ("TTT_ENABLED" in other)
-    _, old = tg.unpack((run / "final_model.int6.ptz").read_bytes(), tg.Hyperparameters())
-    _, new = tg.unpack(blob, tg.Hyperparameters())
+    _, old = tg.unpack_artifact((run / "final_model.int6.ptz").read_bytes(), tg.Hyperparameters())
+    _, new = tg.unpack_artifact(blob, tg.Hyperparameters())
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     of = {name.partition(".")[0] for name in changed}
     if "TTT_ENABLED" in other:
@@ -102,9 +103,8 @@ def test_other_settings(other, done, tmp_path):
     if "GPTQ_ENABLED" in other:
         state = safetensors.torch.load_file(run / "final_model.safetensors")
         weight = state["blocks.0.mlp.up.weight"][None]
-        assert torch.equal(
-            new["blocks.0.mlp.up.weight.codes"], tg.round_rows(weight, None, 6, 1.0)[0][0]
-        )
+        codes = tg.quantize_rounding(6, 1.0, weight, None).codes
+        assert torch.equal(new["blocks.0.mlp.up.weight.codes"], codes[0])
 
 
 def test_it_never_overwrites_a_run(done, tmp_path):

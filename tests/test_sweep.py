@@ -18,7 +18,6 @@ from launch import KEPT
 sys.path.insert(0, str(ROOT / "records"))
 
 import sweep
-import train_gpt as tg
 from runs import read_run, read_trial
 
 # A program in the place of train_gpt.py, in milliseconds a run: TOKENIZER_PATH says how it ends.
@@ -98,6 +97,15 @@ def test_grid_one_at_a_time_and_file(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "path", sorted((ROOT / "records" / "studies").glob("*.toml")), ids=lambda path: path.name
+)
+def test_the_program_takes_the_settings_of_every_study(path, tmp_path):
+    plan, _ = sweep.parse(["--file", str(path), "--out", str(tmp_path)], {})
+    plan.check()
+    assert "none" in {trial.name for trial in plan.trials}
+
+
+@pytest.mark.parametrize(
     ("argv", "said"),
     [
         (["NUM_LAYER=2"], "NUM_LAYERS"),
@@ -108,7 +116,7 @@ def test_grid_one_at_a_time_and_file(tmp_path):
         (["XSA_LAST_N=1", "--seeds", "1,1"], "seed 1: seeds are from 0, each once"),
         (["XSA_LAST_N=1", "--seeds=-1"], "seed -1"),
         (["MUON_WD=a"], "MUON_WD='a'"),
-        (["NUM_HEADS=3"], "MODEL_DIM=512 must be an even multiple of NUM_HEADS=3"),
+        (["NUM_HEADS=3"], "MODEL_DIM=512: must be an even multiple of NUM_HEADS=3"),
         (["XSA_LAST_N=1", "--stop-worse", "-1"], "--stop-worse -1"),
         (["XSA_LAST_N=1"], "--cpu"),  # no GPU is here
         (["XSA_LAST_N=1", "--seeds", "1,b"], "1,b"),
@@ -284,6 +292,7 @@ def test_hopeless_and_diverging_trials_are_stopped_when_asked(stub, tmp_path):
     [
         # Terms of the loss that are not in what is logged as train_loss, the cross-entropy.
         ("JEPA_CHUNK_SIZE=8 JEPA_LAMBDA_MAX=1 JEPA_BACKBONE_GRAD=1 JEPA_SIGREG=lejepa", True),
+        ("STP_ENABLED=1", True),
         ("LABEL_SMOOTHING=0.1", False),
         ("VOCAB_SIZE=2048", False),
         # By what the settings come to, however they are given.
@@ -292,7 +301,8 @@ def test_hopeless_and_diverging_trials_are_stopped_when_asked(stub, tmp_path):
     ],
 )
 def test_trials_are_judged_by_those_whose_loss_means_the_same(stub, tmp_path, changes, stopped):
-    changed = sweep.Trial("changed", tuple(tg.assignments(changes).items()), 1)
+    pairs = tuple(tuple(pair.split("=")) for pair in changes.split())
+    changed = sweep.Trial("changed", pairs, 1)
     plan = sweep.Sweep(tmp_path / "out", {}, [sweep.Trial("base", (), 1), changed])
     plan.prepare()
     for trial, loss in zip(plan.trials, (3.0, 9.0), strict=True):

@@ -177,7 +177,7 @@ def test_bytes_are_the_decoded_text(tmp_path, tokenizer):
     ids = read_split(tmp_path / "datasets" / "fineweb10B_byte260")
     assert ids == expected_ids(tokenizer, stream)
     table, tokens = tg.ByteTable.of_tokenizer(tokenizer), torch.tensor(stream)
-    assert sum(i >= 4 for i in ids) == table.count(tokens[:-1], tokens[1:]).sum()
+    assert sum(i >= 4 for i in ids) == table.text_bytes(tokens[:-1], tokens[1:]).sum()
     assert ids.count(1) == len(TEXTS)
     assert ids.count(3) == stream.count(3)
     if 3 not in stream:
@@ -491,7 +491,7 @@ BAD = [
     ("x_sp9", ["--tokenizer", "tokenizers/x_9_bpe.model", "existing"]),
     ("x_sp9 --tokenizer m.model", ["--tokenizer", "m.model", "tokens of 9", "tokens' own"]),
     ("large --tokenizer m.model --out o", ["large/fineweb_val_000001.bin", "65535", "--tokenizer"]),
-    ("cut --tokenizer m.model --out o", ["cut/fineweb_train_000000.bin", "no whole shard"]),
+    ("cut --tokenizer m.model --out o", ["cut/fineweb_train_000000.bin", "not a complete shard"]),
     ("plain --tokenizer m.model --out broken/datasets/o", ["manifest.json", "move it away"]),
     ("plain --nonsense", ["--nonsense"]),
 ]
