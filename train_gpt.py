@@ -1218,15 +1218,18 @@ def load_validation(h: Hyperparameters, stream: TokenStream, log: Log) -> Valida
     return Validation(tokens, table, canonical)
 
 
-def load_data(h: Hyperparameters, ranks: Ranks, log: Log, training: bool = True) -> Data:
-    """Opens and checks both splits, or the validation split alone. Raises DataError."""
+def load_data(h: Hyperparameters, ranks: Ranks, log: Log, steps: int | None) -> Data:
+    """Opens and checks the validation split and, unless `steps` is None, the training split.
+
+    Token ids are checked as far as that many training steps and calibration read. Raises DataError.
+    """
     folder = data_folder(h)
     val_stream = TokenStream(folder, "val", h.vocab_size)
     val = load_validation(h, val_stream, log)
-    if not training:
+    if steps is None:
         return Data(val, None)
     train_stream = TokenStream(folder, "train", h.vocab_size)
-    reach = h.iterations * h.train_batch_tokens + h.gptq_calib_tokens + h.train_seq_len
+    reach = steps * h.train_batch_tokens + h.gptq_calib_tokens + h.train_seq_len
     train_stream.check(log, reach, ranks)
     for val_path, val_shard in zip(val_stream.paths, val_stream.shards):
         for path, shard in zip(train_stream.paths, train_stream.shards):
@@ -3084,21 +3087,21 @@ class Run:
     def check(self) -> None:
         """Checks that a run could start; trains nothing."""
         check_settings(self.h, self.ranks.world_size)
-        self.prepare(training=True)
+        self.prepare(steps=self.h.iterations)
         free = shutil.disk_usage(".").free >> 20
         self.log(f"check:ok code:{len(self.program.twin)} bytes disk:{free} MiB")
 
     def evaluate(self, path: Path) -> None:
         """Scores an artifact again; the model's settings are its own."""
         self.h, _ = self.ranks.broadcast_from_rank0(lambda: load_artifact(path, self.h))
-        self.prepare(training=False)
+        self.prepare(steps=None)
         self.score_artifact(path, {})
 
     def quantize(self, path: Path) -> None:
         """Packs and scores saved weights again, in a folder of its own."""
         self.h, weights, _ = self.ranks.broadcast_from_rank0(lambda: load_checkpoint(path, self.h))
         self.open_folder()
-        self.prepare(training=self.h.calibrates_on_text)
+        self.prepare(steps=0 if self.h.calibrates_on_text else None)
         self.write_program()
         model, clock = self.load_model(weights), TrainingClock(self.device, self.ranks)
         self.quantize_and_score(model, clock, step=0)
@@ -3108,7 +3111,7 @@ class Run:
         h, log = self.h, self.log
         check_settings(h, self.ranks.world_size)
         self.open_folder()
-        self.prepare(training=True)
+        self.prepare(steps=self.h.iterations)
         self.write_program()
         model = self.initial_model()
         trainer = Trainer(model, self.data, h, self.ranks, self.device, log, h.training_deadline)
@@ -3149,13 +3152,13 @@ class Run:
         log(f"{folder}/train.log")
         self.result["settings"] = asdict(h)
 
-    def prepare(self, training: bool) -> None:
-        """Loads and checks everything that a command needs; logs what was chosen and why."""
+    def prepare(self, steps: int | None) -> None:
+        """Loads and checks what a command of that many training steps needs; logs the choices."""
         h, ranks, log = self.h, self.ranks, self.log
         load_codec(h.compressor)  # if it is missing, fail before training, not after it
         require("safetensors", "a checkpoint")
         self.program = Program.load()
-        self.data = load_data(h, ranks, log, training)
+        self.data = load_data(h, ranks, log, steps)
         device, device_notes = start_device(h.compile)
         self.attention, self.device, attention_notes = choose_attention(h, device, ranks)
         for note in (*self.notes, *device_notes, *attention_notes):

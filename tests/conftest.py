@@ -87,9 +87,9 @@ def cpu() -> tg.Device:
     return tg.Device(torch.device("cpu"), torch.float32, compiled=False)
 
 
-def load(h: tg.Hyperparameters, **options: object) -> tg.Data:
-    """The data of some settings, for a single rank, without a word."""
-    return tg.load_data(h, tg.Ranks(), tg.Log(silent=True), **options)
+def load(h: tg.Hyperparameters, **options: int | None) -> tg.Data:
+    """The data of some settings, for a single rank, without log lines."""
+    return tg.load_data(h, tg.Ranks(), tg.Log(silent=True), options.get("steps", h.iterations))
 
 
 def trainer(

@@ -202,7 +202,7 @@ def test_missing_shards_are_told_with_both_counts(tmp_path, capsys, split, here,
         for i in here if name == split else [0]:
             tokens = byte_tokens(f"{name} {i} " * 20)
             (folder / f"fineweb_{name}_{i:06d}.bin").write_bytes(shard_bytes(tokens))
-    tg.load_data(settings(data_path=folder, corpus="own"), tg.Ranks(), tg.Log())
+    tg.load_data(settings(data_path=folder, corpus="own"), tg.Ranks(), tg.Log(), 0)
     warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     assert len(warnings) == bool(says)
     assert not says or f"fineweb_{split}_*.bin: {says} shards found" in warnings[0]
@@ -212,7 +212,7 @@ def test_shards_without_numbers_are_read_without_a_warning(tmp_path, capsys):
     for name in ("train", "val"):
         path = tmp_path / f"fineweb_{name}_last.bin"
         path.write_bytes(shard_bytes(byte_tokens(f"{name} " * 20)))
-    tg.load_data(settings(data_path=tmp_path, corpus="own"), tg.Ranks(), tg.Log())
+    tg.load_data(settings(data_path=tmp_path, corpus="own"), tg.Ranks(), tg.Log(), 0)
     assert "warning" not in capsys.readouterr().out
 
 
@@ -284,7 +284,7 @@ def test_ids_that_a_run_can_reach_are_checked_before_it(tmp_path, iterations, re
 def test_ids_of_the_whole_validation_split_are_checked(tmp_path: Path):
     make_split(tmp_path / "d", [byte_tokens("scored " * 99), [5] * 9, [5, 5, 261]], "val")
     with pytest.raises(tg.DataError, match=r"val_000002\.bin: token id 261 is not below"):
-        load(settings(data_path=tmp_path / "d"), training=False)
+        load(settings(data_path=tmp_path / "d"), steps=None)
 
 
 @pytest.mark.fault(12)
@@ -463,7 +463,7 @@ def refused(**changes: object) -> str:
 
 
 def test_a_corpus_of_tokens_is_loaded(text_corpus, capsys):
-    data = tg.load_data(settings(**text_corpus), tg.Ranks(), tg.Log())
+    data = tg.load_data(settings(**text_corpus), tg.Ranks(), tg.Log(), 0)
     val = tg.TokenStream(text_corpus["data_path"], "val", 1024)
     assert data.val.tokens.tolist() == val.read(0, len(val)).tolist()
     counted_bytes = data.val.table.text_bytes(data.val.tokens[:-1], data.val.tokens[1:]).sum()
@@ -487,7 +487,7 @@ def test_unknown_validation_tokens_are_warned_of(tmp_path: Path, capsys, unknown
         tokenizer_path=tmp_path / "m.model",
         corpus="own",
     )
-    tg.load_data(h, tg.Ranks(), tg.Log(), training=False)
+    tg.load_data(h, tg.Ranks(), tg.Log(), steps=None)
     warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     says = f"warning: {unknown} of {len(tokens)} validation tokens are unknown to the tokenizer "
     assert [line.startswith(says) for line in warnings] == [True] * bool(unknown)
@@ -574,7 +574,7 @@ def test_tokens_without_bos_cannot_be_proven(text_corpus):
     """The decoder's text is compared after a special token, so nothing of these is compared."""
     folder = text_corpus["data_path"].parent / "no_bos"
     with pytest.raises(tg.DataError, match=f"{folder}: .*BOS"):
-        load(settings(**{**text_corpus, "data_path": folder}), training=False)
+        load(settings(**{**text_corpus, "data_path": folder}), steps=None)
 
 
 @pytest.mark.fault(14)
@@ -604,7 +604,7 @@ def test_another_validation_text_is_warned_of_and_flagged(
     size = 100_000
     make_split(tmp_path / "d", [[1] + [7] * round(size * factor)], "val")
     monkeypatch.setattr(tg, "VAL_BYTES", size)
-    data = tg.load_data(settings(data_path=tmp_path / "d"), tg.Ranks(), tg.Log(), training=False)
+    data = tg.load_data(settings(data_path=tmp_path / "d"), tg.Ranks(), tg.Log(), steps=None)
     assert data.train is None
     assert data.val.canonical is canonical
     warning = f"warning: {round(size * factor)} bytes of validation text, not the challenge's"
@@ -614,7 +614,7 @@ def test_another_validation_text_is_warned_of_and_flagged(
 @pytest.mark.fault(16)
 def test_a_corpus_of_ones_own_is_flagged_without_a_warning(byte_corpus, capsys):
     h = settings(data_path=byte_corpus, corpus="own")
-    assert tg.load_data(h, tg.Ranks(), tg.Log()).val.canonical is False
+    assert tg.load_data(h, tg.Ranks(), tg.Log(), 0).val.canonical is False
     assert "warning" not in capsys.readouterr().out
 
 
