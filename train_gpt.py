@@ -2075,14 +2075,14 @@ class Optimizers:
         self.clip_norm = h.grad_clip_norm or math.inf
         roles, named = parameter_roles(model), dict(model.named_parameters())
         by_role = {r: {n: p for n, p in named.items() if roles[n] == r} for r in ROLES}
-        self.muon = Muon(
-            by_role["matrix"], h.matrix_lr, h.muon_wd, h.muon_backend_steps, model.dtype, ranks
-        )
         groups = []
         for name, role in ROLES.items():
-            if role.optimizer == "adamw":
-                lr = getattr(h, role.learning_rate)
-                decay = getattr(h, role.weight_decay) if role.weight_decay else 0.0
+            lr = getattr(h, role.learning_rate)
+            decay = getattr(h, role.weight_decay) if role.weight_decay else 0.0
+            if role.optimizer == "muon":
+                steps = h.muon_backend_steps
+                self.muon = Muon(by_role[name], lr, decay, steps, model.dtype, ranks)
+            else:
                 params = [*by_role[name].values()]
                 groups.append({"params": params, "lr": 0.0, "base_lr": lr, "weight_decay": decay})
         self.adamw = torch.optim.AdamW(groups, betas=(h.beta1, h.beta2), eps=h.adam_eps, fused=True)

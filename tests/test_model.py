@@ -1,4 +1,4 @@
-"""The model: exact sizes, the definitions in float64, no peeking, no crossing of documents."""
+"""The model: exact sizes, definitions in float64, causality, documents, losses, layer order."""
 
 import itertools
 import math
@@ -9,7 +9,8 @@ from conftest import randomize, settings
 
 import train_gpt as tg
 
-SWITCHES = {
+# Each feature of the forward pass, off and on.
+FEATURES: dict[str, tuple[int, int]] = {
     "unet_skips": (0, 1),
     "smear_gate": (0, 1),
     "bos_mask": (0, 1),
@@ -17,7 +18,20 @@ SWITCHES = {
     "ln_scale": (0, 1),
     "bigram_vocab_size": (0, 64),
     "xsa_last_n": (0, 2),
+    "tie_embeddings": (0, 1),
+    "jepa_chunk_size": (0, 4),
 }
+
+
+def combinations() -> list[dict[str, int]]:
+    """All features off, all on, each one on alone, each one off alone, and each pair on."""
+    off = {name: values[0] for name, values in FEATURES.items()}
+    on = {name: values[1] for name, values in FEATURES.items()}
+    sets = [off, on]
+    sets += [off | {name: on[name]} for name in FEATURES]
+    sets += [on | {name: off[name]} for name in FEATURES]
+    sets += [off | {a: on[a], b: on[b]} for a, b in itertools.combinations(FEATURES, 2)]
+    return sets
 
 
 def meta_model(**env: str) -> tg.GPT:
@@ -58,6 +72,8 @@ BYTE_COMMAND = dict(
         ({"BIGRAM_VOCAB_SIZE": "3072", "BIGRAM_DIM": "112"}, 27_067_484),
         ({"BIGRAM_VOCAB_SIZE": "2816", "BIGRAM_DIM": "112"}, 27_038_812),
         (BYTE_COMMAND, 24_165_993),
+        (BYTE_COMMAND | {"JEPA_CHUNK_SIZE": "8"}, 24_625_001),
+        ({"TIE_EMBEDDINGS": "0"}, 26_993_756 + 512 * 1024),  # ours: a head of its own
     ],
 )
 def test_published_parameter_counts(env: dict[str, str], parameters: int):
@@ -171,7 +187,8 @@ def reference_logits(model: tg.GPT, ids: list[int]) -> torch.Tensor:
             after.append(x + w[b + "mlp_scale"] * (w[b + "mlp.down.weight"] @ u))
         xs = after
         outputs.append(xs)
-    logits = torch.stack([w["tok_emb.weight"] @ norm(x) for x in xs])
+    head = w["tok_emb.weight"] if h.tie_embeddings else w["lm_head.weight"]
+    logits = torch.stack([head @ norm(x) for x in xs])
     return h.logit_softcap * torch.tanh(logits / h.logit_softcap)
 
 
@@ -185,6 +202,7 @@ def reference_logits(model: tg.GPT, ids: list[int]) -> torch.Tensor:
         {"ln_scale": 0, "unet_skips": 0},
         {"xsa_last_n": 2, "ve_enabled": 0, "bos_mask": 0},
         {"logit_softcap": 5, "num_kv_heads": 4},
+        {"tie_embeddings": 0},
     ],
 )
 def test_logits_equal_the_formulas_in_float64(changes):
@@ -206,7 +224,7 @@ def test_the_loss_is_the_mean_cross_entropy():
 def test_activations_have_their_dtype_and_weights_stay_float32():
     model = randomize(tg.GPT(settings(), dtype=torch.bfloat16))
     ids = torch.randint(4, 260, (1, 8))
-    assert model.hidden(ids)[0].dtype == torch.bfloat16
+    assert model.backbone(ids).dtype == torch.bfloat16
     assert model.forward_logits(ids).dtype == torch.float32
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
@@ -242,11 +260,10 @@ def test_last_positions_are_the_last_rows_of_all():
     )
 
 
-@pytest.mark.parametrize("values", list(itertools.product(*SWITCHES.values())))
-def test_no_logit_sees_a_later_token(values):
-    """Bit-equal before the changed token, for every combination of features."""
-    features = dict(zip(SWITCHES, values, strict=True))
-    model = randomize(tg.GPT(settings(**features))).eval()
+@pytest.mark.parametrize("features", combinations(), ids=lambda f: "".join(map(str, f.values())))
+def test_no_logit_depends_on_a_later_token(features):
+    """Logits before a changed token stay equal bit for bit."""
+    model = randomize(tg.GPT(settings(jepa_latent_dim=8, jepa_proj_hidden=8, **features))).eval()
     ids = torch.randint(1, 260, (1, 48), generator=torch.Generator().manual_seed(5))
     ids[0, 20] = tg.BOS_ID
     with torch.inference_mode():
@@ -260,7 +277,7 @@ def test_no_logit_sees_a_later_token(values):
 
 
 def test_an_uncausal_attention_would_be_caught():
-    def peeks(q, k, v):
+    def peeks(q, k, v, *, window=0):
         return tg.attend_sdpa(q, k, v) + v.mean(1, keepdim=True).repeat_interleave(2, dim=2)
 
     model = randomize(tg.GPT(settings(), attend=peeks))
@@ -292,14 +309,14 @@ def test_bigram_learns_from_the_second_step_on(bigram_dim):
     h = settings(bigram_dim=bigram_dim)
     torch.manual_seed(0)
     model = tg.GPT(h)
-    optimizers = tg.Optimizers(model, h)
+    optimizers = tg.Optimizers(model, h, tg.Ranks())
     for step in range(2):
         ids, targets = torch.randint(4, 260, (2, 2, 64))
         model(ids, targets).backward()
         if step:
             grads = [p.grad.abs().max() for p in model.bigram.parameters()]
             assert all(g > 0 for g in grads)
-        optimizers.step(step, 1.0)
+        optimizers.step(tg.Phase(1.0, 0.9, 0.0, 0.0))
 
 
 def test_value_embeddings_are_where_they_are_asked_for():
@@ -317,3 +334,102 @@ def test_xsa_is_in_the_last_layers_only():
     model = tg.GPT(settings(num_layers=4, xsa_last_n=3))
     assert [block.attn.xsa for block in model.blocks] == [False, True, True, True]
     assert all(b.attn.xsa for b in tg.GPT(settings(num_layers=2, xsa_last_n=11)).blocks)
+
+
+# ---- The order of the layers ----
+
+
+@pytest.mark.parametrize(
+    ("layers", "encoder", "decoder"),
+    [
+        (1, [], [0]),
+        (2, [0], [1]),
+        (9, [0, 1, 2, 3], [4, 5, 6, 7, 8]),
+        (11, [0, 1, 2, 3, 4], [5, 6, 7, 8, 9, 10]),
+        (13, [0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11, 12]),
+    ],
+)
+def test_the_plan_visits_every_block_once_in_two_halves(layers, encoder, decoder):
+    h = settings(num_layers=layers, ve_enabled=0)
+    plan = tg.layer_plan(h)
+    assert (list(plan.encoder), list(plan.decoder)) == (encoder, decoder)
+    assert len(tg.GPT(h).skip_weights) == len(encoder)
+
+
+# ---- A head of its own ----
+
+
+def test_an_untied_head_starts_at_zero_and_has_rates_of_its_own():
+    h = settings(tie_embeddings=0, embed_lr=0.5, head_lr=0.004)
+    torch.manual_seed(0)
+    model = tg.GPT(h)
+    ids, targets = torch.randint(4, 260, (2, 2, 32))
+    assert model(ids, targets).item() == pytest.approx(math.log(260), rel=1e-6)
+    assert model.tok_emb.weight.std().item() == pytest.approx(1.0, rel=0.05)
+    groups = tg.Optimizers(model, h, tg.Ranks()).adamw.param_groups
+    rates = {id(p): (g["base_lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert rates[id(model.lm_head.weight)] == (0.004, 0.0)
+    assert rates[id(model.tok_emb.weight)] == (0.5, h.adam_wd)
+    assert rates[id(model.bigram.embed.weight)] == (0.5, h.adam_wd)
+    model(ids, targets).backward()
+    assert model.lm_head.weight.grad.any()
+    assert tg.GPT(settings()).lm_head is None
+
+
+# ---- Semantic Tube Prediction ----
+
+STP_PHASE = tg.Phase(1.0, 0.9, 0.0, 0.3)
+
+
+def stp_inputs(h: tg.Hyperparameters, step: int, rank: int = 0, world: int = 1) -> tg.StpInputs:
+    """The inputs of the STP loss of a step on one of several ranks."""
+    ranks = tg.Ranks(rank, world)
+    return tg.auxiliary_inputs(STP_PHASE, h, step, torch.device("cpu"), ranks).stp
+
+
+def test_stp_is_the_mean_bend_of_three_positions_in_float64():
+    states = torch.randn(3, 12, 8, generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor([[0, 4, 9], [2, 3, 11], [0, 1, 2]])
+    total = 0.0
+    for row, (s, r, t) in zip(states.double(), positions.tolist(), strict=True):
+        a, b = row[t] - row[r], row[r] - row[s]
+        total += 1 - (a @ b / (a.norm() * b.norm())).item()
+    assert tg.stp_loss(states, positions).item() == pytest.approx(total / 3, rel=1e-6)
+    still = torch.ones(1, 12, 8, requires_grad=True)
+    loss = tg.stp_loss(still, positions[:1])
+    loss.backward()
+    assert loss.item() == pytest.approx(1.0)
+    assert still.grad.isfinite().all()
+
+
+def test_stp_positions_rise_and_follow_from_seed_and_step():
+    h = settings(stp_enabled=1)
+    inputs = stp_inputs(h, 5)
+    s, r, t = inputs.positions.unbind(1)
+    assert inputs.positions.shape == (16, 3)
+    assert ((s >= 0) & (s < r) & (r < t) & (t < h.train_seq_len)).all()
+    assert torch.equal(inputs.positions, stp_inputs(h, 5).positions)
+    assert not torch.equal(inputs.positions, stp_inputs(h, 6).positions)
+    assert not torch.equal(inputs.positions, stp_inputs(tg.replace(h, seed=7), 5).positions)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_ranks_share_out_the_stp_positions_of_a_step(world):
+    h = settings(stp_enabled=1)
+    parts = [stp_inputs(h, 3, rank, world).positions for rank in range(world)]
+    assert torch.equal(torch.cat(parts), stp_inputs(h, 3).positions)
+
+
+def test_stp_adds_its_weighted_term_in_training_and_trains_the_backbone():
+    h = settings(stp_enabled=1)
+    model = randomize(tg.GPT(h))
+    ids, targets = torch.randint(4, 260, (2, 16, 64))
+    stp = stp_inputs(h, 0)
+    assert stp.weight.item() == pytest.approx(0.3)
+    loss, terms = model.losses(ids, targets, tg.AuxiliaryInputs(stp=stp))
+    want = terms["train_loss"] + 0.3 * terms["stp"]
+    assert loss.item() == pytest.approx(want.item(), rel=1e-6)
+    assert model(ids, targets).item() == pytest.approx(terms["train_loss"].item(), rel=1e-6)
+    terms["stp"].backward()
+    assert model.blocks[0].attn.c_v.weight.grad.any()
+    assert model.tok_emb.weight.grad.any()

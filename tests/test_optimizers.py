@@ -46,7 +46,8 @@ def test_muon_step_is_the_published_rule():
     params = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in shapes]
     expected = [p.detach().clone() for p in params]
     momenta = [torch.zeros_like(p) for p in params]
-    muon = tg.Muon(params, weight_decay=0.1, ns_steps=5, dtype=torch.float32)
+    named = {str(n): p for n, p in enumerate(params)}
+    muon = tg.Muon(named, 0.04, 0.1, 5, torch.float32, tg.Ranks())
     assert [len(stack) for stack in muon.stacks] == [2, 1, 1]
     for momentum in (0.9, 0.95):
         for p, want, buffer in zip(params, expected, momenta, strict=True):
@@ -55,7 +56,7 @@ def test_muon_step_is_the_published_rule():
             direction = tg.newton_schulz((p.grad + momentum * buffer)[None], 5)[0]
             want.mul_(1 - 0.02 * 0.1)
             want.sub_(0.02 * math.sqrt(max(1, p.size(0) / p.size(1))) * direction)
-        muon.step(0.02, momentum)
+        muon.step(0.5, momentum)
     for p, want in zip(params, expected, strict=True):
         torch.testing.assert_close(p.detach(), want, atol=1e-5, rtol=1e-5)
 
@@ -63,7 +64,7 @@ def test_muon_step_is_the_published_rule():
 def test_every_parameter_is_in_exactly_one_group_with_its_roles_settings():
     h = settings(num_layers=2, jepa_chunk_size=4)
     model = tg.GPT(h)
-    optimizers = tg.Optimizers(model, h)
+    optimizers = tg.Optimizers(model, h, tg.Ranks())
     held = [p for stack in optimizers.muon.stacks for p in stack]
     rates = {}
     for group in optimizers.adamw.param_groups:
@@ -76,12 +77,11 @@ def test_every_parameter_is_in_exactly_one_group_with_its_roles_settings():
     assert rates[id(model.jepa.inject.weight)] == (h.jepa_lr, 0.0)
 
 
-def test_the_one_table_decides_for_muon_too(monkeypatch):
-    policy = "jepa_lr", "adam_wd", 6
-    monkeypatch.setitem(tg.ROLE_POLICY, "matrix", policy)
+def test_the_table_of_roles_decides_for_muon_too(monkeypatch):
+    monkeypatch.setitem(tg.ROLES, "matrix", tg.Role("muon", "jepa_lr", "adam_wd", 6))
     h = settings(jepa_lr=0.5, adam_wd=0.7)
-    optimizers = tg.Optimizers(tg.GPT(h), h)
-    assert (optimizers.muon_lr, optimizers.muon.weight_decay) == (0.5, 0.7)
+    optimizers = tg.Optimizers(tg.GPT(h), h, tg.Ranks())
+    assert (optimizers.muon.lr, optimizers.muon.weight_decay) == (0.5, 0.7)
 
 
 def test_a_step_is_the_published_one_at_the_scheduled_rates():
@@ -93,7 +93,7 @@ def test_a_step_is_the_published_one_at_the_scheduled_rates():
     weights = {n: p.detach().clone().double() for n, p in model.named_parameters()}
     first = {n: torch.zeros_like(w) for n, w in weights.items()}
     second = {n: torch.zeros_like(w) for n, w in weights.items()}
-    optimizers = tg.Optimizers(model, h)
+    optimizers = tg.Optimizers(model, h, tg.Ranks())
     for step in range(2):
         for p in model.parameters():
             p.grad.normal_()
@@ -113,7 +113,7 @@ def test_a_step_is_the_published_one_at_the_scheduled_rates():
             w.mul_(1 - lr * 0.04)
             root = (second[n] / (1 - 0.9 ** (step + 1))).sqrt() + 1e-3
             w.sub_(lr * m / (1 - 0.8 ** (step + 1)) / root)
-        optimizers.step(step, 0.5)
+        optimizers.step(tg.Phase(0.5, 0.92 + step / 1500 * 0.07, 0.0, 0.0))
     for n, p in model.named_parameters():
         torch.testing.assert_close(p.detach().double(), weights[n], atol=1e-5, rtol=1e-4, msg=n)
 
@@ -121,25 +121,22 @@ def test_a_step_is_the_published_one_at_the_scheduled_rates():
 def test_gradients_are_clipped_and_dropped():
     h = settings(grad_clip_norm=0.3)
     model = tg.GPT(h)
-    optimizers = tg.Optimizers(model, h)
+    optimizers = tg.Optimizers(model, h, tg.Ranks())
     for p in model.parameters():
         p.grad.fill_(1)
     seen = []
     optimizers.muon.step = lambda *_: seen.append(
         torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
     )
-    optimizers.step(0, 1.0)
+    optimizers.step(tg.Phase(1.0, 0.9, 0.0, 0.0))
     assert seen[0] == pytest.approx(0.3, rel=1e-3)
     assert not any(p.grad.any() for p in model.parameters())
 
 
 def test_momentum_rises_linearly_then_stays():
     def momentum(step: int, steps: int) -> float:
-        h = settings(muon_momentum_warmup_steps=steps)
-        optimizers, seen = tg.Optimizers(tg.GPT(h), h), []
-        optimizers.muon.step = lambda _, momentum: seen.append(momentum)
-        optimizers.step(step, 1.0)
-        return seen[0]
+        h = settings(muon_momentum_warmup_steps=steps, iterations=20_000)
+        return tg.schedule(tg.Progress(step, h.iterations, 0.0, math.inf), h).muon_momentum
 
     table = {0: 0.92, 50: 0.955, 100: 0.99, 5000: 0.99}
     assert {step: pytest.approx(momentum(step, 100)) for step in table} == table
@@ -182,7 +179,8 @@ def test_momentum_rises_linearly_then_stays():
 )
 def test_learning_rate_schedule(env, step, elapsed, scale):
     h = settings(**{"iterations": 20_000, **env})
-    assert tg.lr_scale(step, elapsed, h) == pytest.approx(scale, abs=1e-3)
+    progress = tg.Progress(step, h.iterations, elapsed, h.training_seconds)
+    assert tg.schedule(progress, h).lr_scale == pytest.approx(scale, abs=1e-3)
 
 
 def test_ema_is_the_bounded_average():
@@ -194,9 +192,9 @@ def test_ema_is_the_bounded_average():
         model.weight.data.fill_(math.sin(t))
         decay = min(0.9, (1 + t) / (10 + t))
         want = decay * want + (1 - decay) * math.sin(t)
-        average.update(t)
+        average.update(t, 1.0)
     assert average.weights["weight"].item() == pytest.approx(want, abs=1e-5)
-    assert average.apply(tg.Log()) == "ema"
+    assert average.copy_to_model(tg.Log()) == "ema"
     assert model.weight.item() == pytest.approx(want, abs=1e-5)
 
 
@@ -205,6 +203,33 @@ def test_without_averaging_the_last_weights_stay():
     model = torch.nn.Linear(1, 1, bias=False)
     average = tg.WeightAverage(model, h)
     model.weight.data.fill_(7)
-    average.update(0)
-    assert average.apply(tg.Log()) == "raw"
+    average.update(0, 1.0)
+    assert average.copy_to_model(tg.Log()) == "raw"
     assert model.weight.item() == 7
+
+
+def test_swa_is_the_equal_average_of_the_due_steps():
+    h = settings(swa_enabled=1, swa_every=3, swa_start_frac=0.5, ema_enabled=1)
+    model = torch.nn.Linear(1, 1, bias=False)
+    average, taken = tg.WeightAverage(model, h), []
+    for t in range(40):
+        model.weight.data.fill_(math.sin(t))
+        lr_scale = 1 - t / 40
+        if lr_scale < 0.5 and (t + 1) % 3 == 0:
+            taken.append(math.sin(t))
+        average.update(t, lr_scale)
+        want = sum(taken) / len(taken) if taken else math.sin(t)  # until it starts: the last
+        assert average.weights["weight"].item() == pytest.approx(want, abs=1e-6)
+    assert len(taken) == average.count == 6
+    assert average.copy_to_model(tg.Log()) == "swa"
+    assert model.weight.item() == pytest.approx(sum(taken) / 6, abs=1e-6)
+
+
+def test_swa_without_a_due_step_ends_with_the_last_weights(capsys):
+    model = torch.nn.Linear(1, 1, bias=False)
+    average = tg.WeightAverage(model, settings(swa_enabled=1))
+    model.weight.data.fill_(7)
+    average.update(0, 0.1)
+    assert average.copy_to_model(tg.Log()) == "raw"
+    assert model.weight.item() == 7
+    assert "last weights" in capsys.readouterr().out
