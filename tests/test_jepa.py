@@ -8,7 +8,17 @@ import sys
 
 import pytest
 import torch
-from conftest import BYTE_TABLE, ROOT, TINY, compile_counted, randomize, settings
+from conftest import (
+    BYTE_TABLE,
+    ROOT,
+    TINY,
+    compile_counted,
+    load,
+    randomize,
+    score,
+    settings,
+    trainer,
+)
 from test_model import BYTE_COMMAND, meta_model
 
 import train_gpt as tg
@@ -28,6 +38,12 @@ def jepa_model(**changes: object) -> tg.GPT:
     """The tiny model with a JEPA head, every parameter away from its start."""
     torch.manual_seed(0)
     return randomize(tg.GPT(settings(**JEPA, **changes)))
+
+
+def auxiliary(model: tg.GPT, weight: float, step: int = 0) -> tg.AuxiliaryInputs:
+    """What the JEPA losses of a step need at a weight; nothing at 0."""
+    phase = tg.Phase(1.0, 0.9, weight, 0.0)
+    return tg.auxiliary_inputs(phase, model.h, step, torch.device("cpu"), tg.Ranks())
 
 
 def some_ids(*shape: int) -> torch.Tensor:
@@ -78,7 +94,9 @@ def test_initial_head():
 
 
 def test_a_chunk_needs_a_second_one_in_the_sequence():
-    with pytest.raises(tg.SettingsError, match=r"JEPA_CHUNK_SIZE=33 .* TRAIN_SEQ_LEN=64"):
+    with pytest.raises(
+        tg.SettingsError, match=r"JEPA_CHUNK_SIZE=33: two chunks must fit in TRAIN_SEQ_LEN=64"
+    ):
         settings(jepa_chunk_size=33)
     settings(jepa_chunk_size=32)
 
@@ -97,7 +115,7 @@ def reference_head(
         u = u / (u.square().mean() + 1.2e-7).sqrt()
         return w[f"{name}.3.weight"] @ (u / (1 + (-u).exp()))
 
-    size = jepa.h.jepa_chunk_size
+    size = jepa.chunk_size
     chunks = [x[at : at + size] for at in range(0, len(x) - size + 1, size)]
     latents = [two_maps("projector", sum(chunk) / size) for chunk in chunks]
     out, errors = [], []
@@ -110,47 +128,30 @@ def reference_head(
 
 @pytest.mark.parametrize("length", [3, 4, 16, 22])
 def test_the_head_equals_its_formulas_in_float64(length):
-    jepa = jepa_model().jepa.train()
-    jepa.prepare(1.0, 0)
+    model = jepa_model()
     x = torch.randn(2, length, 32, generator=torch.Generator().manual_seed(1))
-    if length < 8:
-        jepa.eval()
-    got, losses = jepa(x)
-    wanted = [reference_head(jepa, list(row.double())) for row in x]
+    got, latents, predicted = model.jepa(x)
+    wanted = [reference_head(model.jepa, list(row.double())) for row in x]
     want = torch.stack([torch.stack(rows) for rows, _ in wanted])
     torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
     if length >= 8:
-        error = sum(error for _, error in wanted) / len(wanted)
-        assert losses[0].item() == pytest.approx(error.item(), rel=1e-5)
+        error, _ = model.jepa.losses(latents, predicted, auxiliary(model, 1.0).jepa)
+        want = sum(error for _, error in wanted) / len(wanted)
+        assert error.item() == pytest.approx(want.item(), rel=1e-5)
 
 
 def test_the_loss_is_cross_entropy_plus_the_weighted_terms():
     model = jepa_model(jepa_sigreg_weight=0.25).train()
     ids, targets = some_ids(2, 2, 32)
-    model.jepa.prepare(0.5, 0)
-    loss, terms = model.losses(ids, targets)
+    loss, terms = model.losses(ids, targets, auxiliary(model, 0.5))
     assert list(terms) == ["train_loss", "jepa_error", "jepa_sigreg"]
     nats, error, spread = terms.values()
     assert loss.item() == pytest.approx((nats + 0.5 * error + 0.125 * spread).item(), rel=1e-6)
-    assert model(ids, targets).item() == loss.item()
-    # Evaluation knows cross-entropy alone, whatever the weight is.
-    loss, terms = model.eval().losses(ids, targets)
+    # The model called on ids and targets gives cross-entropy alone.
+    assert model(ids, targets).item() == pytest.approx(nats.item(), rel=1e-6)
+    loss, terms = model.losses(ids, targets, auxiliary(model, 0.0))
     assert list(terms) == ["train_loss"]
     assert loss.item() == terms["train_loss"].item() == pytest.approx(nats.item(), rel=1e-6)
-
-
-@pytest.mark.parametrize("weight", [0.0, 1.0])
-def test_losses_are_computed_only_where_they_are_learned_from(weight, monkeypatch):
-    calls = []
-    sigreg = tg.sigreg
-    monkeypatch.setattr(tg, "sigreg", lambda *a: calls.append(1) or sigreg(*a))
-    model, (ids, targets) = jepa_model(), some_ids(2, 2, 32)
-    model.jepa.prepare(weight, 0)
-    model.eval()(ids, targets)
-    model.forward_logits(ids)
-    assert not calls
-    model.train()(ids, targets)
-    assert len(calls) == weight
 
 
 # ---- Causality ----
@@ -171,7 +172,6 @@ def leaks(model: tg.GPT, length: int, changed_at: int) -> bool:
 @pytest.mark.parametrize("length", [16, 32, 35])
 def test_no_logit_sees_a_later_byte(length, training):
     model = jepa_model(jepa_backbone_grad=int(training)).train(training)
-    model.jepa.prepare(1.0, 0)
     assert not any(leaks(model, length, t) for t in range(1, length))
 
 
@@ -186,7 +186,7 @@ def test_an_injection_of_the_chunk_itself_would_be_caught():
 @pytest.mark.parametrize("stride", [4, 8, 20, 32])
 def test_a_byte_changes_no_score_before_it_at_any_stride(stride, cpu):
     """Whole sliding evaluation: nats of the positions before the changed byte stay as they were."""
-    model, h = jepa_model().eval(), settings(**JEPA, eval_seq_len=32, val_batch_size=2048)
+    model = jepa_model().eval()
     text = some_ids(120).int()
 
     def nats(val: torch.Tensor) -> torch.Tensor:
@@ -202,9 +202,9 @@ def test_a_byte_changes_no_score_before_it_at_any_stride(stride, cpu):
 
     with torch.inference_mode():
         before = nats(text)
-        data = tg.Data(text, BYTE_TABLE, None)
-        score = tg.evaluate(model.forward_logits, data, h, cpu, tg.Log(), stride=stride)
-        assert score.nats == pytest.approx(before.double().sum().item(), rel=1e-6)
+        val = tg.Validation(text, BYTE_TABLE, canonical=False)
+        result = score(tg.ScoringPass(model.forward_logits, 32, stride), val, cpu, 256)
+        assert result.nats == pytest.approx(before.double().sum().item(), rel=1e-6)
         for t in (31, 32, 33, 64, 75, 76, 77, 119):
             other = text.clone()
             other[t] = 4 + (other[t] + 50) % 256
@@ -219,9 +219,8 @@ def test_a_byte_changes_no_score_before_it_at_any_stride(stride, cpu):
 def gradients(model: tg.GPT, weight: float) -> dict[str, torch.Tensor]:
     """Gradients by name; one that is absent is 0."""
     model.train().zero_grad()
-    model.jepa.prepare(weight, 0)
-    ids, targets = some_ids(2, 2, 32)
-    model(ids, targets).backward()
+    loss, _ = model.losses(*some_ids(2, 2, 32), auxiliary(model, weight))
+    loss.backward()
     found = model.named_parameters()
     return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in found}
 
@@ -248,20 +247,24 @@ def test_the_backbone_learns_from_the_head_where_it_is_allowed_to():
 
 
 @pytest.mark.parametrize("form", ["published", "lejepa"])
-def test_the_cut_of_a_step_changes_no_weight_of_sigreg(form, cpu):
-    """The same sequences in every part, so that only the count of rows tells the parts apart."""
+def test_the_micro_batches_of_a_step_change_no_weight_of_sigreg(form, byte_corpus, cpu):
+    """The same sequences in every part, so that only the number of rows tells the parts apart."""
     ids, targets = (x.repeat(8, 1) for x in some_ids(2, 2, 64))
     found = []
     for micro in (1024, 128):
-        model = jepa_model(jepa_sigreg=form, micro_batch_tokens=micro).train()
-        model.jepa.prepare(1.0, 0)
-        optimizers = tg.Optimizers(model, model.h)
-        optimizers.step = lambda *_: None
-        terms = tg.train_step(model.losses, optimizers, (ids, targets), 0, 1.0, cpu)
+        model = jepa_model(jepa_sigreg=form, micro_batch_tokens=micro, data_path=byte_corpus)
+        steps = trainer(model, load(model.h), model.h, cpu)
+        steps.optimizers.step = lambda *_: None
+        terms = steps.take_step(tg.Phase(1.0, 0.9, 1.0, 0.0), ids, targets)
         found.append((terms, model.jepa.projector[0].weight.grad))
     (terms, grad), (terms_of_parts, grad_of_parts) = found
     torch.testing.assert_close(terms, terms_of_parts, atol=0, rtol=0.02)
     torch.testing.assert_close(grad, grad_of_parts, atol=0.02 * grad.abs().max().item(), rtol=0.1)
+
+
+def weight_at(h: tg.Hyperparameters, step: int, seconds: float = 0.0) -> float:
+    """Lambda of the JEPA losses at a step after some seconds of training."""
+    return tg.schedule(tg.Progress(step, h.iterations, seconds, h.training_seconds), h).jepa_weight
 
 
 def test_a_weight_of_zero_keeps_the_latents_random():
@@ -270,11 +273,12 @@ def test_a_weight_of_zero_keeps_the_latents_random():
     torch.manual_seed(0)
     model = tg.GPT(h)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizers = tg.Optimizers(model, h)
+    optimizers = tg.Optimizers(model, h, tg.Ranks())
     for step in range(3):
-        model.jepa.prepare(tg.jepa_weight(step, 0.0, h), step)
-        model(*some_ids(2, 2, 32)).backward()
-        optimizers.step(step, 1.0)
+        phase = tg.schedule(tg.Progress(step, h.iterations, 0.0, math.inf), h)
+        inputs = tg.auxiliary_inputs(phase, h, step, torch.device("cpu"), tg.Ranks())
+        model.losses(*some_ids(2, 2, 32), inputs)[0].backward()
+        optimizers.step(phase)
     for name, p in model.named_parameters():
         frozen = name.startswith(("jepa.projector", "jepa.predictor", "jepa.start"))
         assert torch.equal(p, start[name]) == frozen, name
@@ -282,30 +286,34 @@ def test_a_weight_of_zero_keeps_the_latents_random():
 
 def test_phases():
     h = settings(**JEPA, iterations=9000, max_wallclock_seconds=600, jepa_lambda_max=0.001)
-    assert [tg.jepa_weight(step, 0.0, h) for step in (0, 2699, 2700, 7200, 8999)] == [0.0] * 5
-    assert tg.jepa_weight(4950, 0.0, h) == pytest.approx(0.0005)
-    assert tg.jepa_weight(7199, 0.0, h) == pytest.approx(0.001, rel=1e-3)
-    assert tg.jepa_weight(4950, 300.0, h) == pytest.approx(0.0005)  # the steps are further on
-    assert tg.jepa_weight(4950, 590.0, h) == 0  # the seconds are
+    assert [weight_at(h, step) for step in (0, 2699, 2700, 7200, 8999)] == [0.0] * 5
+    assert weight_at(h, 4950) == pytest.approx(0.0005)
+    assert weight_at(h, 7199) == pytest.approx(0.001, rel=1e-3)
+    assert weight_at(h, 4950, 300.0) == pytest.approx(0.0005)  # the steps are further on
+    assert weight_at(h, 4950, 590.0) == 0  # the seconds are
+    assert weight_at(tg.replace(h, jepa_chunk_size=0), 4950) == 0
 
 
 def test_phases_by_progress_survive_the_cap():
     """A run that the cap ends after a tenth of its ITERATIONS."""
     h = settings(**JEPA, iterations=9000, max_wallclock_seconds=600, jepa_lambda_max=1)
-    weights = [tg.jepa_weight(n, n * 600 / 900, h) for n in range(900)]
+    weights = [weight_at(h, n, n * 600 / 900) for n in range(900)]
     assert not any(weights[:270])
     assert not any(weights[720:])
     assert weights[719] == pytest.approx(1, abs=0.01)
     assert weights[270:720] == sorted(weights[270:720])
     by_steps = tg.replace(h, max_wallclock_seconds=0)
-    assert tg.jepa_weight(4950, 1e6, by_steps) == pytest.approx(0.5)
+    assert weight_at(by_steps, 4950, 1e6) == pytest.approx(0.5)
 
 
 # ---- SIGReg ----
 
 
 def reference_sigreg(z: torch.Tensor, directions: torch.Tensor, knots: int, form: str) -> float:
-    """SIGReg from its definition, one direction and one knot at a time, in float64."""
+    """SIGReg from its definition, one direction and one knot at a time, in float64.
+
+    LeJEPA's statistic is N times this.
+    """
     z = z.double()
     if form == "published":
         z = torch.stack([(c - c.mean()) / max(c.std(), 1e-6) for c in z.T], dim=1)
@@ -320,7 +328,7 @@ def reference_sigreg(z: torch.Tensor, directions: torch.Tensor, knots: int, form
             else:
                 dt = 3 / (knots - 1)
                 edge = k in (0, knots - 1)
-                total += (1 if edge else 2) * dt * math.exp(-t * t / 2) * error * len(z)
+                total += (1 if edge else 2) * dt * math.exp(-t * t / 2) * error
     return total / directions.size(1)
 
 
@@ -361,11 +369,11 @@ def test_sigreg_tells_other_samples_from_normal_ones(form):
     scores = {name: tg.sigreg(z, directions, 17, form).item() for name, z in faults().items()}
     # The published form standardises, so it cannot see mean and scale.
     blind = {"shifted", "scaled"} if form == "published" else set()
-    for name, score in scores.items():
+    for name, distance in scores.items():
         if name in blind:
-            assert score == pytest.approx(least, rel=1e-3)
+            assert distance == pytest.approx(least, rel=1e-3)
         else:
-            assert score >= 10 * least, name
+            assert distance >= 10 * least, name
 
 
 def test_sigreg_of_equal_rows_has_a_finite_gradient():
@@ -376,34 +384,53 @@ def test_sigreg_of_equal_rows_has_a_finite_gradient():
 
 def test_directions_are_units_fixed_as_published_and_new_each_step_in_lejepa():
     for form, same in (("published", True), ("lejepa", False)):
-        jepa = jepa_model(jepa_sigreg=form).jepa
-        drawn = []
-        for step in (0, 1, 0):
-            jepa.prepare(1.0, step)
-            drawn.append(jepa.directions.clone())
+        model = jepa_model(jepa_sigreg=form)
+        drawn = [auxiliary(model, 1.0, step).jepa.directions for step in (0, 1, 0)]
         torch.testing.assert_close(drawn[0].norm(dim=0), torch.ones(tg.JEPA.DIRECTIONS))
         assert torch.equal(drawn[0], drawn[1]) == same
         assert torch.equal(drawn[0], drawn[2])  # by seed and step alone
 
 
+def test_lejepa_multiplies_by_the_latents_of_the_whole_step():
+    """TRAIN_BATCH_TOKENS / JEPA_CHUNK_SIZE of them, on any number of ranks."""
+    model = jepa_model(jepa_sigreg="lejepa")
+    inputs = auxiliary(model, 1.0).jepa
+    assert inputs.latents.item() == 1024 / 4
+    _, latents, predicted = model.jepa(torch.randn(2, 16, 32))
+    _, spread = model.jepa.losses(latents, predicted, inputs)
+    mean = tg.sigreg(latents.flatten(0, 1), inputs.directions, tg.JEPA.KNOTS, "lejepa")
+    assert spread.item() == pytest.approx(256 * mean.item(), rel=1e-6)
+
+
 # ---- Whole runs ----
 
 
-def test_nothing_compiles_anew_when_the_weight_changes():
-    model = jepa_model().train()
-    losses_of, compiled = compile_counted(model.losses)
-    ids, targets = some_ids(2, 2, 32)
+@pytest.mark.parametrize("stp", [0, 1])
+@pytest.mark.parametrize("jepa", [0, 4])
+def test_training_has_exactly_the_programs_of_the_schedule(jepa, stp):
+    """One for each of programs(h), whatever the weights are."""
+    model = jepa_model(stp_enabled=stp) if jepa else tg.GPT(settings(stp_enabled=stp))
+    h = model.h
+    assert len(tg.programs(h)) == (2 if jepa else 1)
+    loss_fn, compiled = compile_counted(model.train().losses)
+    ids, targets = some_ids(2, 16, 64)
+    counts = set()
     for step, weight in enumerate((0.0, 0.1, 0.2, 0.3, 0.0, 0.0, 0.4)):
-        model.jepa.prepare(weight, step)
-        _, terms = losses_of(ids, targets)
-        assert len(terms) == (3 if weight else 1)
-    assert len(compiled) == 2  # with losses and without
+        for phase in tg.programs(h):
+            if phase.jepa_weight:
+                phase = phase._replace(jepa_weight=weight)
+            phase = phase._replace(stp_weight=stp * (step + 1) / 10)
+            inputs = tg.auxiliary_inputs(phase, h, step, torch.device("cpu"), tg.Ranks())
+            _, terms = loss_fn(ids, targets, inputs)
+            counts.add(len(terms))
+    assert len(compiled) == len(tg.programs(h))
+    assert counts == ({1 + stp, 3 + stp} if jepa else {1 + stp})
 
 
 def test_the_published_command_runs_smaller(byte_corpus, tmp_path):
     """Under torchrun, with sizes and steps reduced by further variables."""
     smaller = "NUM_LAYERS=2 MODEL_DIM=128 TRAIN_SEQ_LEN=64 TRAIN_BATCH_TOKENS=512 ITERATIONS=6"
-    env = os.environ | JEPA_COMMAND | tg.assignments(smaller)
+    env = os.environ | JEPA_COMMAND | dict(pair.split("=") for pair in smaller.split())
     env |= {"DATA_PATH": str(byte_corpus), "RUN_DIR": str(tmp_path / "run"), "EVAL_STRIDE": "32"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
     subprocess.run([*launch, str(ROOT / "train_gpt.py")], env=env, cwd=tmp_path, check=True)
