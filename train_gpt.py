@@ -853,6 +853,9 @@ def choose_attention(
 # ---- Log and files: the run's log, atomic writes, tensors on disk ----
 
 
+MAX_HEADER = 1 << 20  # bytes of a checkpoint's header; that of 200 layers has 0.7 MiB
+
+
 class DataError(ValueError):
     """A shard, tokenizer, checkpoint or artifact that cannot be used."""
 
@@ -943,6 +946,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Returns the tensors, mapped from disk, and the settings of a file by write_tensors."""
     from safetensors import safe_open
 
+    with open(path, "rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+    check(header_bytes <= MAX_HEADER, f"its header has {header_bytes} bytes")
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         check("settings" in metadata, "it has no settings: this program did not write it")
@@ -2803,13 +2809,15 @@ def brotli_compress(data: bytes) -> bytes:
     """Returns data as a brotli stream of quality 11."""
     import brotli
 
-    return brotli.compress(data, quality=11, lgwin=24)
+    return brotli.compress(data, quality=11, lgwin=22)
 
 
 def brotli_decompress(data: bytes | memoryview, size: int) -> bytes:
     """Returns the `size` bytes of a brotli stream."""
     import brotli
 
+    too_wide = data[0] & 1 and (data[0] >> 1 & 7) > 5  # RFC 7932, 9.1: a window of 17 + n bits
+    check(not too_wide, "its window is larger than 4 MiB")
     decoder, parts, got = brotli.Decompressor(), [], 0
     part = decoder.process(data, output_buffer_limit=1 << 20)
     while part and got <= size:
@@ -2948,6 +2956,7 @@ def load_checkpoint(
         with torch.device("meta"):
             model = GPT(h)
         model.load_state_dict(weights, assign=True)  # names and shapes must fit
+        weights = model.state_dict()  # a scalar may be stored as [1]
         check_finite(weights)
         return h, weights, tensors
 
@@ -3011,6 +3020,7 @@ exec(compile(text, __file__, "exec"))
 def packed_source(source: bytes) -> bytes:
     """Returns the packed twin of a program's source; line ends become LF first."""
     source = source.replace(b"\r\n", b"\n")
+    check(len(source) <= TWIN_DICTIONARY, f"the source has more than {TWIN_DICTIONARY} bytes")
     filters = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0, "lc": 4}
     filters["dict_size"] = TWIN_DICTIONARY
     packed = lzma.compress(source, lzma.FORMAT_RAW, filters=[filters])
@@ -3094,7 +3104,7 @@ class Run:
     def evaluate(self, path: Path) -> None:
         """Scores an artifact again; the model's settings are its own."""
         self.h, _ = self.ranks.broadcast_from_rank0(lambda: load_artifact(path, self.h))
-        self.prepare(steps=None)
+        self.prepare(steps=None, writes=False)
         self.score_artifact(path, {})
 
     def quantize(self, path: Path) -> None:
@@ -3152,11 +3162,12 @@ class Run:
         log(f"{folder}/train.log")
         self.result["settings"] = asdict(h)
 
-    def prepare(self, steps: int | None) -> None:
+    def prepare(self, steps: int | None, writes: bool = True) -> None:
         """Loads and checks what a command of that many training steps needs; logs the choices."""
         h, ranks, log = self.h, self.ranks, self.log
-        load_codec(h.compressor)  # if it is missing, fail before training, not after it
-        require("safetensors", "a checkpoint")
+        if writes:  # what is missing must not be found out after training
+            load_codec(h.compressor)
+            require("safetensors", "a checkpoint")
         self.program = Program.load()
         self.data = load_data(h, ranks, log, steps)
         device, device_notes = start_device(h.compile)

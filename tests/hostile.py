@@ -1,14 +1,17 @@
-"""Damaged and forged artifacts and checkpoints, and what any reader must make of them."""
+"""Damaged and forged artifacts and checkpoints, and the only two results a reader may have."""
 
 import functools
 import hashlib
+import importlib.util
 import json
+import lzma
 import math
 import random
 import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 import zstandard
 from conftest import settings
@@ -32,9 +35,58 @@ def tiny(**changes: object) -> tg.Hyperparameters:
     return settings(**{**SETTINGS, **changes})
 
 
+# Every codec of the program; one whose package is not installed is skipped.
+CODECS = [
+    pytest.param(
+        name,
+        marks=pytest.mark.skipif(
+            importlib.util.find_spec(codec.package) is None, reason=f"needs {codec.package}"
+        ),
+    )
+    for name, codec in tg.CODECS.items()
+]
+
+
+def lzma_filter(dictionary: int, **options: int) -> list[dict[str, int]]:
+    """The filters of raw LZMA2."""
+    return [{"id": lzma.FILTER_LZMA2, "dict_size": dictionary, **options}]
+
+
+def compress(codec: str, raw: bytes, level: int = 1) -> bytes:
+    """The bytes as a payload of an artifact, by the codec's library alone."""
+    if codec == "zstd":
+        return zstandard.ZstdCompressor(level=level).compress(raw)
+    if codec == "lzma":
+        options = lzma_filter(1 << 16, preset=min(level, 9))
+        return lzma.compress(raw, lzma.FORMAT_RAW, filters=options)
+    if codec == "brotli":
+        import brotli
+
+        return brotli.compress(raw, quality=min(level, 11))
+    raise AssertionError(f"no test knows the codec {codec}")
+
+
+def decompress(codec: str, payload: bytes) -> bytes:
+    """The bytes of a payload, by the codec's library alone."""
+    if codec == "zstd":
+        return zstandard.ZstdDecompressor().decompress(payload)
+    if codec == "lzma":
+        return lzma.decompress(payload, lzma.FORMAT_RAW, filters=lzma_filter(1 << 26))
+    if codec == "brotli":
+        import brotli
+
+        return brotli.decompress(payload)
+    raise AssertionError(f"no test knows the codec {codec}")
+
+
+def pack(model: tg.GPT, codec: str = "zstd") -> bytes:
+    """The artifact of a model, its matrices rounded."""
+    return tg.pack_artifact(model.h, tg.quantize_model(model, {}, tg.Ranks())[0], codec)
+
+
 def build_once(patch: Callable = setattr) -> None:
-    """Build the model of some settings once, and try one clip: without values it is as good."""
-    make, quantize = tg.GPT, tg.quantize
+    """Build the model and the layout of some settings once."""
+    make, lay_out = tg.GPT, tg.artifact_layout
 
     @functools.lru_cache(128)
     def built(h: tg.Hyperparameters) -> tuple[tg.GPT, dict[str, torch.Tensor]]:
@@ -46,16 +98,29 @@ def build_once(patch: Callable = setattr) -> None:
         model.load_state_dict(blank, assign=True)  # without what has been read into it
         return model
 
-    layout_of = functools.lru_cache(128)(lambda h: quantize(model_of(h)))
-    patch(tg, "CLIPS", (1.0,))
+    layout_of = functools.lru_cache(128)(lambda h: lay_out(model_of(h)))
     patch(tg, "GPT", model_of)
-    patch(tg, "quantize", lambda model: layout_of(model.h))
+    patch(tg, "artifact_layout", lambda model: layout_of(model.h))
 
 
-def artifact(text: bytes, payload: bytes) -> bytes:
+MAGIC = b"PGOLFGPT\2\0\0\0"  # with the version
+
+
+def artifact(text: bytes, payload: bytes, magic: bytes = MAGIC) -> bytes:
     """A file by the format alone, its checksum right whatever its parts are."""
-    head = struct.pack("<12sI", b"PGOLFGPT\1\0\0\0", len(text))
-    return resigned(head + bytes(32) + text + payload)
+    return resigned(struct.pack("<12sI", magic, len(text)) + bytes(32) + text + payload)
+
+
+def description(codec: object, settings: object, **more: object) -> bytes:
+    """The description of an artifact."""
+    return json.dumps({"codec": codec, "settings": settings, **more}).encode()
+
+
+def described(blob: bytes) -> tuple[str, dict, bytes]:
+    """Codec, settings and arrays of an artifact."""
+    text, payload = parts(blob)
+    told = json.loads(text)
+    return told["codec"], told["settings"], decompress(told["codec"], payload)
 
 
 def resigned(blob: bytes) -> bytes:
@@ -65,21 +130,21 @@ def resigned(blob: bytes) -> bytes:
 
 
 def parts(blob: bytes) -> tuple[bytes, bytes]:
-    """Settings and payload of an artifact."""
+    """Description and payload of an artifact."""
     size = struct.unpack_from("<I", blob, 12)[0]
     return blob[48 : 48 + size], blob[48 + size :]
 
 
 def layout(blob: bytes) -> tuple[dict, bytes]:
-    """Header and raw floats of a checkpoint."""
+    """Header and tensors' bytes of a checkpoint."""
     size = int.from_bytes(blob[:8], "little")
     return json.loads(blob[8 : 8 + size]), blob[8 + size :]
 
 
 def checkpoint(head: dict | list | bytes, body: bytes, size: int | None = None) -> bytes:
-    """A file by the format alone; names and values of a list of pairs may be told twice.
+    """A file by the format alone; a list of pairs of names and JSON can have a name twice.
 
-    `size` is what the file says of its header's bytes, if not the truth.
+    `size` is what the file states as its header's bytes, if not the truth.
     """
     if isinstance(head, list):
         pairs = (f"{json.dumps(name)}:{text}" for name, text in head)
@@ -144,9 +209,8 @@ def damage(rng: random.Random, data: bytes) -> bytes:
     return bytes(data)
 
 
-def odd_settings(rng: random.Random, text: bytes) -> bytes:
+def odd_settings(rng: random.Random, told: dict) -> bytes:
     """Settings of which one is another, there twice, missing or unknown, or JSON damaged."""
-    told = json.loads(text)
     pairs = [f'"{name}":{json.dumps(value)}' for name, value in told.items()]
     at, how = rng.randrange(len(pairs)), rng.randrange(8)
     name = list(told)[rng.randrange(len(pairs))]
@@ -162,6 +226,21 @@ def odd_settings(rng: random.Random, text: bytes) -> bytes:
     return damage(rng, text) if how == 7 else text
 
 
+def odd_description(rng: random.Random, text: bytes) -> bytes:
+    """A description with odd settings, another codec, more keys or fewer, or damaged JSON."""
+    told, how = json.loads(text), rng.randrange(8)
+    settings, codec = json.dumps(told["settings"]), json.dumps(told["codec"])
+    if how < 5:
+        settings = odd_settings(rng, told["settings"]).decode(errors="surrogateescape")
+    elif how == 5:
+        codec = rng.choice((*VALUES, *map(json.dumps, ("", "ZSTD", "zlib", *tg.CODECS))))
+    pairs = [f'"codec":{codec}', f'"settings":{settings}']
+    if how == 6:
+        rng.choice((pairs.pop, lambda: pairs.append(f'"more":{rng.choice(VALUES)}')))()
+    text = ("{" + ",".join(pairs) + "}").encode(errors="surrogateescape")
+    return damage(rng, text) if how == 7 else text
+
+
 def odd_arrays(rng: random.Random, raw: bytes) -> bytes:
     """Arrays with another number: any code, or a scale or float16 of NaN, infinity, 0 or less."""
     data = bytearray(raw)
@@ -172,23 +251,40 @@ def odd_arrays(rng: random.Random, raw: bytes) -> bytes:
     return bytes(data)
 
 
-def odd_frame(rng: random.Random, raw: bytes) -> bytes:
+def any_frame(rng: random.Random, codec: str, raw: bytes) -> bytes:
+    """A payload as any encoder of the codec, and of its neighbours, may write it."""
+    if codec == "zstd":
+        return zstandard.ZstdCompressor(
+            level=rng.choice((1, 3, 19)),
+            write_content_size=rng.random() < 0.7,
+            write_checksum=rng.random() < 0.5,
+        ).compress(raw)
+    if codec == "lzma":
+        if rng.random() < 0.2:
+            return lzma.compress(raw, rng.choice((lzma.FORMAT_XZ, lzma.FORMAT_ALONE)), preset=0)
+        bits = {"lc": rng.randrange(5), "lp": 0, "pb": rng.randrange(5)}
+        options = lzma_filter(1 << rng.choice((12, 16, 20)), preset=rng.choice((0, 6)), **bits)
+        return lzma.compress(raw, lzma.FORMAT_RAW, filters=options)
+    if codec == "brotli":
+        import brotli
+
+        quality, window = rng.choice((0, 1, 5, 11)), rng.choice((10, 16, 22, 24))
+        return brotli.compress(raw, quality=quality, lgwin=window)
+    raise AssertionError(f"no test knows the codec {codec}")
+
+
+def odd_frame(rng: random.Random, codec: str, raw: bytes) -> bytes:
     """The arrays, or a byte more or less, in a frame of any kind, size and surroundings."""
     raw = raw if rng.random() < 0.7 else raw[:-1] if rng.random() < 0.5 else raw + b"\0"
-    how = rng.randrange(5)
-    frame = zstandard.ZstdCompressor(
-        level=rng.choice((1, 3, 19)),
-        write_content_size=rng.random() < 0.7,
-        write_checksum=rng.random() < 0.5,
-    ).compress(raw)
+    how, frame = rng.randrange(5), any_frame(rng, codec, raw)
     if how == 0:
         frame = damage(rng, frame)
-    elif how == 1:  # where frames tell their sizes
+    elif how == 1:  # where frames state their sizes
         data = bytearray(frame)
         data[rng.randrange(18)] = rng.randrange(256)
         frame = bytes(data)
     elif how == 2:
-        skipped = struct.pack("<II", 0x184D2A50, 4) + b"skip"
+        skipped = struct.pack("<II", 0x184D2A50, 4) + b"skip"  # of zstd
         frame = rng.choice(
             (frame + frame, frame + b"\0" * 4, skipped + frame, frame + skipped, b"")
         )
@@ -196,7 +292,7 @@ def odd_frame(rng: random.Random, raw: bytes) -> bytes:
 
 
 def odd_header(rng: random.Random, blob: bytes) -> bytes:
-    """Another magic, version, codec or length of settings."""
+    """Another magic, version or length of the description."""
     at, form = rng.choice(((0, "<Q"), (8, "<H"), (10, "<H"), (12, "<I"), (12, "<I")))
     data, size = bytearray(blob), struct.unpack_from("<I", blob, 12)[0]
     near = rng.choice((0, 1, 2, size - 1, size + 1, len(blob), 65_535, 65_536, rng.getrandbits(64)))
@@ -205,17 +301,16 @@ def odd_header(rng: random.Random, blob: bytes) -> bytes:
 
 
 def resigned_case(rng: random.Random, text: bytes, raw: bytes) -> bytes:
-    """An artifact with header, settings, arrays or frame at fault, and a right checksum."""
-    how = rng.randrange(5)
-    payload = zstandard.ZstdCompressor(level=1).compress
+    """An artifact with header, description, arrays or frame at fault, and a right checksum."""
+    how, codec = rng.randrange(5), json.loads(text)["codec"]
     if how == 0:
-        return resigned(odd_header(rng, artifact(text, payload(raw))))
+        return resigned(odd_header(rng, artifact(text, compress(codec, raw))))
     if how == 1:
-        return artifact(odd_settings(rng, text), payload(raw))
+        return artifact(odd_description(rng, text), compress(codec, raw))
     if how == 2:
-        return artifact(text, payload(odd_arrays(rng, raw)))
-    frame = odd_frame(rng, raw)
-    return artifact(text if how == 3 else odd_settings(rng, text), frame)
+        return artifact(text, compress(codec, odd_arrays(rng, raw)))
+    frame = odd_frame(rng, codec, raw)
+    return artifact(text if how == 3 else odd_description(rng, text), frame)
 
 
 # Numbers that are no size, or an enormous one, or one of another tensor.
@@ -287,7 +382,7 @@ def odd_checkpoint(rng: random.Random, blob: bytes) -> bytes:
         )
         pairs[0] = rng.choice((["__metadata__", rng.choice(texts)], pairs[1]))
     elif how == 7:
-        settings = odd_settings(rng, head["__metadata__"]["settings"].encode())
+        settings = odd_settings(rng, json.loads(head["__metadata__"]["settings"]))
         text = json.dumps(settings.decode(errors="replace"))
         pairs[0][1] = f'{{"settings":{text},"more":"text"}}'
     elif how == 8:

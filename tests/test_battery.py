@@ -1,11 +1,14 @@
-"""The GPU battery: what it is given, and that a part which fails or hangs costs no other."""
+"""The GPU battery: its inputs, and that a part which fails or hangs does not stop the others."""
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import gpu_prepare
 from conftest import ROOT
+
+import train_gpt as tg
 
 # Stands in for Python in the battery: the tests fail, one run hangs, the benchmarks are quick.
 STUB = """#!/usr/bin/env bash
@@ -96,3 +99,9 @@ def test_the_battery_is_given_documents_tokenizer_and_wheels(tmp_path, monkeypat
 def test_the_packages_of_both_scripts_are_the_same():
     script = (ROOT / "tests/gpu.sh").read_text(encoding="utf-8")
     assert f"for package in {' '.join(gpu_prepare.PACKAGES)}; do" in script
+
+
+def test_every_package_that_the_program_may_need_is_among_them():
+    codecs = {codec.package for codec in tg.CODECS.values()}
+    needed = (codecs | {"safetensors", "sentencepiece"}) - sys.stdlib_module_names
+    assert needed <= {*gpu_prepare.PACKAGES}

@@ -1,9 +1,12 @@
-"""GPTQ against the paper's elimination in float64; what it is calibrated on; who may read what."""
+"""GPTQ against the paper's elimination in float64, its calibration, and what it may read."""
+
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import randomize, settings
+from conftest import TINY, load, randomize, settings
 
 import train_gpt as tg
 
@@ -48,7 +51,7 @@ def eliminate(
 
 
 def reference(
-    weight: torch.Tensor, hessian: torch.Tensor, bits: int, widen: float, damping: float
+    weight: torch.Tensor, hessian: torch.Tensor, bits: int, factor: float, damping: float
 ) -> tuple[list[list[int]], list[float], list[bool]]:
     """Codes and scales of a matrix, and the rows in which float32 can decide nothing otherwise.
 
@@ -62,13 +65,13 @@ def reference(
     codes, scales, sure = [], [], []
     for row in weight.double().numpy():
         tries = []
-        for clip in tg.CLIPS:
+        for clip in tg.CLIP_RATIOS:
             scale = float(np.float16(np.abs(row).max() * clip / limit))
             live = np.where(diagonal == 0, 0.0, row)
             tries.append((*eliminate(live, inverse, order, scale, limit), scale))
         best, second = sorted(tries, key=lambda t: t[1])[:2]
-        if widen > 1:  # what is best is widened
-            scale = float(np.float16(best[3] * widen))
+        if factor > 1:  # it multiplies the scale of least error
+            scale = float(np.float16(best[3] * factor))
             best = (*eliminate(live, inverse, order, scale, limit), scale)
             tries.append(best)
             best = (best[0], 0.0, *best[2:])
@@ -84,10 +87,10 @@ def weighted(codes: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor, he
     return ((e @ hessian.double()) * e).sum().item()
 
 
-def check(found, weight, hessian, bits, widen=1.0, damping=0.01) -> None:
+def check(found, weight, hessian, bits, factor=1.0, damping=0.01) -> None:
     """Code for code where that is certain, and as good an error everywhere."""
     codes, scales = found
-    want_codes, want_scales, sure = reference(weight, hessian, bits, widen, damping)
+    want_codes, want_scales, sure = reference(weight, hessian, bits, factor, damping)
     assert sum(sure) >= 0.6 * len(sure)  # else there would be nothing to compare
     for n in range(len(sure)):
         if sure[n]:
@@ -103,19 +106,20 @@ def check(found, weight, hessian, bits, widen=1.0, damping=0.01) -> None:
 
 
 @pytest.mark.parametrize(
-    ("n", "rows", "cols", "bits", "widen"),
+    ("n", "rows", "cols", "bits", "factor"),
     [(1, 8, 9, 6, 1.0), (3, 10, 24, 6, 1.0), (2, 8, 37, 6, 1.3), (2, 12, 16, 8, 1.0)],
 )
-def test_it_is_the_papers_elimination_code_for_code(monkeypatch, n, rows, cols, bits, widen):
-    monkeypatch.setattr(tg, "GPTQ_BLOCK", 8)  # so that several blocks and a part of one are met
+def test_it_is_the_papers_elimination_code_for_code(monkeypatch, n, rows, cols, bits, factor):
+    monkeypatch.setattr(tg, "GPTQ_BLOCK", 8)  # for several blocks, and a part of one
     weight, hessian = problem(n, rows, cols)
-    codes, scales, failed = tg.gptq(weight, hessian, bits, widen)
+    codes, scales, failed = tg.quantize_gptq(bits, factor, weight, hessian)
     assert codes.dtype == torch.int8
     assert not failed.any()
     for i in range(n):
-        check((codes[i], scales[i]), weight[i], hessian[i], bits, widen)
-        alone, alone_scales, _ = tg.gptq(weight[i : i + 1], hessian[i : i + 1], bits, widen)
-        check((alone[0], alone_scales[0]), weight[i], hessian[i], bits, widen)
+        check((codes[i], scales[i]), weight[i], hessian[i], bits, factor)
+        one = slice(i, i + 1)
+        alone, alone_scales, _ = tg.quantize_gptq(bits, factor, weight[one], hessian[one])
+        check((alone[0], alone_scales[0]), weight[i], hessian[i], bits, factor)
 
 
 def test_blocks_change_nothing(monkeypatch):
@@ -123,7 +127,7 @@ def test_blocks_change_nothing(monkeypatch):
     found = []
     for block in (1, 16, 128):
         monkeypatch.setattr(tg, "GPTQ_BLOCK", block)
-        found.append(tg.gptq(weight, hessian, 6, 1.0)[0])
+        found.append(tg.quantize_gptq(6, 1.0, weight, hessian)[0])
     assert (found[0] != found[2]).float().mean() < 0.01  # but for sums in another order
     assert (found[1] != found[2]).float().mean() < 0.01
 
@@ -132,8 +136,8 @@ def test_blocks_change_nothing(monkeypatch):
 def test_with_an_identity_for_hessian_it_is_rounding(bits):
     weight, _ = problem(2, 16, 48)
     eye = torch.eye(48).expand(2, -1, -1)
-    codes, scales, failed = tg.gptq(weight, 7.0 * eye, bits, 1.0)
-    want_codes, want_scales, _ = tg.round_rows(weight, None, bits, 1.0)
+    codes, scales, failed = tg.quantize_gptq(bits, 1.0, weight, 7.0 * eye)
+    want_codes, want_scales, _ = tg.quantize_rounding(bits, 1.0, weight, None)
     assert not failed.any()
     assert torch.equal(codes, want_codes)
     assert torch.equal(scales, want_scales)
@@ -142,7 +146,8 @@ def test_with_an_identity_for_hessian_it_is_rounding(bits):
 @pytest.mark.parametrize("seed", range(5))
 def test_its_error_by_the_hessian_is_below_roundings(seed):
     weight, hessian = problem(3, 24, 32, seed)
-    solved, rounded = (f(weight, hessian, 6, 1.0) for f in (tg.gptq, tg.round_rows))
+    solved = tg.quantize_gptq(6, 1.0, weight, hessian)
+    rounded = tg.quantize_rounding(6, 1.0, weight, hessian)
     for i in range(3):
         got, plain = (
             weighted(codes[i], scales[i], weight[i], hessian[i])
@@ -156,7 +161,7 @@ def test_inputs_that_are_always_zero_get_no_codes():
     weight, hessian = problem(2, 12, 24)
     hessian[0, [3, 20]] = 0
     hessian[0, :, [3, 20]] = 0
-    codes, scales, failed = tg.gptq(weight, hessian, 6, 1.0)
+    codes, scales, failed = tg.quantize_gptq(6, 1.0, weight, hessian)
     assert not failed.any()
     assert not codes[0][:, [3, 20]].any()
     assert codes[1][:, [3, 20]].any()
@@ -180,7 +185,7 @@ def indefinite(least: float, cols: int = 16) -> torch.Tensor:
 def test_damping_rises_tenfold_until_it_helps(least, damping):
     weight, good = problem(1, 12, 16)
     stack = torch.stack((indefinite(least), good[0]))
-    codes, scales, failed = tg.gptq(weight.repeat(2, 1, 1), stack, 6, 1.0)
+    codes, scales, failed = tg.quantize_gptq(6, 1.0, weight.repeat(2, 1, 1), stack)
     assert not failed.any()
     check((codes[0], scales[0]), weight[0], stack[0], 6, damping=damping)
     check((codes[1], scales[1]), weight[0], good[0], 6)  # its neighbour's trouble is not its own
@@ -209,9 +214,9 @@ def test_what_cannot_be_solved_is_rounded_and_its_stack_is_not(monkeypatch):
     bad = broken_hessians(16)
     weight, hessian = problem(len(bad) + 2, 12, 16)
     hessian[1:-1] = torch.stack([*bad.values()])
-    codes, scales, failed = tg.gptq(weight, hessian, 6, 1.0)
+    codes, scales, failed = tg.quantize_gptq(6, 1.0, weight, hessian)
     assert failed.tolist() == [False, *[True] * len(bad), False]
-    want_codes, want_scales, _ = tg.round_rows(weight, None, 6, 1.0)
+    want_codes, want_scales, _ = tg.quantize_rounding(6, 1.0, weight, None)
     assert torch.equal(codes[1:-1], want_codes[1:-1])
     assert torch.equal(scales[1:-1], want_scales[1:-1])
     for i in (0, -1):
@@ -224,9 +229,9 @@ def test_a_constant_input_of_two_kinds_is_solved():
     weight, _ = problem(1, 12, 16)
     x = correlated(64, 16, 0)
     x[:, 8:] = x[:, :8]
-    codes, scales, failed = tg.gptq(weight, (x.mT @ x)[None], 6, 1.0)
+    codes, scales, failed = tg.quantize_gptq(6, 1.0, weight, (x.mT @ x)[None])
     assert not failed.any()
-    rounded, rounded_scales, _ = tg.round_rows(weight, None, 6, 1.0)
+    rounded, rounded_scales, _ = tg.quantize_rounding(6, 1.0, weight, None)
     got = weighted(codes[0], scales[0], weight[0], x.mT @ x)
     assert got < 0.5 * weighted(rounded[0], rounded_scales[0], weight[0], x.mT @ x)
 
@@ -241,10 +246,10 @@ def model() -> tg.GPT:
 
 
 def collect(model: tg.GPT, batches) -> dict[str, torch.Tensor]:
-    """Hessians, with no cap on the time."""
-    rt = tg.Runtime(torch.device("cpu"), torch.float32, "flash", tg.attend_sdpa, False, [])
-    clock = tg.TrainingClock(rt, settings(max_wallclock_seconds=0), tg.Log())
-    return tg.collect_hessians(model, batches, clock, tg.Log())
+    """Hessians of all batches."""
+    hessians, used = tg.collect_hessians(model, batches, tg.Ranks())
+    assert used == len(batches)
+    return hessians
 
 
 def ids_of(*shape: int, seed: int = 4) -> torch.Tensor:
@@ -253,11 +258,11 @@ def ids_of(*shape: int, seed: int = 4) -> torch.Tensor:
 
 def test_hessians_change_codes_and_no_layout(model):
     hessians = collect(model, [ids_of(8, 64)])
-    plain, rounded = tg.quantize(model)
-    solved, also_rounded = tg.quantize(model, hessians)
-    assert (rounded, also_rounded) == ([], [])
+    plain, failed = tg.quantize_model(model, {}, tg.Ranks())
+    solved, also_failed = tg.quantize_model(model, hessians, tg.Ranks())
+    assert (failed, also_failed) == ([], [])
     with torch.device("meta"):
-        meta, _ = tg.quantize(tg.GPT(model.h))
+        meta = tg.artifact_layout(tg.GPT(model.h))
     layouts = [[(n, a.shape, a.dtype) for n, a in x.items()] for x in (plain, solved, meta)]
     assert layouts[0] == layouts[1] == layouts[2]
     changed = {name.removesuffix(".codes") for name in plain if name.endswith(".codes")}
@@ -268,10 +273,10 @@ def test_hessians_change_codes_and_no_layout(model):
 
 def test_each_matrix_gets_what_it_would_alone(model):
     hessians = collect(model, [ids_of(8, 64)])
-    arrays, _ = tg.quantize(model, hessians)
+    arrays, _ = tg.quantize_model(model, hessians, tg.Ranks())
     for name in ("blocks.0.attn.c_q.weight", "blocks.2.attn.c_q.weight", "blocks.1.mlp.up.weight"):
         weight = model.state_dict()[name]
-        codes, scales, _ = tg.gptq(weight[None], hessians[name][None], 6, 1.0)
+        codes, scales, _ = tg.quantize_gptq(6, 1.0, weight[None], hessians[name][None])
         same = (codes[0] == arrays[f"{name}.codes"]).float().mean()
         assert same > 0.995  # all but those that the order of a sum may decide
         torch.testing.assert_close(scales[0], arrays[f"{name}.scales"])
@@ -283,10 +288,10 @@ def test_tensors_that_are_only_rounded_are_named(model, tmp_path, capsys):
     bad = ["blocks.0.attn.c_q.weight", "blocks.2.mlp.down.weight"]
     hessians[bad[0]] = torch.zeros(32, 32)
     hessians[bad[1]] = torch.full((96, 96), torch.nan)
-    assert sorted(tg.quantize(model, hessians)[1]) == bad
-    tg.shrink(model, hessians, model.h, 10**6, tg.Log())
+    assert sorted(tg.quantize_model(model, hessians, tg.Ranks())[1]) == bad
+    tg.pack_to_fit(model, hessians, model.h, 10**6, tg.Ranks(), tg.Log())
     lines = capsys.readouterr().out.splitlines()
-    assert sorted(line.split()[1] for line in lines if "only rounded" in line) == bad
+    assert sorted(line.split()[1] for line in lines if "is rounded" in line) == bad
 
 
 # ---- Hessians ----
@@ -304,7 +309,7 @@ def own_sums(model: tg.GPT, ids: torch.Tensor) -> dict[str, torch.Tensor]:
 
             hooks.append(module.register_forward_hook(keep))
     with torch.no_grad():
-        model.hidden(ids)
+        model.backbone(ids)
     for hook in hooks:
         hook.remove()
     return sums
@@ -322,7 +327,7 @@ def test_hessians_are_sums_over_all_inputs(changes, dtype):
     roles = tg.parameter_roles(model)
     matrices = {name for name, role in roles.items() if role == "matrix"}
     assert whole.keys() == want.keys() == matrices
-    parts = collect(model, iter([ids[:1], ids[1:6], ids[6:]]))
+    parts = collect(model, [ids[:1], ids[1:6], ids[6:]])
     for name, sums in want.items():
         size = sums.abs().max().item()
         assert whole[name].dtype == torch.float32
@@ -333,39 +338,78 @@ def test_hessians_are_sums_over_all_inputs(changes, dtype):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.fault(26)
+@pytest.mark.parametrize(
+    ("left", "batch_seconds", "takes", "used"),
+    [
+        (10.0, 0.0, 3.0, 3),  # the fourth would end at 12
+        (10.0, 6.0, 1.0, 5),  # by the 6 s of a step, the sixth could end at 11
+        (10.0, 11.0, 1.0, 0),
+        (0.5, 0.0, 1.0, 1),
+        (-1.0, 0.0, 1.0, 0),
+    ],
+)
+def test_no_batch_is_read_that_could_end_too_late(
+    left, batch_seconds, takes, used, model, monkeypatch
+):
+    batches, read = [ids_of(2, 64, seed=n) for n in range(6)], []
+    backbone = model.backbone
+
+    def timed(ids):
+        read.append(ids)
+        return backbone(ids)
+
+    monkeypatch.setattr(model, "backbone", timed)
+    hessians, count = tg.collect_hessians(
+        model, batches, tg.Ranks(), lambda: left - takes * len(read), batch_seconds
+    )
+    assert count == len(read) == used
+    monkeypatch.undo()
+    want = collect(model, batches[:used]) if used else {}
+    assert hessians.keys() == want.keys()
+    assert all(torch.equal(hessians[name], want[name]) for name in want)
+
+
 # ---- Calibration ----
 
 
-class Counting:
-    """A training split that counts: token n is n modulo 200, and 4."""
+def calibrate(
+    model: tg.GPT, batches: tg.TrainingBatches | None, monkeypatch, step: int = 0, **changes: object
+) -> torch.Tensor:
+    """The tokens by which a run calibrates its quantizer."""
+    h = settings(gptq_calib_tokens=330, micro_batch_tokens=128, gptq_enabled=1, **changes)
+    text = []
 
-    def read(self, position: int, count: int) -> torch.Tensor:
-        return 4 + torch.arange(position, position + count) % 200
+    def collected(model, batches, *_, **__):
+        text.extend(batches)
+        return {}, len(batches)
+
+    monkeypatch.setattr(tg, "collect_hessians", collected)
+    run = tg.Run({}, tg.Log(), {})
+    run.h, run.data = h, tg.Data(None, batches)
+    device = tg.Device(torch.device("cpu"), torch.float32, compiled=False)
+    run.calibrate(model, tg.TrainingClock(device, tg.Ranks()), step)
+    assert [batch.shape for batch in text] == [(2, 64), (2, 64), (1, 64)]
+    assert {batch.dtype for batch in text} == {torch.int64}
+    return torch.cat(text)
 
 
-def calibrate(train: object, step: int = 0, **changes: object) -> list[torch.Tensor]:
-    h = settings(gptq_calib_tokens=330, micro_batch_tokens=128, **changes)
-    batches = list(tg.calibration(train, h, step))
-    assert [batch.shape for batch in batches] == [(2, 64), (2, 64), (1, 64)]
-    assert {batch.dtype for batch in batches} == {torch.int64}
-    return torch.cat(batches)
-
-
-def test_random_text_has_no_special_ids_and_repeats_by_seed():
-    first = calibrate(None)
+def test_random_text_has_no_special_ids_and_repeats_by_seed(model, monkeypatch):
+    first = calibrate(model, None, monkeypatch)
     assert (first.min(), first.max()) >= (4, 255)
     assert first.max() < 260
-    assert torch.equal(first, calibrate(None, step=7))
-    assert not torch.equal(first, calibrate(None, seed=5))
+    assert torch.equal(first, calibrate(model, None, monkeypatch, step=7))
+    assert not torch.equal(first, calibrate(model, None, monkeypatch, seed=5))
     assert len(first.unique()) > 150
 
 
-def test_training_text_is_what_the_next_step_would_read(byte_corpus):
-    rows = calibrate(Counting(), step=3, gptq_calib="train")
-    assert torch.equal(rows.flatten(), Counting().read(3 * 1024, 5 * 64))
+def test_training_text_is_what_the_next_step_would_read(byte_corpus, model, monkeypatch):
     stream = tg.TokenStream(byte_corpus, "train", 260)
-    rows = calibrate(stream, step=9, gptq_calib="train")
-    assert torch.equal(rows, stream.batch(9, settings())[0][:5])
+    batches = tg.TrainingBatches(stream, 1024, 64, tg.Ranks())
+    for step in (0, 9):
+        rows = calibrate(model, batches, monkeypatch, step, gptq_calib="train")
+        assert torch.equal(rows, batches.batch(step)[0][:5])
+        assert torch.equal(rows.flatten(), stream.read(step * 1024, 5 * 64))
 
 
 # ---- From the last step to the artifact ----
@@ -392,73 +436,78 @@ class Sealed:
         return self.__getattr__("__iter__")()
 
 
-def finish(
-    h: tg.Hyperparameters, model: tg.GPT, rt: tg.Runtime, tmp_path, monkeypatch, cheat=None
-) -> dict:
-    """What follows training, on validation data that are sealed until the artifact is written.
+@pytest.fixture
+def saved(model, tmp_path) -> Path:
+    """The weights of the model as a run saves them."""
+    path = tmp_path / "final_model.safetensors"
+    tg.write_tensors(path, model.state_dict(), tg.model_settings(model.h))
+    return path
+
+
+def quantize_sealed(saved: Path, env: dict, monkeypatch, cheat=None) -> dict:
+    """The result of --quantize on validation data that are sealed until the artifact is written.
 
     A cheat calibrates on what it makes of them.
     """
-    data = tg.load_data(h, tg.Log())
-    sealed = Sealed(data.val)
-    write = tg.write_atomically
+    folder = saved.parent / "run"
+    env = {**TINY, "GPTQ_ENABLED": "1", "EVAL_STRIDE": "0", "RUN_DIR": str(folder), **env}
+    load_data, write, opened = tg.load_data, tg.write_atomically, []
+
+    def load_sealed(*args, **options):
+        data = load_data(*args, **options)
+        sealed = Sealed(data.val.tokens)
+        opened.append(sealed)
+        return data._replace(val=data.val._replace(tokens=sealed))
 
     def write_and_open(path, blob):
         write(path, blob)
-        sealed.inside["open"] = path.name == "final_model.int6.ptz"
+        opened[0].inside["open"] |= path.name == tg.ARTIFACT
 
     with monkeypatch.context() as patch:
+        patch.setattr(tg, "load_data", load_sealed)
         patch.setattr(tg, "write_atomically", write_and_open)
         if cheat:
-            patch.setattr(tg, "calibration", lambda train, h, step: [cheat(sealed)])
-        clock = tg.TrainingClock(rt, h, tg.Log())
-        (tmp_path / tg.SOURCE_COPY).write_text("the source as run")
-        return tg.finish(model, h, rt, data._replace(val=sealed), tg.Log(tmp_path), clock)
+            patch.setattr(tg, "random_sequences", lambda *_: cheat(opened[0]))
+        status = tg.main(["--quantize", str(saved)], env)
+    result = json.loads((folder / "result.json").read_text())
+    assert tg.EXIT_STATUS[result["status"]] == status
+    return result
 
 
 @pytest.mark.parametrize("calib", ["random", "train"])
-def test_validation_data_cannot_reach_the_artifact(
-    calib, byte_corpus, model, cpu, tmp_path, monkeypatch
-):
-    h = settings(
-        data_path=byte_corpus,
-        gptq_enabled=1,
-        gptq_calib=calib,
-        gptq_calib_tokens=128,
-        eval_stride=0,
-    )
-    solved, quantize = [], tg.quantize
+def test_validation_data_cannot_reach_the_artifact(calib, byte_corpus, saved, monkeypatch):
+    env = {"DATA_PATH": str(byte_corpus), "GPTQ_CALIB": calib, "GPTQ_CALIB_TOKENS": "128"}
+    solved, quantize = [], tg.quantize_model
 
-    def noted(model, hessians=None, *rest):
-        solved.append(len(hessians or ()))
+    def noted(model, hessians, *rest):
+        solved.append(len(hessians))
         return quantize(model, hessians, *rest)
 
-    monkeypatch.setattr(tg, "quantize", noted)
-    result = finish(h, model, cpu, tmp_path, monkeypatch)
+    monkeypatch.setattr(tg, "quantize_model", noted)
+    result = quantize_sealed(saved, env, monkeypatch)
     assert result["status"] == "ok"
-    assert solved[0] == 18
+    assert solved == [18]
+    assert result["scores"].keys() == {"float", "plain"}
 
 
 @pytest.mark.parametrize(
     "use", [lambda v: v.long(), lambda v: v[:64], len, torch.as_tensor, list, np.asarray]
 )
-def test_any_use_of_validation_data_before_it_would_be_caught(
-    use, byte_corpus, model, cpu, tmp_path, monkeypatch
-):
-    h = settings(data_path=byte_corpus, gptq_enabled=1)
-    with pytest.raises(AssertionError, match="validation data were used"):
-        finish(h, model, cpu, tmp_path, monkeypatch, cheat=use)
-    assert not (tmp_path / "final_model.int6.ptz").exists()
+def test_any_use_of_validation_data_before_it_would_be_caught(use, byte_corpus, saved, monkeypatch):
+    result = quantize_sealed(saved, {"DATA_PATH": str(byte_corpus)}, monkeypatch, cheat=use)
+    assert result["status"] == "failed"
+    assert "AssertionError: validation data were used" in result["reason"]
+    assert not (saved.parent / "run" / tg.ARTIFACT).exists()
 
 
-def test_the_matrices_are_solved_and_the_tables_rounded(byte_corpus, model, cpu, tmp_path):
-    h = settings(data_path=byte_corpus, gptq_enabled=1, gptq_calib_tokens=256, eval_stride=0)
-    (tmp_path / tg.SOURCE_COPY).write_text("the source as run")
-    clock = tg.TrainingClock(cpu, h, tg.Log())
-    tg.finish(model, h, cpu, tg.load_data(h, tg.Log()), tg.Log(tmp_path), clock)
-    _, arrays = tg.unpack((tmp_path / "final_model.int6.ptz").read_bytes(), h)
+def test_the_matrices_are_solved_and_the_tables_rounded(byte_corpus, model, saved, tmp_path):
+    folder = tmp_path / "run"
+    env = {"DATA_PATH": str(byte_corpus), "RUN_DIR": str(folder), "EVAL_STRIDE": "0"}
+    env |= {"GPTQ_ENABLED": "1", "GPTQ_CALIB_TOKENS": "256"}
+    assert tg.main(["--quantize", str(saved)], {**TINY, **env}) == 0
+    _, arrays = tg.unpack_artifact((folder / tg.ARTIFACT).read_bytes(), settings())
     for name, bits in (("tok_emb.weight", 8), ("blocks.1.attn.proj.weight", 6)):
-        rounded, _, _ = tg.round_rows(model.state_dict()[name][None], None, bits, 1.0)
+        rounded, _, _ = tg.quantize_rounding(bits, 1.0, model.state_dict()[name][None], None)
         assert torch.equal(arrays[f"{name}.codes"], rounded[0]) == (bits == 8)
 
 
@@ -472,40 +521,43 @@ def test_the_matrices_are_solved_and_the_tables_rounded(byte_corpus, model, cpu,
     ],
 )
 def test_reading_training_data_is_training_time(
-    calib, reserve, collecting, steps, seconds, status, byte_corpus, cpu, tmp_path, monkeypatch
+    calib, reserve, collecting, steps, seconds, status, byte_corpus, tmp_path, monkeypatch
 ):
     now = [0.0]
     monkeypatch.setattr(tg.time, "perf_counter", lambda: now[0])
-    train_step, collect, text = tg.train_step, tg.collect_hessians, []
+    take_step, collect_hessians, text = tg.Trainer.take_step, tg.collect_hessians, []
 
     def timed(*arguments):
         now[0] += 1.0
-        return train_step(*arguments)
+        return take_step(*arguments)
 
-    def collected(model, batches, clock, log):
+    def collected(model, batches, *rest):
         now[0] += collecting
         text.extend(batches)
-        return collect(model, text, clock, log)
+        return collect_hessians(model, batches, *rest)
 
-    monkeypatch.setattr(tg, "train_step", timed)
+    monkeypatch.setattr(tg.Trainer, "take_step", timed)
     monkeypatch.setattr(tg, "collect_hessians", collected)
-    h = settings(
-        data_path=byte_corpus,
-        iterations=1000,
-        max_wallclock_seconds=20,
-        gptq_enabled=1,
-        gptq_calib=calib,
-        gptq_reserve_seconds=reserve,
-        gptq_calib_tokens=128,
-        eval_stride=0,
-    )
-    data = tg.load_data(h, tg.Log())
-    (tmp_path / tg.SOURCE_COPY).write_text("the source as run")
-    result = tg.run(h, cpu, data, tg.Log(tmp_path))
+    folder = tmp_path / "run"
+    changes = {
+        "data_path": byte_corpus,
+        "run_dir": folder,
+        "iterations": 1000,
+        "max_wallclock_seconds": 20,
+        "gptq_enabled": 1,
+        "gptq_calib": calib,
+        "gptq_reserve_seconds": reserve,
+        "gptq_calib_tokens": 128,
+        "eval_stride": 0,
+    }
+    env = {**TINY, **{name.upper(): str(value) for name, value in changes.items()}}
+    assert tg.main([], env) == tg.EXIT_STATUS[status]
+    result = json.loads((folder / "result.json").read_text())
     assert (result["steps"], result["seconds"]["train"]) == (steps, seconds)
     assert result["status"] == status
     assert result["seconds"]["calibrate"] == collecting
-    told = "GPTQ_RESERVE_SECONDS ended before" in (tmp_path / "train.log").read_text()
+    told = "raise GPTQ_RESERVE_SECONDS" in (folder / "train.log").read_text()
     assert told == (status != "ok")
-    unread = data.train.batch(steps, h)[0][:2]  # text of the step that was not taken
+    data = load(settings(**changes))
+    unread = data.train.batch(steps)[0][:2]  # text of the step that was not taken
     assert torch.equal(torch.cat(text), unread) == (calib == "train")
