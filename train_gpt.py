@@ -149,7 +149,7 @@ def setting(
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Settings that define the architecture. The artifact stores them in its header."""
+    """Settings that define the architecture. The artifact stores them in its description."""
 
     # Data
     corpus: str = setting(
@@ -208,11 +208,22 @@ class ModelSettings:
         if overrides:
             for name, value in overrides.items():
                 setattr(cls, name, field(default=value, metadata=inherited[name].metadata))
-            cls.__annotations__ = {name: inherited[name].type for name in overrides}
+            own = vars(cls).get("__annotations__", {})
+            cls.__annotations__ = {name: inherited[name].type for name in overrides} | own
             dataclass(frozen=True)(cls)
 
     def __post_init__(self) -> None:
         raise_faults(value_faults(self) or model_rules(self))
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.model_dim // self.num_heads
+
+    @property
+    def kv_dim(self) -> int:
+        """Width of the keys, and of the values, of all heads."""
+        return self.head_dim * self.num_kv_heads
 
 
 @dataclass(frozen=True)
@@ -267,7 +278,7 @@ class Hyperparameters(ModelSettings):
     )
     jepa_phase2_frac: float = setting(
         0.5,
-        "Fraction of the run in which their weight rises; then it is 0 again.",
+        "Fraction of the run in which the weight of the JEPA losses rises; afterwards it is 0.",
         low=1e-9,
         high=1,
     )
@@ -286,10 +297,13 @@ class Hyperparameters(ModelSettings):
     # Optimizers
     matrix_lr: float = setting(0.025, "Muon learning rate: matrices of the blocks.")
     scalar_lr: float = setting(
-        0.025, "AdamW learning rate: gains, gates and projections of small tables."
+        0.025,
+        "AdamW learning rate: gains, gates, mixes, and projections of BigramHash and value tables.",
     )
-    tied_embed_lr: float = setting(0.035, "AdamW learning rate: embeddings.")
-    embed_lr: float = setting(0.6, "AdamW learning rate: embeddings with TIE_EMBEDDINGS=0.")
+    tied_embed_lr: float = setting(
+        0.035, "AdamW learning rate: embedding tables with TIE_EMBEDDINGS=1."
+    )
+    embed_lr: float = setting(0.6, "AdamW learning rate: embedding tables with TIE_EMBEDDINGS=0.")
     head_lr: float = setting(0.008, "AdamW learning rate: the head with TIE_EMBEDDINGS=0.")
     jepa_lr: float = setting(0.001, "AdamW learning rate: the JEPA head.")
     beta1: float = setting(0.9, "AdamW: decay of the first moment.", high=0.9999)
@@ -321,7 +335,9 @@ class Hyperparameters(ModelSettings):
     warmup_steps: int = setting(
         20, "Steps before training that compile the program; their effect is undone."
     )
-    warmdown_iters: int = setting(3500, "Last steps, in which the learning rates fall to 0.")
+    warmdown_iters: int = setting(
+        3500, "Number of last steps, in which the learning rates fall to 0."
+    )
     warmdown_max_fraction: float = setting(
         0.6, "Largest part of the run that the warm-down takes.", high=1
     )
@@ -431,7 +447,6 @@ def is_plain_name(text: str) -> bool:
 
 def model_rules(m: ModelSettings) -> list[str]:
     """Returns a message for each rule that settings of the model break together."""
-    head_dim = m.model_dim // m.num_heads
     layers = [name for name in m.ve_layers.split(",") if name]
     unknown = [name for name in layers if not (name.isdecimal() and int(name) < m.num_layers)]
     faults = []
@@ -443,9 +458,9 @@ def model_rules(m: ModelSettings) -> list[str]:
         )
     if m.num_heads % m.num_kv_heads:
         faults.append(f"NUM_KV_HEADS={m.num_kv_heads}: must divide NUM_HEADS={m.num_heads}")
-    if m.rope_dims % 2 or m.rope_dims > head_dim:
+    if m.rope_dims % 2 or m.rope_dims > m.head_dim:
         faults.append(
-            f"ROPE_DIMS={m.rope_dims}: must be even and at most {head_dim}, the width of a head"
+            f"ROPE_DIMS={m.rope_dims}: must be even and at most {m.head_dim}, the width of a head"
         )
     if 2 * m.jepa_chunk_size > m.train_seq_len:
         faults.append(
@@ -533,7 +548,7 @@ def changed_settings(h: Hyperparameters) -> dict[str, Any]:
     defaults = {f.name: f.default for f in fields(h)}
     rule = BYTE_RULES if h.vocab_size == BYTE_VOCAB else {}
     implied = defaults | rule | PRESETS.get(h.preset, {})
-    return {k: v for k, v in asdict(h).items() if not v == defaults[k] == implied[k]}
+    return {k: v for k, v in asdict(h).items() if v != defaults[k] or v != implied[k]}
 
 
 def settings_table() -> str:
@@ -594,7 +609,7 @@ class Ranks:
     ) -> tuple[Tensor, ...]:
         """Applies `function` to stacks [n, ...] with the n items divided among the ranks.
 
-        Returns the gathered outputs [n, ...] on every rank. A stack that is None stays None.
+        Returns the outputs [n, ...] on every rank, by all-gather. A stack that is None stays None.
         """
         n = next(len(stack) for stack in stacks if stack is not None)
         if self.world_size == 1:
@@ -620,7 +635,9 @@ def join_ranks(env: Mapping[str, str], on_lost: Callable[[], None]) -> Ranks:
     """
     if (env.get("WORLD_SIZE", "1"), env.get("RANK", "0")) == ("1", "0"):
         return Ranks()
-    gpus, local_rank = torch.cuda.device_count(), int(env.get("LOCAL_RANK", 0))
+    gpus, local_rank = torch.cuda.device_count(), parse_value(env.get("LOCAL_RANK", "0"), int)
+    if not isinstance(local_rank, int):
+        raise SettingsError(f"LOCAL_RANK={local_rank!r}: must be a whole number, set by torchrun")
     if gpus:
         if local_rank >= gpus:
             raise SettingsError(
@@ -634,7 +651,7 @@ def join_ranks(env: Mapping[str, str], on_lost: Callable[[], None]) -> Ranks:
     heartbeat = dist.new_group(backend="gloo", timeout=timedelta(seconds=30))
 
     def watch() -> None:
-        with suppress(Exception):
+        with suppress(Exception):  # raised when a rank is gone or silent
             while True:
                 time.sleep(1)
                 dist.barrier(heartbeat)
@@ -667,7 +684,10 @@ class Device:
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Returns the function, compiled for fixed shapes if this device compiles."""
-        return torch.compile(function, dynamic=False, fullgraph=True) if self.compiled else function
+        if not self.compiled:
+            return function
+        torch._dynamo.config.recompile_limit = 64  # scoring halves its batches without memory
+        return torch.compile(function, dynamic=False, fullgraph=True)
 
     def now(self) -> float:
         """Returns seconds of a monotonic clock, after all queued work is done."""
@@ -807,7 +827,7 @@ def probe_attention(name: str, device: Device, h: Hyperparameters) -> tuple[Atte
     Returns it and "", or None and what went wrong.
     """
     heads = (h.num_heads, h.num_kv_heads, h.num_kv_heads)
-    shape = (1, h.train_seq_len, sum(heads), h.model_dim // h.num_heads)
+    shape = (1, h.train_seq_len, sum(heads), h.head_dim)
     try:
         attend = load_attention(name)
         qkv = torch.linspace(-1, 1, math.prod(shape)).view(shape).to(device.device, device.dtype)
@@ -865,7 +885,7 @@ def raise_data_error(what: str) -> Iterator[None]:
     """Turns whatever a damaged file raises inside a block into a DataError that names it."""
     try:
         yield
-    except DataError:
+    except (DataError, SettingsError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise DataError(f"{what}: {error!r:.300}") from None
@@ -911,8 +931,9 @@ class Log:
     def append(self, name: str, line: str) -> None:
         """Appends a line to a file of the folder; a full disk must not end the run."""
         if self.folder:
-            with suppress(OSError), open(self.folder / name, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            data = (line + "\n").encode("utf-8", "backslashreplace")
+            with suppress(OSError), open(self.folder / name, "ab") as file:
+                file.write(data)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -1120,7 +1141,7 @@ def verify_byte_table(table: ByteTable, tokenizer: Any, tokens: Tensor) -> int:
         if counted != decoded:
             raise DataError(
                 f"validation token {start + 1}: the byte table counts {counted} bytes, the decoder "
-                f"{decoded}; no bpb of these data would be right"
+                f"{decoded}; use the tokenizer that made the shards"
             )
         proven += counted
     return proven
@@ -1256,10 +1277,11 @@ class Role(NamedTuple):
     optimizer: str  # "muon" or "adamw"
     learning_rate: str  # the setting
     weight_decay: str  # the setting; "" for none
-    bits: int  # of a stored code, with a scale per row; 16 for float16 without codes
+    bits: int  # range of the stored codes, with a float16 scale per row; 16: float16, no codes
 
 
-# Each module class states the role of its own parameters. A new parameter needs no other entry.
+# A module's `role` holds for the parameters directly in it, not for its submodules. Optimizer,
+# rates and stored bits of a parameter follow from it. A Linear is a "matrix" unless told otherwise.
 ROLES = {
     "matrix": Role("muon", "matrix_lr", "muon_wd", 6),
     "embed": Role("adamw", "tied_embed_lr", "adam_wd", 8),
@@ -1271,11 +1293,15 @@ ROLES = {
 
 
 def parameter_roles(model: nn.Module) -> dict[str, str]:
-    """Returns the role of each parameter by name. Raises AttributeError for one without a role."""
-    roles = {}
+    """Returns the role of each parameter by name. Raises AttributeError for one without."""
+    roles: dict[str, str] = {}
     for name, _ in model.named_parameters():
-        module: Any = model.get_submodule(name.rpartition(".")[0])
-        roles[name] = module.role
+        module = model.get_submodule(name.rpartition(".")[0])
+        roles[name] = getattr(module, "role", "none")
+        if roles[name] not in ROLES:
+            raise AttributeError(
+                f"{name}: {type(module).__name__} has role {roles[name]!r}, not one of {[*ROLES]}"
+            )
     return roles
 
 
@@ -1360,23 +1386,22 @@ class Context(NamedTuple):
     window: int  # positions that attention reaches back; 0 for all
 
 
-# The residual streams of a forward pass, each [B, T, D]. Blocks map lanes to lanes.
+# The residual streams of a forward pass, each [B, T, D]; a Block has one.
 Lanes = tuple[Tensor, ...]
 
 
 class CausalSelfAttention(nn.Module):
     """Grouped-query attention with partial RoPE and, in the last layers, XSA."""
 
-    role = "scalar"
+    role = "scalar"  # of q_gain
 
     def __init__(self, h: Hyperparameters, layer: int, attend: Attend) -> None:
         super().__init__()
         self.layer, self.attend = layer, attend
-        self.head_dim = h.model_dim // h.num_heads
-        kv_dim = self.head_dim * h.num_kv_heads
+        self.head_dim = h.head_dim
         self.c_q = Linear(h.model_dim, h.model_dim)
-        self.c_k = Linear(h.model_dim, kv_dim)
-        self.c_v = Linear(h.model_dim, kv_dim)
+        self.c_k = Linear(h.model_dim, h.kv_dim)
+        self.c_v = Linear(h.model_dim, h.kv_dim)
         self.proj = Linear(h.model_dim, h.model_dim, gain=0)
         self.q_gain = nn.Parameter(torch.full((h.num_heads, 1), h.qk_gain_init))
         self.xsa = layer >= h.num_layers - h.xsa_last_n
@@ -1397,7 +1422,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear maps around leaky_relu(x, slope)^2."""
+    """Two linear maps around leaky_relu(x, slope)^2 (PR #549; relu^2 in the baseline)."""
 
     def __init__(self, h: Hyperparameters) -> None:
         super().__init__()
@@ -1412,7 +1437,10 @@ class MLP(nn.Module):
 
 
 class SmearGate(nn.Module):
-    """Blends each position's embedding with the previous one's: lerp(x[t], x[t-1], sigmoid(g))."""
+    """Blends each position's embedding with the previous one's: lerp(x[t], x[t-1], sigmoid(g)).
+
+    As in the record of 2026-03-20 (PR #287).
+    """
 
     role = "scalar"
 
@@ -1429,7 +1457,7 @@ class SmearGate(nn.Module):
 
 
 class BigramHash(nn.Module):
-    """A learned vector for each hashed pair of a token and the one before."""
+    """A learned vector for each hashed pair of a token and the one before (PR #287)."""
 
     role = "scalar"
 
@@ -1451,15 +1479,14 @@ class BigramHash(nn.Module):
 
 
 class ValueEmbedding(nn.Module):
-    """A second token embedding, which some layers add to their values."""
+    """A second token embedding, which some layers add to their values (PR #414)."""
 
     role = "scalar"
 
     def __init__(self, h: Hyperparameters) -> None:
         super().__init__()
-        kv_dim = h.model_dim // h.num_heads * h.num_kv_heads
         self.embed = Embedding(h, h.vocab_size, h.ve_dim, std=0.01)
-        self.proj = Linear(h.ve_dim, kv_dim, (2 * h.num_layers) ** -0.5, role="scalar")
+        self.proj = Linear(h.ve_dim, h.kv_dim, (2 * h.num_layers) ** -0.5, role="scalar")
         self.scale = nn.Parameter(torch.tensor(0.1))
         named = {int(name) for name in h.ve_layers.split(",") if name}
         self.layers = sorted(named or range(h.num_layers)[-2:])
@@ -1499,7 +1526,8 @@ class Block(nn.Module):
 class LayerPlan(NamedTuple):
     """The order in which one forward pass visits the blocks, in two halves for U-Net skips.
 
-    The decoder's visits read the outputs of the encoder's visits, last one first.
+    The decoder's visits read the outputs of the encoder's visits, last one first. A block may
+    appear more than once; its layer, not the visit, decides on XSA, norm scale and value embeddings.
     """
 
     encoder: tuple[int, ...]
@@ -1617,7 +1645,7 @@ def stp_loss(states: Tensor, positions: Tensor) -> Tensor:
     """Returns 1 - cos(h_t - h_r, h_r - h_s) for states h [B, T, D] at positions [B, 3], s < r < t.
 
     Semantic Tube Prediction (arXiv 2602.22617; PR #1124): paths of hidden states should be
-    straight. Mean over the sequences; a path that stands still counts as at a right angle.
+    straight. Mean over the sequences; a step of length 0 has cosine 0.
     """
     s, r, t = states.float().take_along_dim(positions.unsqueeze(-1), 1).unbind(1)
     return 1 - F.cosine_similarity(t - r, r - s, eps=1e-6).mean()
@@ -1626,7 +1654,7 @@ def stp_loss(states: Tensor, positions: Tensor) -> Tensor:
 class GPT(nn.Module):
     """The model. Weights are float32; activations have `dtype`.
 
-    `h` is Hyperparameters: the class, an instance, or a subclass that overrides fields.
+    `h` is an instance of Hyperparameters, or a class (it or a subclass) whose defaults are taken.
     """
 
     role = "scalar"
@@ -1664,7 +1692,7 @@ class GPT(nn.Module):
     def context(self, x0: Tensor, ids: Tensor, window: int) -> Context:
         """Returns what the blocks read, for embeddings x0 [B, T, D] of ids [B, T]."""
         h, length = self.h, ids.size(1)
-        dims, reach = h.rope_dims or h.model_dim // h.num_heads, window or length
+        dims, reach = h.rope_dims or h.head_dim, window or length
         rotation = rotary_angles(length, dims, h.rope_base, reach, h.rope_train_seq_len, ids.device)
         value_embeds = {}
         if self.value_embedding is not None:
@@ -1694,7 +1722,7 @@ class GPT(nn.Module):
         return F.linear(states, (head / cap).to(states.dtype)).float().tanh_() * cap
 
     def forward_logits(self, ids: Tensor, last: int = 0, window: int = 0) -> Tensor:
-        """Returns logits [B, T, V] for ids [B, T], or [B, last, V] for their last positions."""
+        """Returns logits [B, last, V] for the last positions of ids [B, T]; for all with last=0."""
         x = self.backbone(ids, window)
         if self.jepa is not None:
             x = self.jepa(x)[0]
@@ -1723,7 +1751,10 @@ class GPT(nn.Module):
         return loss, terms
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Returns the mean cross-entropy of targets [B, T] given ids [B, T], a scalar in nats."""
+        """Returns the mean cross-entropy of targets [B, T] given ids [B, T], a scalar in nats.
+
+        In training mode it includes LABEL_SMOOTHING.
+        """
         return self.losses(ids, targets)[0]
 
 
@@ -1754,9 +1785,9 @@ class Progress(NamedTuple):
 
 
 class Phase(NamedTuple):
-    """What one training step is told by the schedule."""
+    """The values of the schedule for one training step."""
 
-    lr_scale: float  # factor of every learning rate
+    lr_scale: float  # factor of every learning rate in training
     muon_momentum: float
     jepa_weight: float  # lambda of the JEPA losses; 0 leaves them out of the program
     stp_weight: float  # of the STP loss; 0 leaves it out of the program
@@ -1765,11 +1796,12 @@ class Phase(NamedTuple):
 def lr_scale(progress: Progress, warmdown_iters: int, max_fraction: float) -> float:
     """Returns 1, then a linear fall to 0 over the last `warmdown_iters` steps of the run.
 
-    The warm-down takes at most `max_fraction` of the run, so that a slow machine does not begin in
-    it (as published, without that bound, it can).
+    The warm-down takes at most `max_fraction` of the run. Without this bound, as published, a slow
+    machine begins in it.
     """
     left = progress.steps_left
-    warmdown = min(warmdown_iters, max_fraction * (progress.step + left))
+    total = progress.step + left  # predicted steps of the run
+    warmdown = min(warmdown_iters, max_fraction * total)
     return min(left / warmdown, 1.0) if warmdown else 1.0
 
 
@@ -1780,7 +1812,10 @@ def muon_momentum(step: int, start: float, end: float, warmup_steps: int) -> flo
 
 
 def jepa_weight(fraction: float, peak: float, phase1: float, phase2: float) -> float:
-    """Returns lambda at a fraction of the run: 0, then a rise to `peak`, then 0 (PR #832)."""
+    """Returns lambda at a fraction of the run (PR #832).
+
+    It is 0 until `phase1`, rises to `peak` over the next `phase2` of the run, then is 0 again.
+    """
     risen = (fraction - phase1) / phase2
     return peak * risen if 0 <= risen < 1 else 0.0
 
@@ -1820,11 +1855,11 @@ class DivergenceError(RuntimeError):
 
 
 class Score(NamedTuple):
-    """The result of a scoring pass. bpb is bits per byte."""
+    """The result of a scoring pass: bpb (bits per byte) = nats / ln 2 / bytes."""
 
     val_loss: float  # nats per token
     val_bpb: float
-    nats: float
+    nats: float  # sum over all tokens
     tokens: int
     bytes: int  # of text
     seconds: float
@@ -1880,8 +1915,9 @@ def plan_windows(
 ) -> list[Tensor]:
     """Returns batches, int64 [n, 2], of windows (start, how many last positions it scores).
 
-    Windows end `stride` apart, the last one at `total`. A window scores what the one before did
-    not reach, so that every position is scored exactly once. A batch starts to score in one chunk.
+    Windows end `stride` apart, the last one at `total`. A window scores the positions past the end
+    of the window before, so that every position is scored exactly once. All windows of a batch have
+    their first scored position in the same chunk, so that a learner is needed between batches only.
     Where the first window scores more than the others it is a batch of its own. Batches are filled
     to one size with windows that score nothing.
     """
@@ -1897,7 +1933,7 @@ def plan_windows(
 
 
 class WindowScorer:
-    """Sums nats, tokens and bytes over windows. This is the only way from logits to a score.
+    """Sums nats, tokens and bytes of text over windows.
 
     When the memory runs out it goes on with half as many windows at once.
     """
@@ -1949,10 +1985,10 @@ def score(
     log: Log,
     batch_tokens: int,
 ) -> Score:
-    """Scores the validation text by one pass, in one sweep from left to right.
+    """Scores the validation text by one pass, in the order of the text.
 
-    Batches of `batch_tokens` are divided among the ranks. Before a batch the learner, if there is
-    one, trains on the chunks that are scored completely; no score is revised.
+    Each position is scored once. Batches of `batch_tokens` are divided among the ranks. Before a
+    batch the learner, if there is one, trains on the chunks whose positions are all scored.
     """
     began, total = device.now(), len(val.tokens) - 1
     scorer = WindowScorer(scoring_pass, val, device, log)
@@ -1963,8 +1999,10 @@ def score(
     with matmul_precision("highest"):
         for n, windows in enumerate(batches):  # every rank walks through all batches
             start, count = windows[0].tolist()
-            complete = (start + seq_len - count) // chunk  # chunks before the first scored token
+            # Chunks whose every position lies before the first position that this batch scores.
+            complete = (start + seq_len - count) // chunk
             if learner and complete > learned:
+                # Position p predicts token p + 1, so all of these tokens are scored.
                 text = scorer.tokens[learned * chunk : complete * chunk + 1]
                 learner.learn(text, learned * chunk / total)
                 learned = complete
@@ -2054,7 +2092,10 @@ class Muon:
 
     @torch.no_grad()
     def step(self, lr_scale: float, momentum: float) -> None:
-        """Decays the weights, then moves them by the orthogonalized update, tall ones further."""
+        """Decays the weights, then moves them by the orthogonalized update.
+
+        The update of a matrix [rows, cols] is multiplied by max(1, rows / cols) ** 0.5.
+        """
         lr = self.lr * lr_scale
         for stack, buffer in zip(self.stacks, self.momenta):
             gradient = torch.stack([p.grad for p in stack])  # type: ignore[misc]
@@ -2132,25 +2173,30 @@ class WeightAverage:
         self.weights = {name: p.clone() for name, p in self.params.items()}
         self.count = 0  # weights in the average of SWA
 
-    def blend(self, step: int, lr_scale: float) -> float:
-        """Returns the share of the weights after step `step`, the first being 0."""
+    def share(self, step: int, lr_scale: float) -> float:
+        """Returns the share of the weights after step `step` in the new average."""
         if self.kind == "ema":
             # With a constant decay, 0.997 would leave 41 % of the initial weights after 300 steps.
             return 1 - min(self.ema_decay, (1 + step) / (10 + step))
-        if self.kind == "swa" and lr_scale < self.swa_start and (step + 1) % self.swa_every == 0:
-            self.count += 1
-            return 1 / self.count
+        if self.due(step, lr_scale):
+            return 1 / (self.count + 1)
         return 0.0 if self.count else 1.0  # until SWA starts, the last weights
 
+    def due(self, step: int, lr_scale: float) -> bool:
+        """Returns whether SWA averages the weights after this step."""
+        late = self.kind == "swa" and lr_scale < self.swa_start
+        return late and (step + 1) % self.swa_every == 0
+
     def update(self, step: int, lr_scale: float) -> None:
-        """Takes in the weights after a step."""
-        blend = self.blend(step, lr_scale)
-        if blend:
+        """Updates the average with the weights after step `step`, the first being 0."""
+        share = self.share(step, lr_scale)
+        self.count += self.due(step, lr_scale)
+        if share:
             averages, latest = [*self.weights.values()], [*self.params.values()]
-            torch._foreach_lerp_(averages, latest, blend)
+            torch._foreach_lerp_(averages, latest, share)
 
     def copy_to_model(self, log: Log) -> str:
-        """Gives the model these weights; returns what they are: ema, swa, or raw (the last)."""
+        """Copies the average into the model; returns its kind: ema, swa, or raw (no average)."""
         kind = "raw" if self.kind == "swa" and not self.count else self.kind
         torch._foreach_copy_([*self.params.values()], [*self.weights.values()])
         if self.kind == "swa":
@@ -2168,23 +2214,24 @@ CHECKPOINT, FINAL_MODEL = "checkpoint.safetensors", "final_model.safetensors"
 
 
 class TrainingClock:
-    """Seconds of training, by the slowest rank; they run from resume() to pause()."""
+    """Seconds of training, by the slowest rank; the time from a count to a resume is left out."""
 
     def __init__(self, device: Device, ranks: Ranks) -> None:
         self.device, self.ranks = device, ranks
         self.elapsed = 0.0
         self.recent: deque[float] = deque(maxlen=20)  # seconds of the last steps
         self.slowest = 0.0  # of the recent steps, over all ranks
-        self.mark = 0.0  # until when seconds are counted
+        self.mark = 0.0  # the moment up to which `elapsed` counts
         self.resume()
 
     def resume(self) -> None:
-        """Lets the seconds run."""
+        """Starts to count from now on."""
         self.mark = self.device.now()
 
-    def pause(self) -> None:
-        """Counts the seconds until now, which are of no step; they stand still until resume()."""
+    def count(self) -> None:
+        """Counts the seconds until now, which are of no step; all ranks take the slowest one's."""
         self.elapsed = self.seconds()
+        self.mark = time.perf_counter()
         self.agree()
 
     def seconds(self) -> float:
@@ -2209,7 +2256,7 @@ class TrainingClock:
 class StepLog:
     """Losses and times of the steps, and their log lines.
 
-    On CUDA a step is read when the next one has been launched, so that the GPU never waits.
+    On CUDA a step's loss is read when the next step has been launched, so that the GPU never waits.
     """
 
     def __init__(
@@ -2222,7 +2269,7 @@ class StepLog:
         self.running: deque[tuple[Any, list[str], Tensor]] = deque()
 
     def launched(self, terms: Mapping[str, Tensor]) -> None:
-        """Notes a step that has been launched, by this rank's share of each term of its loss."""
+        """Queues a launched step for the log, given this rank's share of each term of its loss."""
         values = self.ranks.all_reduce_(torch.stack([*terms.values()]))
         is_cuda = values.is_cuda
         values = values.to("cpu", non_blocking=True)  # from a GPU, into pinned memory
@@ -2300,6 +2347,7 @@ class StopSignal:
         """Handles a signal; where it is to be immediate, in a validation, it ends the run."""
         self.received = True
         if self.immediate:
+            self.immediate = False  # a second signal must not interrupt the saving
             raise KeyboardInterrupt
 
 
@@ -2312,9 +2360,11 @@ def save_tensors(
     """
     if log.silent or log.folder is None:
         return
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        return
     path = log.folder / name
+    for tensor_name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            log(f"warning: {path} is not written: {tensor_name} is not finite")
+            return
     try:
         write_tensors(path, tensors, model_settings(settings))
         log(f"Serialized model: {path.stat().st_size} bytes in {name}")
@@ -2327,7 +2377,8 @@ def auxiliary_inputs(
 ) -> AuxiliaryInputs:
     """Returns what the auxiliary losses of a step need on this rank.
 
-    The random numbers follow from SEED and the step, whatever the number of ranks.
+    The random numbers follow from SEED and the step, whatever the number of ranks, on one kind of
+    device.
     """
     rows = h.train_batch_tokens // h.train_seq_len
     jepa = stp = None
@@ -2344,17 +2395,20 @@ def auxiliary_inputs(
         positions = torch.randint(h.train_seq_len - 2, (rows, 3), generator=draws)
         positions = positions.sort(dim=1).values + torch.arange(3)  # distinct and rising
         positions = positions.chunk(ranks.world_size)[ranks.rank]
-        weight = torch.tensor(phase.stp_weight)
-        stp = StpInputs(weight.to(device, non_blocking=True), positions.to(device))
+        if device.type == "cuda":
+            positions = positions.pin_memory()
+        weight = torch.tensor(phase.stp_weight).to(device, non_blocking=True)
+        stp = StpInputs(weight, positions.to(device, non_blocking=True))
     return AuxiliaryInputs(jepa, stp)
 
 
 class Trainer:
-    """All that a training step changes, and the loop. All ranks take every decision alike.
+    """Model, optimizers, average and clock of a run, and its loop.
 
-    In a step these tensors travel between the ranks: the seconds of the clock (agree), the gradient
-    of all weights (take_step), Muon's updates (map_over_ranks), and the terms of the loss
-    (StepLog.launched).
+    Stops, validations and checkpoints are decided on all-reduced values only, so that ranks agree.
+    In a step these tensors travel between the ranks, in order: seconds and the stop flag (agree,
+    all-reduce max), the gradient of all weights (take_step, all-reduce sum), Muon's updates
+    (map_over_ranks, all-gather), the terms of the loss (StepLog.launched, all-reduce sum).
     """
 
     def __init__(
@@ -2395,9 +2449,12 @@ class Trainer:
                 self.restore(resume_from)
             with StopSignal() as stop_signal:
                 try:
-                    self.loop(stop_signal)
+                    stopped = self.loop(stop_signal)
                 finally:
                     save_tensors(log, FINAL_MODEL, self.average.weights, self.h)
+        if stopped:
+            self.ranks.barrier()  # rank 0 has written the files
+            raise KeyboardInterrupt
         if self.step < self.h.iterations:
             at = f"train_time:{1000 * self.clock.elapsed:.0f}ms step:{self.step}"
             log(f"stopping_early: wallclock_cap {at}/{self.h.iterations}")
@@ -2413,19 +2470,20 @@ class Trainer:
         h, phases, weights = self.h, programs(self.h), [*self.average.params.values()]
         before = [weight.clone() for weight in weights]
         generator = torch.Generator().manual_seed(h.seed)
-        for step in range(h.warmup_steps):
+        count = max(h.warmup_steps, len(phases)) if h.warmup_steps else 0
+        for step in range(count):
             shape = (2, self.rows, h.train_seq_len)
             inputs, targets = torch.randint(h.vocab_size, shape, generator=generator)
             self.take_step(phases[step % len(phases)], inputs, targets)
-            self.log(f"warmup_step:{step + 1}/{h.warmup_steps}")
+            self.log(f"warmup_step:{step + 1}/{count}")
         torch._foreach_copy_(weights, before)
         for state in self.optimizers.state().values():
             state.zero_()
-        self.clock.resume()
 
-    def loop(self, stop_signal: StopSignal) -> None:
-        """Takes steps until the run ends, pauses the clock. A signal raises KeyboardInterrupt."""
+    def loop(self, stop_signal: StopSignal) -> bool:
+        """Takes steps until the run ends; returns whether a signal ended it, after a checkpoint."""
         h, clock, steps = self.h, self.clock, self.steps
+        clock.resume()
         checkpoints = CheckpointTimer(h.checkpoint_every, self.step, clock.elapsed)
         while True:
             stop = clock.agree(stop_signal.received)
@@ -2433,16 +2491,16 @@ class Trainer:
                 checkpoints.restart(self.step, clock.elapsed)
                 self.save_checkpoint()
             if stop:
-                self.ranks.barrier()  # rank 0 has written the checkpoint
-                raise KeyboardInterrupt
+                return True
+            # When the steps in flight and one more would end, each as slow as the slowest.
             next_end = clock.elapsed + (len(steps.running) + 1) * clock.slowest
             done = self.step >= h.iterations or next_end >= self.deadline
             validates = h.val_loss_every > 0 and self.step % h.val_loss_every == 0
             if done or validates:
                 steps.finish()
-                clock.pause()
+                clock.count()
             if done:
-                return
+                return False
             if validates:
                 stop_signal.immediate = True
                 self.validate()
@@ -2490,11 +2548,9 @@ class Trainer:
     def save_checkpoint(self) -> None:
         """Writes a checkpoint; the time that this takes counts as training."""
         self.steps.finish()
-        self.clock.pause()
-        self.clock.resume()
+        self.clock.count()
         save_tensors(self.log, CHECKPOINT, self.tensors(), self.h)
-        self.clock.pause()
-        self.clock.resume()
+        self.clock.count()
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the tensors of a checkpoint by name.
@@ -2525,7 +2581,9 @@ class Trainer:
             self.average.count = int(saved["progress/averaged"].item())
             for name, tensor in self.tensors().items():
                 if not name.startswith("progress/"):
-                    tensor.copy_(saved[name].view_as(tensor))
+                    stored = saved[name]
+                    check(stored.shape == tensor.shape, f"{name} has shape {[*stored.shape]}")
+                    tensor.copy_(stored)
         self.step = len(self.steps.losses)
         self.log(f"resume: step {self.step}, {self.clock.elapsed:.1f} s trained")
 
@@ -2554,8 +2612,8 @@ def choose_row_scales(
     """Returns codes int8 [n, rows, cols] and scales float16 [n, rows] of weights [n, rows, cols].
 
     Each row takes the clip ratio of least error, then all scales are multiplied by `scale_factor`.
-    assign(scale [n, rows, 1]) returns codes, float [n, rows, cols], and errors [n, rows, 1]. There
-    is no floor of 1/31, as the records have: it spoils rows of small weights.
+    assign(scale [n, rows, 1]) returns codes, float [n, rows, cols], and errors [n, rows, 1]. Unlike
+    in the records the scales have no floor of 1/31, which spoils rows of small weights.
     """
     peak = weight.abs().amax(-1, keepdim=True)
     scales = [
@@ -2653,8 +2711,8 @@ def check_finite(weights: Mapping[str, Tensor]) -> None:
 def artifact_layout(model: GPT) -> dict[str, Tensor]:
     """Returns the arrays of an artifact in order, as meta tensors, by name.
 
-    First the codes of all quantized weights, then their row scales, then what is float16: like
-    stands beside like, which compresses best.
+    First the codes of all quantized weights, then their row scales, then what is float16: the codec
+    compresses arrays of one kind best together.
     """
     codes, scales, floats = {}, {}, {}
     roles = parameter_roles(model)
@@ -2675,7 +2733,8 @@ def quantize_model(
     Weights with a Hessian are quantized by GPTQ, the others by rounding; `scale_factor` widens the
     scales of the matrices. Weights of one shape are one stack, divided among the ranks.
     """
-    roles, weights = parameter_roles(model), model.state_dict()
+    roles = parameter_roles(model)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
     check_finite(weights)
     stacks: dict[tuple[torch.Size, str, str], list[str]] = {}
     values: dict[str, Tensor] = {}
@@ -2709,9 +2768,9 @@ def collect_hessians(
 ) -> tuple[dict[str, Tensor], int]:
     """Returns X^T X, float32 [in, in], of all inputs X of each matrix, by the weight's name.
 
-    Batches are ids [B, T], each divided among the ranks. A batch that would take longer than
-    seconds_left(), by the slowest so far or at first by `batch_seconds`, is not read. Second: the
-    number of batches read; without any there are no Hessians.
+    Batches are ids [B, T], each divided among the ranks. Stops before a batch that is expected to
+    take longer than seconds_left(): as long as the slowest so far, at first `batch_seconds`.
+    Second: the number of batches read; with none there are no Hessians.
     """
     roles, hooks, sums, used = parameter_roles(model), [], {}, 0
 
@@ -2732,7 +2791,7 @@ def collect_hessians(
                 break
             own = ids[ranks.rank :: ranks.world_size]
             if len(own):
-                model.backbone(own.to(model.skip_weights.device))
+                model.backbone(own.to(model.tok_emb.weight.device))
             batch_seconds, used = max(batch_seconds, left - seconds_left()), used + 1
     finally:
         for hook in hooks:
@@ -2751,9 +2810,10 @@ def random_sequences(count: int, seq_len: int, vocab_size: int, seed: int) -> Te
 
 # ---- Artifact: from codes to a file that fits, and back ----
 
-# An artifact, in order: a header (magic and version, bytes of the description, SHA-256 of all the
-# rest), a description as JSON (the codec, and the settings, from which every shape follows), and
-# the arrays of artifact_layout, compressed.
+# An artifact, in order: a header of 48 bytes (magic and version, 12; length of the description,
+# uint32; SHA-256 of the whole file with this field zero), the description as JSON (the codec, and
+# the model's settings, from which every shape follows), and the arrays of artifact_layout, joined
+# without padding and compressed as one stream.
 HEADER, MAGIC = struct.Struct("<12sI32s"), b"PGOLFGPT\2\0\0\0"
 MAX_DESCRIPTION = 1 << 16  # bytes
 MAX_SCALE_FACTOR = 50  # beyond it nearly all codes are 0
@@ -2848,10 +2908,11 @@ def load_codec(name: str) -> Codec:
     return codec
 
 
-def header(body: bytes | memoryview, description_size: int) -> bytes:
+def artifact_header(body: bytes | memoryview, description_size: int) -> bytes:
     """Returns the header of a body that begins with a description of so many bytes."""
-    digest = hashlib.sha256(HEADER.pack(MAGIC, description_size, b"") + bytes(body)).digest()
-    return HEADER.pack(MAGIC, description_size, digest)
+    digest = hashlib.sha256(HEADER.pack(MAGIC, description_size, b""))
+    digest.update(body)
+    return HEADER.pack(MAGIC, description_size, digest.digest())
 
 
 def pack_artifact(settings: ModelSettings, arrays: Mapping[str, Tensor], compressor: str) -> bytes:
@@ -2864,7 +2925,7 @@ def pack_artifact(settings: ModelSettings, arrays: Mapping[str, Tensor], compres
         array = array.mT if codec.transpose and name.endswith(".codes") else array
         parts.append(array.contiguous().cpu().numpy().tobytes())
     body = description + codec.compress(b"".join(parts))
-    return header(body, len(description)) + body
+    return artifact_header(body, len(description)) + body
 
 
 def with_model_settings(h: Hyperparameters, stored: dict[str, Any]) -> Hyperparameters:
@@ -2877,23 +2938,24 @@ def with_model_settings(h: Hyperparameters, stored: dict[str, Any]) -> Hyperpara
 def unpack_artifact(
     blob: bytes | memoryview, h: Hyperparameters
 ) -> tuple[Hyperparameters, dict[str, Tensor]]:
-    """Returns settings and arrays of an artifact. Raises some exception if it is not one, whole.
+    """Returns settings and arrays of an artifact.
 
-    Sizes are compared with what the settings need, and the checksum with the content, before
-    anything is decompressed.
+    Raises ValueError, KeyError, TypeError or the codec's own error for a damaged file. Sizes are
+    compared with what the settings need, and the checksum with the content, before anything is
+    decompressed.
     """
     check(len(blob) >= HEADER.size, "it is shorter than a header")
-    magic, described, _ = HEADER.unpack_from(blob)
+    magic, description_size, _ = HEADER.unpack_from(blob)
     check(magic[:8] == MAGIC[:8], "it is not an artifact of this program")
     check(
         magic == MAGIC,
         f"its version is {magic[8]}, this program reads {MAGIC[8]}; score it by the "
         "train_gpt.py of its own folder",
     )
-    check(described <= MAX_DESCRIPTION, f"its description has {described} bytes")
+    check(description_size <= MAX_DESCRIPTION, f"its description has {description_size} bytes")
     body = blob[HEADER.size :]
-    payload = body[described:]
-    description = json.loads(bytes(body[:described]))
+    payload = body[description_size:]
+    description = json.loads(bytes(body[:description_size]))
     check(set(description) == {"codec", "settings"}, "its description is incomplete")
     check(description["codec"] in CODECS, f"its codec is unknown: {description['codec']!r:.40}")
     h = with_model_settings(h, description["settings"])
@@ -2901,8 +2963,12 @@ def unpack_artifact(
         layout = artifact_layout(GPT(h))
     sizes = [array.nbytes for array in layout.values()]
     size, stored = sum(sizes), len(payload)
+    # No codec does better or worse than this; it bounds the memory before anything is decompressed.
     check(size / 1000 < stored < 1.01 * size + 1000, f"{stored} bytes for arrays of {size} bytes")
-    check(bytes(blob[: HEADER.size]) == header(body, described), "its checksum is wrong")
+    check(
+        bytes(blob[: HEADER.size]) == artifact_header(body, description_size),
+        "its checksum is wrong",
+    )
     codec = load_codec(description["codec"])
     raw = bytearray(codec.decompress(payload, size))
     arrays = {}
@@ -2947,7 +3013,7 @@ def load_checkpoint(
     with raise_data_error(f"{path}: cannot be read as a checkpoint"):
         tensors, settings = read_tensors(path)
         h = with_model_settings(h, settings)
-        prefix = "average/" if any("/" in name for name in tensors) else ""
+        prefix = "average/" if "progress/elapsed" in tensors else ""
         weights = {
             name.removeprefix(prefix): tensor
             for name, tensor in tensors.items()
@@ -3064,7 +3130,9 @@ class Program(NamedTuple):
         try:
             file = Path(__file__).read_bytes()
         except (NameError, OSError) as error:
-            raise SettingsError(f"{error}: run this program from a file; its bytes count") from None
+            raise SettingsError(
+                f"{error}: run this program from a file, because its bytes count"
+            ) from None
         source = unpacked_source(file)
         if source is not None:
             return cls(source, file)
@@ -3103,13 +3171,14 @@ class Run:
 
     def evaluate(self, path: Path) -> None:
         """Scores an artifact again; the model's settings are its own."""
-        self.h, _ = self.ranks.broadcast_from_rank0(lambda: load_artifact(path, self.h))
+        self.h = self.ranks.broadcast_from_rank0(lambda: load_artifact(path, self.h)[0])
         self.prepare(steps=None, writes=False)
         self.score_artifact(path, {})
 
     def quantize(self, path: Path) -> None:
         """Packs and scores saved weights again, in a folder of its own."""
-        self.h, weights, _ = self.ranks.broadcast_from_rank0(lambda: load_checkpoint(path, self.h))
+        load = lambda: load_checkpoint(path, self.h)[:2]  # noqa: E731
+        self.h, weights = self.ranks.broadcast_from_rank0(load)
         self.open_folder()
         self.prepare(steps=0 if self.h.calibrates_on_text else None)
         self.write_program()
@@ -3117,24 +3186,25 @@ class Run:
         self.quantize_and_score(model, clock, step=0)
 
     def train(self) -> None:
-        """Trains a model, quantizes, packs and scores it: the stages of the README, in order."""
+        """Trains a model, averages, calibrates, quantizes and packs it, and scores the artifact."""
         h, log = self.h, self.log
         check_settings(h, self.ranks.world_size)
         self.open_folder()
         self.prepare(steps=self.h.iterations)
+        resume_from = self.read_resume()
         self.write_program()
         model = self.initial_model()
         trainer = Trainer(model, self.data, h, self.ranks, self.device, log, h.training_deadline)
-        trainer.train(self.read_resume())
+        trainer.train(resume_from)
+        kind = trainer.average.copy_to_model(log)
         step_ms = np.diff(trainer.steps.times, prepend=0.0) * 1000
+        percentiles = (50, 99) if trainer.step else ()
         self.result |= {
             "steps": trainer.step,
-            "step_ms": {
-                f"p{n}": float(np.percentile(step_ms, n)) for n in (50, 99) if trainer.step
-            },
+            "step_ms": {f"p{n}": float(np.percentile(step_ms, n)) for n in percentiles},
             "peak_memory_mib": torch.cuda.max_memory_allocated() >> 20,  # 0 on a CPU
             "train_losses": trainer.steps.losses,
-            "weights": trainer.average.copy_to_model(log),
+            "weights": kind,
         }
         self.quantize_and_score(model, trainer.clock, trainer.step)
 
@@ -3292,7 +3362,7 @@ class Run:
         hessians, used = collect_hessians(
             model, batches, self.ranks, lambda: h.training_seconds - clock.seconds(), clock.slowest
         )
-        clock.pause()
+        clock.count()
         if used < len(batches):
             self.log(
                 f"gptq: the time allowed {used} of {len(batches)} calibration batches; raise "
@@ -3436,6 +3506,7 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: result.json is written
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     exit_status = main(sys.argv[1:], os.environ)
     if dist.is_initialized():
         sys.stdout.flush()

@@ -65,6 +65,68 @@ def test_ema_of_30_steps_is_far_from_the_start(byte_corpus: Path, cpu):
     assert score(scoring_pass, run.val, cpu).val_loss < math.log(260) - 1.5
 
 
+class WeightsOfSteps:
+    """The learning-rate scale of each step, and all weights after it."""
+
+    def __init__(self, monkeypatch) -> None:
+        take_step, self.lr_scales, self.weights = tg.Trainer.take_step, [], []
+
+        def recorded(steps, phase, *batch):
+            terms = take_step(steps, phase, *batch)
+            self.lr_scales.append(phase.lr_scale)
+            self.weights.append({n: p.clone() for n, p in steps.average.params.items()})
+            return terms
+
+        monkeypatch.setattr(tg.Trainer, "take_step", recorded)
+
+
+@pytest.mark.parametrize(
+    ("every", "start_frac", "count"), [(5, 0.2, 1), (5, 0.7, 2), (3, 1.0, 3), (1, 0.8, 7)]
+)
+def test_swa_is_the_equal_average_of_the_weights_at_its_steps(
+    byte_corpus, cpu, monkeypatch, every, start_frac, count, capsys
+):
+    """Multiples of SWA_EVERY at which the learning rate is below SWA_START_FRAC of its peak."""
+    h = settings(
+        data_path=byte_corpus,
+        iterations=20,
+        warmdown_iters=10,
+        swa_enabled=1,
+        swa_every=every,
+        swa_start_frac=start_frac,
+    )
+    recorded = WeightsOfSteps(monkeypatch)
+    run = trained(h, cpu)
+    steps = zip(recorded.lr_scales, recorded.weights, strict=True)
+    due = [
+        weights
+        for step, (lr_scale, weights) in enumerate(steps, 1)
+        if lr_scale < start_frac and step % every == 0
+    ]
+    assert len(due) == run.average.count == count
+    assert run.average.copy_to_model(tg.Log()) == "swa"
+    for name, p in run.model.named_parameters():
+        want = sum(weights[name].double() for weights in due) / len(due)
+        torch.testing.assert_close(p.detach().double(), want, atol=1e-6, rtol=1e-5, msg=name)
+    assert f"swa:applying averaged {len(due)} checkpoints" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changes", [{"swa_every": 50}, {"swa_start_frac": 0}])
+def test_swa_without_a_step_that_is_due_ends_with_the_last_weights(
+    byte_corpus, cpu, monkeypatch, changes, capsys
+):
+    h = settings(data_path=byte_corpus, iterations=8, warmdown_iters=4, swa_enabled=1, **changes)
+    recorded = WeightsOfSteps(monkeypatch)
+    run = trained(h, cpu)
+    assert run.average.count == 0
+    for name, weight in run.average.weights.items():
+        assert torch.equal(weight, recorded.weights[-1][name])
+    assert run.average.copy_to_model(tg.Log()) == "raw"
+    for name, p in run.model.named_parameters():
+        assert torch.equal(p, recorded.weights[-1][name])
+    assert "weights:applying the last weights" in capsys.readouterr().out
+
+
 def test_micro_batches_change_nothing_but_rounding(byte_corpus: Path, cpu):
     grads = []
     for micro in (1024, 128):
@@ -200,12 +262,22 @@ def test_a_loss_that_is_no_number_stops_the_run_by_step(cpu, loss):
         steps.launched({"train_loss": torch.tensor(loss)})
 
 
-def test_validation_is_at_its_steps_and_outside_the_clock(byte_corpus: Path, cpu, capsys):
-    h = settings(data_path=byte_corpus, iterations=5, val_loss_every=2, train_log_every=0)
-    trained(h, cpu)
+@pytest.mark.parametrize(("iterations", "validated"), [(5, [0, 2, 4, 5]), (4, [0, 2, 4])])
+def test_validation_is_at_its_steps_and_outside_the_clock(
+    byte_corpus: Path, cpu, capsys, fake_time, monkeypatch, iterations, validated
+):
+    score_once = tg.score
+
+    def slow(*arguments):
+        fake_time.now += 100.0
+        return score_once(*arguments)
+
+    monkeypatch.setattr(tg, "score", slow)
+    h = settings(data_path=byte_corpus, iterations=iterations, val_loss_every=2, train_log_every=0)
+    assert trained(h, cpu).clock.elapsed == 0
     lines = capsys.readouterr().out.splitlines()
     steps = [line.split()[0] for line in lines if "val_bpb" in line and "step_avg" in line]
-    assert steps == ["step:0/5", "step:2/5", "step:4/5", "step:5/5"]
+    assert steps == [f"step:{step}/{iterations}" for step in validated]
 
 
 def test_every_step_is_logged_though_it_is_known_late(byte_corpus: Path, cpu, capsys, monkeypatch):
@@ -370,6 +442,24 @@ def test_a_compiler_that_fails_is_an_error_where_asked_for(monkeypatch):
     monkeypatch.setattr(torch, "compile", fails)
     with pytest.raises(tg.SettingsError, match=r"COMPILE=1.*\n(.*\n)*.*no C\+\+ compiler"):
         chosen(settings(compile=1))
+
+
+@pytest.mark.fault(29)
+@pytest.mark.usefixtures("no_gpu")
+def test_a_compiler_that_fails_is_left_with_the_reason(cpu, monkeypatch):
+    """As on CUDA with COMPILE=auto: every attention is tried compiled, then not compiled."""
+
+    def fails(*_, **__):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    device = tg.replace(cpu, compiled=True)
+    attention, device, notes = tg.choose_attention(settings(), device, tg.Ranks())
+    assert (attention.name, device.compiled) == ("flash", False)
+    assert [note.split()[:2] for note in notes] == [
+        [f"attention:{name}", "compiled:True"] for name in ("flash", "cudnn", "math")
+    ]
+    assert all("no C++ compiler" in note for note in notes)
 
 
 @pytest.mark.slow
