@@ -1527,7 +1527,7 @@ class LayerPlan(NamedTuple):
     """The order in which one forward pass visits the blocks, in two halves for U-Net skips.
 
     The decoder's visits read the outputs of the encoder's visits, last one first. A block may
-    appear more than once; its layer, not the visit, decides on XSA, norm scale and value embeddings.
+    appear more than once; its layer, not the visit, sets XSA, norm scale and value embeddings.
     """
 
     encoder: tuple[int, ...]

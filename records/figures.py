@@ -20,7 +20,8 @@ from runs import Defaults, Run, RunError, Score, by_name, read_run, train_gpt
 
 TRAIN_SECONDS_LIMIT = 600.0  # the challenge's
 RECORD, NON_RECORD = "track_10min_16mb", "track_non_record_16mb"
-PROGRAM, FIGURES, NEEDS, TEXT = "train_gpt.py", "submission.json", "requirements.txt", "README.md"
+PROGRAM, READABLE = train_gpt.PROGRAM, train_gpt.READABLE
+FIGURES, NEEDS, TEXT = "submission.json", "requirements.txt", "README.md"
 LOG_NAME = re.compile(r"train(?:_(?P<arm>.+?))??(?:_seed(?P<seed>\d+))?\.log")
 BEGIN = "<!-- Figures: made of the logs by records/submit.py, compared by records/check.py. -->"
 END = "<!-- End of figures. -->"
@@ -218,6 +219,19 @@ def limits_table(runs: list[Run]) -> list[str]:
     return rows
 
 
-def sha256(path: Path) -> str:
-    """Of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def program_source(path: Path) -> bytes:
+    """Returns the source of a program's file: what its packed twin decodes to, or the file itself.
+
+    Raises ValueError for a twin that cannot be decoded.
+    """
+    file = path.read_bytes()
+    try:
+        source = train_gpt.unpacked_source(file)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return file if source is None else source
+
+
+def sha256(data: bytes) -> str:
+    """Returns the SHA-256 in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()

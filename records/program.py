@@ -13,26 +13,28 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
-from figures import NEEDS, PROGRAM
+from figures import NEEDS, PROGRAM, READABLE
 from runs import train_gpt
 
 Expect = Callable[[object, str, object, object], None]
 
 # All modules that a program may import; those not of Python must be in requirements.txt as well.
 MODULES = (
-    "__future__ argparse bisect collections contextlib copy dataclasses datetime difflib enum "
-    "flash_attn_interface functools gc glob hashlib heapq io itertools json lzma math numpy os "
-    "pathlib platform random re sentencepiece shutil signal statistics string struct sys textwrap "
-    "threading time torch traceback typing uuid warnings zlib zstandard"
+    "__future__ argparse base64 bisect brotli collections contextlib copy dataclasses datetime "
+    "difflib enum flash_attn_interface functools gc glob hashlib heapq io itertools json lzma math "
+    "numpy os pathlib platform random re safetensors sentencepiece shlex shutil signal statistics "
+    "string struct sys textwrap threading time torch traceback typing uuid warnings zlib zstandard"
 )
-OPTIONAL = "flash_attn_interface"  # it can do without
+OPTIONAL = {"brotli", "flash_attn_interface"}  # a program runs without them
 # Names that a program has no need for, and what it needs instead.
 NAMES = {
     "no network": r"hub|model_zoo|load_url|\w*download\w*|from_pretrained|load_dataset|genfromtxt|"
@@ -41,13 +43,17 @@ NAMES = {
     r"spawn\w*|startfile|subprocess|system",
     "code that can be read": r"compile|eval|exec|globals|locals|jit|load|load_inline|"
     r"load_library|cpp_extension|allow_pickle|ctypes|mallopt|importlib|pickle|marshal|builtins|"
-    r"(?!__(?:annotations|doc|file|init|main|metadata|name|version)__)__\w+__",
+    r"(?!__(?:annotations|dataclass_fields|doc|file|init|main|metadata|name|version)__)__\w+__",
 }
 # All that a program may have of the C library: how it keeps memory, called or given its own name.
 C_LIBRARY = {"import ctypes", "ctypes.CDLL(None).mallopt"}
 VARIABLES, METHODS = {"load"}, {"compile", "eval"}  # harmless as such
 REQUIREMENT = re.compile(r"[A-Za-z][\w.-]*(?:,?(?:[=~]=|[<>]=?)\d[\w.+]*)+")
-READ_VAL = {"load_data", "evaluate", "finish"}  # the last for its hash
+# The functions and methods that may read the validation split; the last two are of older programs.
+READ_VAL = {
+    *("load_data", "load_validation", "score", "Trainer.__init__", "Trainer.validate"),
+    *("Run.score", "Run.quantize_and_score", "evaluate", "finish"),
+}
 
 # A model of which a run takes seconds; of bytes, so that no tokenizer is needed.
 TINY = (
@@ -130,6 +136,38 @@ def imported(node: ast.AST) -> list[str]:
     return []
 
 
+def modules_of(tree: ast.Module) -> set[str]:
+    """Returns the modules that a program imports, by their first names."""
+    return {name for node in ast.walk(tree) for name in imported(node)}
+
+
+def is_search(node: ast.AST) -> bool:
+    """Returns whether a node only asks if a package is there, as find_spec(name) is None."""
+    if isinstance(node, ast.Import):
+        return ast.unparse(node) == "import importlib.util"
+    if not (isinstance(node, ast.Compare) and isinstance(node.left, ast.Call)):
+        return False
+    compared = isinstance(node.ops[0], (ast.Is, ast.IsNot)) and len(node.ops) == 1
+    found = ast.unparse(node.left.func) == "importlib.util.find_spec"
+    return found and compared and ast.unparse(node.comparators[0]) == "None"
+
+
+def allowed_nodes(tree: ast.Module) -> set[int]:
+    """Returns the nodes, by id, that use a forbidden name in a way that is allowed.
+
+    These are the C library as far as C_LIBRARY goes, find_spec, and Program.load of the program.
+    """
+    allowed = of_c_library(tree)
+    own = any(isinstance(node, ast.ClassDef) and node.name == "Program" for node in tree.body)
+    for node in ast.walk(tree):
+        if is_search(node):
+            kept = [*ast.walk(node.left.func)] if isinstance(node, ast.Compare) else [node]
+            allowed |= {id(part) for part in kept}
+        elif own and isinstance(node, ast.Attribute) and ast.unparse(node) == "Program.load":
+            allowed.add(id(node))
+    return allowed
+
+
 def of_c_library(tree: ast.Module) -> set[int]:
     """The nodes, by id, that take no more of the C library than a program may, or call it."""
     nodes = [*ast.walk(tree)]
@@ -142,44 +180,114 @@ def of_c_library(tree: ast.Module) -> set[int]:
     return calls | {id(part) for node in whole for part in ast.walk(node)}
 
 
-def check_source(expect: Expect, tree: ast.Module, needs: str) -> None:
+class Source(NamedTuple):
+    """The source of a submission's program, and the file that shows it."""
+
+    file: str
+    data: bytes
+
+
+def read_source(expect: Expect, folder: Path) -> Source | None:
+    """Returns the source of a folder's program; None, with faults told, if it cannot be trusted.
+
+    A packed twin is decoded up to a bounded size, without executing or packing anything, and must
+    be READABLE byte for byte. Any other file is its own source, unless it looks like a twin.
+    """
+    try:
+        file = (folder / PROGRAM).read_bytes()
+        source = train_gpt.unpacked_source(file)
+    except (OSError, ValueError) as error:
+        found = error.strerror if isinstance(error, OSError) else error
+        needed = f"a program, packed with at most {train_gpt.TWIN_DICTIONARY} bytes of source"
+        expect(False, PROGRAM, found, needed)
+        return None
+    shown = folder / READABLE
+    if source is None:
+        if not (shown.exists() or looks_packed(file)):
+            return Source(PROGRAM, file)
+        masked = re.sub(rb'(?<=b85decode\(")[^"\n]*(?="\))', b"%s", file)
+        found = f"line {first_other_line(masked, train_gpt.TWIN_TEMPLATE.encode())} is another"
+        needed = f"the wrapper of a packed program, version {train_gpt.TWIN_VERSION}"
+        expect(False, PROGRAM, found, needed)
+        return None
+    try:
+        readable = shown.read_bytes()
+    except OSError as error:
+        expect(False, READABLE, error.strerror, f"the source in {PROGRAM}")
+        return None
+    if readable != source:
+        found = f"line {first_other_line(readable, source)} is another"
+        expect(False, READABLE, found, f"the source in {PROGRAM}, byte for byte")
+        return None
+    return Source(READABLE, source)
+
+
+def looks_packed(file: bytes) -> bool:
+    """Returns whether a file that is no twin executes code out of data, or says that it is one."""
+    if file.startswith(train_gpt.TWIN_TEMPLATE.encode().partition(b"(")[0]):
+        return True
+    with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+        calls = (node.func for node in ast.walk(ast.parse(file)) if isinstance(node, ast.Call))
+        return any(isinstance(call, ast.Name) and call.id in ("exec", "eval") for call in calls)
+    return False
+
+
+def first_other_line(text: bytes, needed: bytes) -> int:
+    """Returns the number of the first line in which two texts differ."""
+    pairs = zip_longest(text.split(b"\n"), needed.split(b"\n"))
+    return next(number for number, (a, b) in enumerate(pairs, 1) if a != b)
+
+
+def check_source(expect: Expect, tree: ast.Module, needs: str, file: str = PROGRAM) -> None:
     """What it imports and calls, whether all of it can be read, and who sees validation data."""
     lines = [line.partition(" #")[0].strip() for line in needs.splitlines()]
     lines = [line for line in lines if line and not line.startswith("#")]
     for line in lines:
         expect(REQUIREMENT.fullmatch(line), NEEDS, line, "a plain name with a version")
     listed = {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in lines}
-    installed = listed | {OPTIONAL} | sys.stdlib_module_names
+    installed = listed | OPTIONAL | sys.stdlib_module_names
     modules = MODULES.split()
-    allowed = of_c_library(tree)
+    allowed = allowed_nodes(tree)
     for node in ast.walk(tree):
         if id(node) in allowed:
             continue
         at = f"line {getattr(node, 'lineno', 0)}:"
         for name in imported(node):
-            expect(name in modules, PROGRAM, f"{at} import {name}", "modules that a program needs")
-            expect(name in installed, PROGRAM, f"{at} import {name}", f"modules of {NEEDS}")
+            expect(name in modules, file, f"{at} import {name}", "modules that a program needs")
+            expect(name in installed, file, f"{at} import {name}", f"modules of {NEEDS}")
         for name in used(node):
             for needed, pattern in NAMES.items():
-                expect(not re.fullmatch(pattern, name), PROGRAM, f"{at} {name}", needed)
+                expect(not re.fullmatch(pattern, name), file, f"{at} {name}", needed)
         address = isinstance(node, ast.Constant) and "://" in str(node.value)
-        expect(not address, PROGRAM, f"{at} an address", "no network")
+        expect(not address, file, f"{at} an address", "no network")
         loaded = isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.modules"
-        expect(not loaded, PROGRAM, f"{at} sys.modules", "code that can be read")
-    defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
-    for node in tree.body:
-        name = getattr(node, "name", "the module")
+        expect(not loaded, file, f"{at} sys.modules", "code that can be read")
+    parts = [*named_parts(tree)]
+    for name, node in parts:
         if not (isinstance(node, ast.FunctionDef) and name in READ_VAL):
             for text in dict.fromkeys(filter(None, map(sees_val, ast.walk(node)))):
                 needed = f"nobody to, but {sorted(READ_VAL)}"
-                expect(False, PROGRAM, f"{name} reads {text}", needed)
+                expect(False, file, f"{name} reads {text}", needed)
         if name == "main":
             idle = all(map(is_idle, node.body))
-            expect(not idle, PROGRAM, "main does nothing", "a program")
-    for name in READ_VAL & {*defined}:
-        expect(defined.count(name) == 1, PROGRAM, f"{name} is there again", "one")
+            expect(not idle, file, "main does nothing", "a program")
+    defined = [name for name, node in parts if isinstance(node, ast.FunctionDef)]
+    for name in sorted(READ_VAL & {*defined}):
+        expect(defined.count(name) == 1, file, f"{name} is there again", "one")
     guards = [ast.unparse(node.test) for node in tree.body if isinstance(node, ast.If)]
-    expect("__name__ == '__main__'" in guards, PROGRAM, "no guard", "if __name__ == '__main__'")
+    expect("__name__ == '__main__'" in guards, file, "no guard", "if __name__ == '__main__'")
+
+
+def named_parts(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
+    """Yields the statements of a module, of a class its parts, by name: f, Class.method, Class."""
+    for node in tree.body:
+        name = getattr(node, "name", "the module")
+        if isinstance(node, ast.ClassDef):
+            for part in ast.iter_child_nodes(node):
+                inner = getattr(part, "name", "")
+                yield f"{name}.{inner}" if inner else name, part
+        else:
+            yield name, node
 
 
 def is_idle(node: ast.stmt) -> bool:
@@ -193,12 +301,13 @@ def sees_val(node: ast.AST) -> str:
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         sees = node.value == "val" or "fineweb_val" in node.value
     elif isinstance(node, ast.Attribute):
-        sees = node.attr == "val" or re.fullmatch(r"data\._\w+", ast.unparse(node))
+        sees = node.attr == "val" or re.fullmatch(r"(self\.)?data\._\w+", ast.unparse(node))
     elif isinstance(node, ast.Subscript):
-        sees = ast.unparse(node.value) == "data" and not isinstance(node.slice, ast.Slice)
+        whole = ast.unparse(node.value) in ("data", "self.data")
+        sees = whole and not isinstance(node.slice, ast.Slice)
     elif isinstance(node, (ast.Assign, ast.Starred, ast.For)):
         value = node.iter if isinstance(node, ast.For) else node.value
-        sees = ast.unparse(value) == "data"
+        sees = ast.unparse(value) in ("data", "self.data")
     else:
         sees = False
     return ast.unparse(node).splitlines()[0] if sees else ""
@@ -264,10 +373,8 @@ def write_shard(path: Path, numbers: range) -> None:
     """A shard of short documents as bytes."""
     text = "".join(f"\x00{a} plus {b} is {a + b}.\n" for a in numbers for b in range(40)).encode()
     tokens = np.array([4 + byte if byte else train_gpt.BOS_ID for byte in text], "<u2")
-    header = np.zeros(train_gpt.SHARD_HEADER_INTS, "<i4")
-    header[:3] = train_gpt.SHARD_MAGIC, train_gpt.SHARD_VERSION, len(tokens)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(header.tobytes() + tokens.tobytes())
+    path.write_bytes(train_gpt.shard_header(len(tokens)) + tokens.tobytes())
 
 
 def check_run(expect: Expect, folder: Path) -> None:
@@ -278,7 +385,8 @@ def check_run(expect: Expect, folder: Path) -> None:
             data, logs = f"data/tiny{n}_byte260", copy / f"logs/check{n}"
             write_shard(copy / data / "fineweb_train_000000.bin", range(40))
             write_shard(copy / data / "fineweb_val_000000.bin", range(50 + 5 * n, 55 + 5 * n))
-            settings = train_gpt.assignments(TINY) | {"RUN_ID": logs.name, "DATA_PATH": data}
+            settings = dict(pair.split("=") for pair in TINY.split())
+            settings |= {"RUN_ID": logs.name, "DATA_PATH": data}
             status, lines = run(copy, hook, PROGRAM, **settings)
             try:
                 result = json.loads((logs / "result.json").read_text(encoding="utf-8"))

@@ -29,9 +29,11 @@ from figures import (
     NEEDS,
     NON_RECORD,
     PROGRAM,
+    READABLE,
     RECORD,
     TEXT,
     block,
+    program_source,
     read_logs,
     score_figures,
     scored,
@@ -39,6 +41,7 @@ from figures import (
     submission,
     why,
 )
+from program import modules_of
 from runs import ROOT, Defaults, Run, by_name, named, read_run, read_trial
 
 README = """# {name}
@@ -49,9 +52,9 @@ README = """# {name}
 
 {prose}## Files
 
-`train_gpt.py` is the program exactly as it ran, submission.json holds the figures, and the logs are
-those of the runs but for paths of their machine: a run's folder is written `logs/<RUN_ID>`, and of
-any other absolute path only the last name stays: `.../name`.
+`train_gpt.py` is the program exactly as it ran{source}. submission.json holds the figures. The logs
+are those of the runs but for paths of their machine: a run's folder is written `logs/<RUN_ID>`, and
+of any other absolute path only the last name stays: `.../name`.
 """
 
 
@@ -96,7 +99,7 @@ def disagreements(runs: list[Run]) -> list[str]:
     """What only the runs' own folders show to be wrong."""
     faults = []
     programs = {run.path: run.path / PROGRAM for run in runs if (run.path / PROGRAM).exists()}
-    codes = {path: sha256(program) for path, program in programs.items()}
+    codes = {path: sha256(program_source(program)) for path, program in programs.items()}
     codes |= {run.path / "result.json": run.code_sha256 for run in runs if run.code_sha256}
     if len(set(codes.values())) != 1:
         of = {code[:8]: str(path) for path, code in codes.items()}
@@ -123,7 +126,7 @@ def essence(run: Run) -> tuple[Any, ...]:
 
 
 def build(folder: Path, runs: list[Run], args: argparse.Namespace) -> None:
-    """Write all files of a submission."""
+    """Writes all files of a submission."""
     folder.mkdir(parents=True)
     arms = by_name(runs)
     for run in runs:
@@ -132,6 +135,11 @@ def build(folder: Path, runs: list[Run], args: argparse.Namespace) -> None:
         (folder / name).write_text(scrubbed(text, run), encoding="utf-8")
     first = scored(arms[args.main])[0]
     shutil.copyfile(first.path / PROGRAM, folder / PROGRAM)
+    source = program_source(folder / PROGRAM)
+    packed = source != (folder / PROGRAM).read_bytes()
+    if packed:
+        (folder / READABLE).write_bytes(source)
+    tree = ast.parse(source.decode())
     main, base = (args.main, args.base) if len(arms) > 1 else ("", "")
     logged, _ = read_logs(folder)
     told = submission(logged, main, base)
@@ -143,16 +151,21 @@ def build(folder: Path, runs: list[Run], args: argparse.Namespace) -> None:
     about = {key: getattr(args, key) for key in keys} | {"track": args.track.removeprefix("track_")}
     text = json.dumps(about | told, indent=2, allow_nan=False, ensure_ascii=False)
     (folder / FIGURES).write_text(text + "\n", encoding="utf-8")
-    needs = (ROOT / NEEDS).read_text(encoding="utf-8").splitlines()
-    needs = [need for need in needs if need.startswith(("numpy", "sentencepiece", "zstandard"))]
-    needs.insert(0, f"torch=={first.machine['torch'].partition('+')[0]}")  # as it ran
-    (folder / NEEDS).write_text("\n".join([*needs, ""]), encoding="utf-8")
+    (folder / NEEDS).write_text("\n".join([*requirements(tree, first), ""]), encoding="utf-8")
     prose = args.text.read_text(encoding="utf-8").strip() + "\n\n" if args.text else ""
     for path in drawn(runs, folder, base) if args.plots else []:
         prose += f"![{path.stem}]({path.name})\n\n"
-    defaults = Defaults(ast.parse((folder / PROGRAM).read_text(encoding="utf-8")))
-    about |= {"figures": block(logged, main, base, defaults), "prose": prose}
+    about |= {"figures": block(logged, main, base, Defaults(tree)), "prose": prose}
+    about["source"] = f", packed; `{READABLE}` is its source" * packed
     (folder / TEXT).write_text(README.format(**about), encoding="utf-8")
+
+
+def requirements(tree: ast.Module, run: Run) -> list[str]:
+    """Returns the packages that a program imports, with versions: torch as it ran, others ours."""
+    imported = modules_of(tree) - {"torch"}
+    lines = (ROOT / NEEDS).read_text(encoding="utf-8").splitlines()
+    needs = [line for line in lines if re.match(r"\w*", line)[0] in imported]
+    return [f"torch=={run.machine['torch'].partition('+')[0]}", *needs]
 
 
 def drawn(runs: list[Run], folder: Path, base: str) -> list[Path]:

@@ -1,24 +1,16 @@
 """What may go wrong, what the user then sees, and the tests that hold it.
 
-    python tests/faults.py                  # each fault with its tests; status 1 if one has none
-    python tests/faults.py --remove-guards  # the tests of ten faults fail without their guards
+    python tests/faults.py
 
-A test says by `@pytest.mark.fault(number, ...)` which faults it holds.
+The command prints each fault with its tests; the exit status is 1 if a fault has no test. A test
+names the faults that it holds by `@pytest.mark.fault(number, ...)`.
 """
 
 import argparse
 import contextlib
 import io
-import itertools
-import os
-import random
-import re
-import shutil
-import subprocess
 import sys
-import tempfile
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,100 +80,9 @@ PENDING: set[int] = set()  # no test yet
 
 
 def readme_table() -> str:
-    """The faults as README shows them."""
+    """Returns the faults as README.md shows them."""
     rows = [f"| {n} | {' | '.join(text.split(' -> '))} |" for n, text in FAULTS.items()]
     return "\n".join(("| | what goes wrong | what you will see |", "|--:|---|---|", *rows))
-
-
-class Edit(NamedTuple):
-    """A guard, and the text without it; what no line guards: a text that brings the fault in."""
-
-    guard: str
-    without: str
-    file: str = "train_gpt.py"
-
-
-NO_SHARDS = Edit("if not self.shards:", "if False:")
-SIZE_OF_SHARD = Edit(" or size != expected:", ":")
-REMOVALS = {
-    1: NO_SHARDS,
-    2: NO_SHARDS,
-    3: Edit("if last.isdecimal() and here <= int(last):", "if False:"),
-    4: SIZE_OF_SHARD,
-    5: Edit("if (magic, version) != (SHARD_MAGIC, SHARD_VERSION) or ", "if "),
-    6: Edit("(*header.tolist(), 0, 0, 0)[:3]", "header.tolist()[:3]"),
-    7: Edit(" or count <= 0 or ", " or "),
-    8: SIZE_OF_SHARD,
-    9: Edit("if (largest := int(shard.max())) >= self.vocab_size:", "if (largest := 0):"),
-    10: Edit("except Exception as error:  # any, by version", "except MemoryError as error:"),
-    11: Edit("if (pieces := tokenizer.vocab_size()) != h.vocab_size:", "if (pieces := 0):"),
-    12: Edit('if re.search(rf"_(sp|byte)(?!{h.vocab_size}$)\\d+$", folder.name):', "if False:"),
-    13: Edit("if counted != decoded:", "if False:"),
-    14: Edit("if not (proven and nbytes):", "if False:"),
-    15: Edit("if len(val) <= (h.eval_seq_len or h.train_seq_len):", "if False:"),
-    16: Edit('if h.corpus == "fineweb10B" and not canonical:', "if False:"),
-    17: Edit("if np.array_equal(a[:1000], b[:1000]):", "if False:"),
-    18: Edit("if type(value) is not kind and (kind, type(value)) != (float, int):", "if False:"),
-    19: Edit("cutoff=0.88", "cutoff=1.0"),
-    20: Edit(
-        "return min(left / warmdown, 1.0) if warmdown else 1.0", "return min(left / warmdown, 1.0)"
-    ),
-    21: Edit('even multiple of NUM_HEADS": h.model_dim % (2 * h.num_heads)', 'even": 0'),
-    22: Edit('as {near}": odd', 'as {near}": 0'),
-    23: Edit("-(-n // world)", "n // world"),
-    24: Edit("if local >= gpus:", "if False:"),
-    25: Edit("not low <= value <= high and", "False and"),
-    26: Edit(
-        "if clock.cap and clock.elapsed + began - clock.mark + slowest > clock.cap:", "if False:"
-    ),
-    27: Edit('order = order if h.attn == "auto" else (h.attn,)', "order = (h.attn, *order)"),
-    28: Edit("good = y.isfinite().all() and qkv.grad.isfinite().all()", "good = True"),
-    29: Edit('"1": [True],', '"1": [True, False],'),
-    30: Edit("bf16 = generation >= 8", "bf16 = cuda"),
-    31: Edit("device:cpu, no CUDA GPU is here: not", "not"),
-    32: Edit("if out_of_memory(error):\n\t\t\tstatus", "if False:\n\t\t\tstatus"),
-    33: Edit("if len(rest[0]) == 1 or not out_of_memory(error):", "if True:"),
-    34: Edit("if not math.isfinite(sum(terms.values())):", "if False:"),
-    35: Edit(
-        'raise SettingsError("the artifact needs zstandard: pip install zstandard") from None',
-        "import lzma as zstandard",
-    ),
-    36: Edit(
-        'expect(blob[: HEADER.size] == header(body, told), "the checksum does not fit")', "pass"
-    ),
-    37: Edit(
-        "tensors, texts = read_tensors(path)",
-        "with suppress(Exception):\n\t\t\ttorch.load(path, weights_only=False)\n"
-        "\t\ttensors, texts = read_tensors(path)",
-    ),
-    38: Edit("expect(not odd, ", "expect(True, "),
-    39: Edit('"PASS" if value <= most else "FAIL"', '"PASS"'),
-    40: Edit(
-        "weight.abs().amax(-1, keepdim=True)\n\tscales", "weight.abs().quantile(1.0)\n\tscales"
-    ),
-    41: Edit(".clamp(2.0**-24, 65_504)", ""),
-    42: Edit("torch.where(failed, 10 * damping, damping)", "damping"),
-    43: Edit("highest(0)  # rank 0 has written it\n\t\t\t\traise KeyboardInterrupt", "break"),
-    44: Edit('path.with_name(f"{path.name}.{os.getpid()}.part")', "path"),
-    45: Edit(
-        "except OSError as error:  # the one before, if any, is whole",
-        "except MemoryError as error:",
-    ),
-    46: Edit('"a" if failed or h.resume == "auto" else "x"', '"a"'),
-    47: Edit("ErrorHandler().record_exception(error)", "pass"),
-    48: Edit("highest(own, recent, stop)", "own, recent, stop"),
-    49: Edit("return time.perf_counter()", "return time.time()"),
-    50: Edit("platform.machine()", 'os.popen("nvidia-smi").read()'),
-    51: Edit("except (NameError, OSError) as error:", "except MemoryError as error:"),
-    52: Edit('re.search(r"[/\\\\]|\\.\\.", h.run_id)', "0"),
-    53: Edit("\nHEADER, MAGIC = ", '\nPath("imported").touch()\nHEADER, MAGIC = '),
-    54: Edit("{asked[1]} s; run", '{asked["1"]} s; run', "data/download.py"),
-    55: Edit("fresh = (ids[:, 1:] == BOS_ID) & self.h.bos_mask", "fresh = ids[:, 1:] < 0"),
-    56: Edit(
-        "torch.cat((torch.arange(seq_len, total, stride), torch.tensor([total])))",
-        "torch.arange(seq_len, total + 1, stride)",
-    ),
-}
 
 
 class Holder(NamedTuple):
@@ -198,7 +99,7 @@ class Collector:
         self.holders: dict[int, list[Holder]] = {}
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """Read the marks of all collected tests."""
+        """Reads the marks of all collected tests."""
         for item in session.items:
             kinds = tuple(k for k in ("gpu", "slow") if item.get_closest_marker(k))
             for number in {n for mark in item.iter_markers("fault") for n in mark.args}:
@@ -206,7 +107,7 @@ class Collector:
 
 
 def collect() -> dict[int, list[Holder]]:
-    """The tests that hold each fault; SystemExit if they cannot be collected."""
+    """Returns the tests that hold each fault. Raises SystemExit if they cannot be collected."""
     collector, said = Collector(), io.StringIO()
     arguments = ["--collect-only", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
@@ -219,7 +120,7 @@ def collect() -> dict[int, list[Holder]]:
 
 
 def table(holders: dict[int, list[Holder]]) -> tuple[str, list[int]]:
-    """The faults with their tests, and the numbers of those without."""
+    """Returns the faults with their tests as text, and the numbers of those without a test."""
     lines, without = [], []
     for number, text in FAULTS.items():
         lines.append(f"{number:2}  {text}")
@@ -238,83 +139,13 @@ def table(holders: dict[int, list[Holder]]) -> tuple[str, list[int]]:
     return "\n".join(lines), without + unknown
 
 
-def removed(edit: Edit, root: Path = ROOT) -> str:
-    """The file's text without the guard; ValueError unless the guard is there exactly once."""
-    source = (root / edit.file).read_text(encoding="utf-8")
-    if (count := source.count(edit.guard)) != 1:
-        raise ValueError(f"{edit.file} has {count} times, not once: {edit.guard}")
-    return source.replace(edit.guard, edit.without)
-
-
-def run_tests(root: Path, nodes: Iterable[str]) -> tuple[int, list[str]]:
-    """Pytest's status for these tests of a copy of the project, and those that fail first."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-rfE", "-o", "addopts=", *nodes],
-        cwd=root,
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    failed = re.findall(r"^(?:FAILED|ERROR) (.*?)(?: - .*)?$", done.stdout, re.MULTILINE)
-    return done.returncode, failed or done.stdout.splitlines()[-1:]
-
-
-def copy_project(folder: Path) -> Path:
-    """A copy of all that the tests need, without data and logs."""
-    left = shutil.ignore_patterns(
-        ".git", "logs", "datasets", "tokenizers", "out", "__pycache__", ".*_cache", ".hypothesis"
-    )
-    return Path(shutil.copytree(ROOT, folder / "copy", ignore=left))
-
-
-def remove_guards(removals: dict[int, Edit], holders: dict[int, list[Holder]]) -> list[int]:
-    """Remove one guard after the other in a copy; numbers of those that no test notices."""
-    silent = []
-    with tempfile.TemporaryDirectory() as folder:
-        root = copy_project(Path(folder))
-        nodes = {n: [h.node for h in holders.get(n, []) if not h.kinds] for n in removals}
-        status, failed = run_tests(root, dict.fromkeys(itertools.chain(*nodes.values())))
-        if status:
-            raise SystemExit(f"tests fail with every guard in its place: {failed}")
-        for number, edit in removals.items():
-            path = root / edit.file
-            whole = path.read_bytes()
-            try:
-                path.write_text(removed(edit, root), encoding="utf-8")
-                status, failed = run_tests(root, nodes[number])
-                verdict = f"fails: {failed[0]}" if status == 1 else f"UNNOTICED: {failed}"
-            except ValueError as error:
-                status, verdict = 0, f"ERROR: {error}"
-            finally:
-                path.write_bytes(whole)
-            if status != 1:
-                silent.append(number)
-            print(f"{number:2}  without `{edit.guard.strip()}`\n      {verdict}", flush=True)
-    return silent
-
-
 def main(argv: list[str]) -> int:
-    """The program; 1 if a fault has no test, or the removal of a guard goes unnoticed."""
+    """Prints the table; returns 1 if a fault has no test."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--remove-guards", action="store_true", help="in a copy; takes minutes")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw; default 0")
-    parser.add_argument("--count", type=int, default=10, help="how many are drawn; default 10")
-    args = parser.parse_args(argv)
-    holders = collect()
-    if not args.remove_guards:
-        text, without = table(holders)
-        print(text)
-        return int(bool(without))
-    numbers = sorted(n for n in REMOVALS if any(not h.kinds for h in holders.get(n, [])))
-    drawn = sorted(random.Random(args.seed).sample(numbers, min(args.count, len(numbers))))
-    print(f"{len(drawn)} of {len(numbers)} faults with a guard to remove, seed {args.seed}")
-    silent = remove_guards({n: REMOVALS[n] for n in drawn}, holders)
-    print(f"{len(drawn) - len(silent)} of {len(drawn)} removals are noticed")
-    if rest := sorted(FAULTS.keys() - numbers):
-        print(f"none to remove, or no test that runs here: {', '.join(map(str, rest))}")
-    return int(bool(silent))
+    argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args(argv)
+    text, without = table(collect())
+    print(text)
+    return int(bool(without))
 
 
 if __name__ == "__main__":

@@ -14,12 +14,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 64 << 20  # bytes of the checkout and .gpu/ together
-PACKAGES = ("zstandard", "sentencepiece", "tqdm", "rich", "pytest", "hypothesis", "brotli")
+PACKAGES = (
+    "zstandard",
+    "safetensors",
+    "sentencepiece",
+    "tqdm",
+    "rich",
+    "pytest",
+    "hypothesis",
+    "brotli",
+)
 PLATFORMS = ("2_28", "2_27", "2_24", "2_17", "2_12", "2_5", "1")
 
 
-def fetch_wheels(folder):
-    """Download the packages and what they need."""
+def fetch_wheels(folder: Path) -> None:
+    """Downloads the packages and what they need."""
     tags = [f"manylinux{'' if p == '1' else '_'}{p}_x86_64" for p in PLATFORMS]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:"]
     command += ["--python-version", "3.12", "--implementation", "cp", "--dest", str(folder)]
@@ -28,8 +37,8 @@ def fetch_wheels(folder):
     subprocess.run([*command, *PACKAGES], check=True)
 
 
-def tree_bytes():
-    """Bytes of all files that git does not ignore, and of .gpu/."""
+def tree_bytes() -> int:
+    """Returns the bytes of all files that git does not ignore, and of .gpu/."""
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     files = [ROOT / name for name in names.split("\0") if name]
@@ -37,8 +46,8 @@ def tree_bytes():
     return sum(path.stat().st_size for path in files if path.is_file())
 
 
-def main(argv=None):
-    """Fill the folder anew; the exit status."""
+def main(argv: list[str] | None = None) -> int:
+    """Fills the folder anew; returns the exit status."""
     about, _, rest = __doc__.partition("\n\n")
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=about, epilog=rest, formatter_class=raw)

@@ -1,6 +1,6 @@
-"""The program in processes of its own: one or several ranks, forked or by torchrun.
+"""Starts the program in separate processes: one rank or several, forked or by torchrun.
 
-Forked ones come from a server that has imported torch, so that a rank starts in milliseconds.
+A server that has imported torch forks the ranks, so that a rank starts in milliseconds.
 """
 
 import json
@@ -23,7 +23,7 @@ KEPT = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.enviro
 KEPT |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 PROGRAM = ROOT / "train_gpt.py"
 MAIN = '\nif __name__ == "__main__":\n'
-# A program that is train_gpt.py but for what it does first.
+# Runs train_gpt.py as the main program, after some lines that may change it.
 DRIVER = """
 import os, signal, sys, textwrap, time
 from pathlib import Path
@@ -37,11 +37,11 @@ exec(textwrap.dedent(ending), vars(tg))
 """
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch", "zstandard"])
+SERVER.set_forkserver_preload(["torch", "safetensors.torch", "zstandard"])
 
 
 def driver(folder: Path, first: str) -> Path:
-    """A file that runs these lines and then the program, whose names are in `tg`."""
+    """Writes a file that runs the lines `first`, then the program, which is the module `tg`."""
     path = folder / "driver.py"
     text = DRIVER.format(root=str(ROOT), first=textwrap.dedent(first), main=MAIN)
     path.write_text(text, encoding="utf-8")
@@ -49,14 +49,14 @@ def driver(folder: Path, first: str) -> Path:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody has."""
+    """Returns a port of this machine that is not in use."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
 
 
 def be_rank(code: str, argv: list[str], cwd: str, env: dict[str, str], out: str) -> None:
-    """Become the program in a forked process: only its source is new."""
+    """Runs the program in a forked process, with these arguments and this environment."""
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
@@ -71,7 +71,7 @@ def be_rank(code: str, argv: list[str], cwd: str, env: dict[str, str], out: str)
 
 
 class Ranks:
-    """Forked ranks of one run."""
+    """The forked ranks of one run."""
 
     def __init__(self, cwd: Path, *argv: str, world: int = 1, first: str = "", **env: object):
         self.out = cwd / f"screen{len(list(cwd.glob('screen*')))}"
@@ -89,15 +89,15 @@ class Ranks:
             self.ranks[-1].start()
 
     def said(self) -> str:
-        """All that stands on the screen."""
+        """Returns everything that the ranks have printed."""
         return self.out.read_text(encoding="utf-8", errors="replace")
 
     def until(self, text: str, seconds: float = 60.0) -> None:
-        """Wait for a text on the screen."""
+        """Waits until the ranks have printed a text."""
         await_(lambda: text in self.said(), seconds, self.said)
 
     def end(self, seconds: float = 60.0) -> list[int]:
-        """Exit statuses; AssertionError if a rank lasts longer, which then is killed."""
+        """Returns the exit statuses. Kills ranks that take longer and raises AssertionError."""
         ends = time.monotonic() + seconds
         for rank in self.ranks:
             rank.join(max(ends - time.monotonic(), 0))
@@ -109,7 +109,7 @@ class Ranks:
 
 
 def await_(true: Callable[[], object], seconds: float, said: Callable[[], str]) -> None:
-    """Return when it is true; AssertionError if that takes longer."""
+    """Waits until true() holds. Raises AssertionError if that takes longer."""
     ends = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < ends, said()
@@ -117,7 +117,7 @@ def await_(true: Callable[[], object], seconds: float, said: Callable[[], str]) 
 
 
 def start(cwd: Path, *command: object, **env: object) -> subprocess.Popen:
-    """Start Python in a session of its own; its screen is cwd/screen.txt."""
+    """Starts Python in its own session; its output goes to cwd/screen.txt."""
     with (cwd / "screen.txt").open("ab") as screen:
         return subprocess.Popen(
             [sys.executable, *map(str, command)],
@@ -130,12 +130,12 @@ def start(cwd: Path, *command: object, **env: object) -> subprocess.Popen:
 
 
 def torchrun(cwd: Path, script: Path, *how: str, **env: object) -> subprocess.Popen:
-    """Start it by torchrun."""
+    """Starts a script by torchrun."""
     return start(cwd, "-m", "torch.distributed.run", *(how or ("--standalone",)), script, **env)
 
 
 def ranks_of(agent: subprocess.Popen) -> dict[int, int]:
-    """Process numbers of torchrun's ranks."""
+    """Returns the process ids of torchrun's ranks, by rank."""
     found = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -149,7 +149,7 @@ def ranks_of(agent: subprocess.Popen) -> dict[int, int]:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs, and is no zombie."""
+    """Returns whether a process runs and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -157,5 +157,5 @@ def alive(pid: int) -> bool:
 
 
 def result_of(folder: Path) -> dict:
-    """A run's result.json."""
+    """Returns the content of a run's result.json."""
     return json.loads((folder / "result.json").read_text(encoding="utf-8"))

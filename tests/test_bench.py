@@ -1,6 +1,7 @@
-"""Benchmarks: the plain loop is the trainer, every table is whole, and reports are as described."""
+"""Benchmarks: the plain loop equals the trainer, tables are complete, reports keep their form."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -10,7 +11,7 @@ import torch
 from bench import __main__ as program
 from bench import harness, int6, probe, reference, startup, step, tables
 from bench.harness import Row, Scale, Table
-from conftest import TINY, randomize, settings
+from conftest import TINY, randomize, settings, trainer
 
 import train_gpt as tg
 
@@ -32,7 +33,7 @@ SCALE = Scale(
     codes=4096,
     square=32,
 )
-# What each benchmark must tell of, at least.
+# Rows that each benchmark must have.
 ROWS = {
     "step": {"step", "step, cut", "  forward", "  Muon", "speed", "model FLOP utilisation"},
     "attention": {"1 x 16, forward: flash", "1 x 16, forward and backward: math"},
@@ -45,7 +46,7 @@ ROWS = {
         "train_gpt.py, compiled",
     },
     "scoring": {"sliding, a window at a time", "plain, scored", "one pass", "one pass, scored"},
-    "packing": {"zstd-22", "zlib-9", "lzma-9e", "order-0 entropy", "the artifact"},
+    "packing": {"zstd", "lzma", "zlib", "order-0 entropy", "the artifact"},
     "bytes": {"step", "  backward", "speed"},
     "startup": {"import of train_gpt.py", "settings", "first step", "peak memory, training"},
     "ranks": {"backward alone", "one all-reduce after it", "DDP's buckets within it"},
@@ -53,12 +54,12 @@ ROWS = {
 
 
 @pytest.fixture
-def rt():
-    return harness.start_runtime(SCALE)
+def machine(cpu: tg.Device) -> harness.Machine:
+    return harness.Machine(cpu, tg.Attention("flash", tg.attend_sdpa))
 
 
 @pytest.fixture(autouse=True)
-def no_compiler(monkeypatch):
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 
@@ -67,27 +68,30 @@ def no_compiler(monkeypatch):
     [
         {"grad_clip_norm": 0.05, "adam_eps": 1e-3},  # so that a gradient's length matters
         {"jepa_chunk_size": 4, "jepa_lr": 0.02, "grad_clip_norm": 0, "ema_enabled": 0},
+        {"tie_embeddings": 0, "stp_enabled": 1},
     ],
 )
-def test_the_plain_loop_takes_the_trainers_steps(changes, cpu):
-    """Losses and averaged weights, over a rise of momentum and a fall of the rates."""
+def test_the_plain_loop_takes_the_trainers_steps(changes, machine):
+    """Losses and averaged weights agree while the momentum rises and the rates fall."""
     h = settings(iterations=12, muon_momentum_warmup_steps=8, **changes)
     data = harness.random_data(h)
-    model, plain = (harness.random_model(h, cpu).train() for _ in range(2))
-    optimizers, average = tg.Optimizers(model, h), tg.WeightAverage(model, h)
-    loop, losses = reference.Loop(plain, h), []
-    assert tg.micro_batches(h) == 2
+    model, plain = (harness.random_model(h, machine).train() for _ in range(2))
+    ours, loop = trainer(model, data, h, machine.device), reference.Loop(plain, h)
+    assert ours.grad_accum == 2
+    losses = []
     for n in range(h.iterations):
-        scale, batch = tg.lr_scale(n, 0.0, h), data.train.batch(n % 3, h)
-        for each in (model, plain):
-            each.prepare(0.01 * (n % 2), n)
-        terms = tg.train_step(model.losses, optimizers, batch, n, scale, cpu)
-        average.update(n)
-        losses.append((terms["train_loss"].item(), loop.step(n, scale, *batch)))
-    ours, theirs = zip(*losses, strict=True)
-    assert ours == pytest.approx(theirs, rel=1e-5)
-    assert ours[-1] < ours[0] - 0.2  # it learns
-    weights = torch.cat([w.flatten() for w in average.weights.values()])
+        phase = tg.schedule(tg.Progress(n, h.iterations, 0.0, math.inf), h)
+        phase = phase._replace(jepa_weight=0.01 * (n % 2) if h.jepa_chunk_size else 0.0)
+        batch, ours.step = data.train.batch(n % 3), n
+        terms = ours.take_step(phase, *batch)
+        ours.average.update(n, phase.lr_scale)
+        auxiliary = tg.auxiliary_inputs(phase, h, n, machine.device.device, tg.Ranks())
+        plain_loss = loop.step(n, phase.lr_scale, *batch, auxiliary)
+        losses.append((terms["train_loss"].item(), plain_loss))
+    found, expected = zip(*losses, strict=True)
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert found[-1] < found[0] - 0.2  # it learns
+    weights = torch.cat([w.flatten() for w in ours.average.weights.values()])
     same = torch.cat([w.flatten() for w in loop.average])
     torch.testing.assert_close(same, weights, atol=2e-4, rtol=0)
 
@@ -104,7 +108,7 @@ def test_plain_newton_schulz_is_the_polynomial_on_the_singular_values():
 @pytest.mark.parametrize("total", [64, 65, 100, 200])
 @pytest.mark.parametrize("stride", [7, 64])
 def test_plain_scores_take_each_token_once(total, stride):
-    """By a model whose loss says how many tokens stand before one in its window."""
+    """The model's loss tells how many tokens precede a token in its window."""
     seen = []
 
     def forward_logits(ids):
@@ -115,7 +119,7 @@ def test_plain_scores_take_each_token_once(total, stride):
     tokens = torch.arange(total + 1) % 4
     nats = reference.score(forward_logits, tokens, 64, stride)
     windows = 1 + math.ceil((total - 64) / stride)
-    sure = math.log(1 + 3 * math.exp(-10))  # every token but a window's last is told
+    sure = math.log(1 + 3 * math.exp(-10))  # the model knows every token but a window's last
     assert seen == [64] * windows
     assert nats == pytest.approx(windows * math.log(4) + (total - windows) * sure, rel=1e-5)
 
@@ -127,6 +131,10 @@ def test_flops_a_token_are_those_counted_by_hand():
     block = 2 * 512 * 512 + 2 * 512 * 256 + 2 * 512 * 1536
     n = 11 * block + 1024 * 512 + 128 * 512 + 128 * 256
     assert step.flops_per_token(model, v9) == 6 * n + 6 * 11 * 2048 * 512 == 228_655_104
+    untied = tg.Hyperparameters(tie_embeddings=False)
+    with torch.device("meta"):
+        model = tg.GPT(untied)
+    assert step.flops_per_token(model, untied) == 228_655_104
     jepa = tg.Hyperparameters.from_env({"PRESET": "byte_jepa"})
     with torch.device("meta"):
         model = tg.GPT(jepa)
@@ -136,15 +144,15 @@ def test_flops_a_token_are_those_counted_by_hand():
     assert step.flops_per_token(model, jepa) == 6 * n + 6 * 13 * 4096 * 512
 
 
-def test_every_benchmark_is_tried_here():
+def test_every_benchmark_is_tested_here():
     assert ROWS.keys() == program.BENCHMARKS.keys()
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_a_benchmark_gives_finite_rows(name, rt, monkeypatch):
+def test_a_benchmark_gives_finite_rows(name, machine, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(startup, "STAGES", {"step": "training"})  # the others: see below
-    table = program.BENCHMARKS[name](SCALE, rt)
+    table = program.BENCHMARKS[name](SCALE, machine)
     assert {row.what for row in table.rows} >= ROWS[name]
     assert table.sizes
     for row in table.rows:
@@ -155,36 +163,53 @@ def test_a_benchmark_gives_finite_rows(name, rt, monkeypatch):
     assert any(row.rounds == 2 for row in table.rows) or name in ("gptq", "packing", "startup")
 
 
-def test_stages_are_parts_of_a_step_that_stays_the_same(rt):
+def test_stages_are_parts_of_an_unchanged_step(machine):
     h = SCALE.h(SCALE.settings)
-    one, other = (step.Ours(h, rt, harness.random_data(h)) for _ in range(2))
-    before, cut = tg.summed, step.Cut(other)
+    one, other = (step.Ours(h, machine, harness.random_data(h)) for _ in range(2))
+    functions = tg.Ranks.all_reduce_, tg.TrainingBatches.batch
+    optimizers, cut = other.trainer.optimizers, step.Cut(other)
     for _ in range(3):
         one()
-        began = rt.now()
+        began = machine.device.now()
         cut()
-        took = rt.now() - began
+        took = machine.device.now() - began
     assert [x.item() for x in one.losses] == [x.item() for x in other.losses]
-    assert tg.summed is before  # and nothing stays patched
-    assert all("step" not in vars(x) for x in (other.optimizers.muon, other.optimizers.adamw))
+    assert (tg.Ranks.all_reduce_, tg.TrainingBatches.batch) == functions  # nothing stays patched
+    assert all("step" not in vars(x) for x in (optimizers.muon, optimizers.adamw))
     assert tuple(cut.times[-1]) == step.STAGES
     assert 0.9 * took < sum(cut.times[-1].values()) <= took
     assert min(cut.times[-1].values()) > 0
     assert cut.times[-1]["backward"] > cut.times[-1]["gradient reduction"]
 
 
-def test_without_a_compiler_the_others_are_told(rt, monkeypatch):
-    def fails(*_, **__):
+def test_a_step_of_several_micro_batches_cannot_be_cut(machine):
+    with pytest.raises(ValueError, match="one micro-batch"):
+        step.step(SCALE, machine, f"{SCALE.settings} {SCALE.eager}")
+
+
+def test_steps_train_with_the_trainers_precision_and_restore_it(machine):
+    h, seen = SCALE.h(SCALE.settings), []
+    steps = step.Plain(h, machine, harness.random_data(h), "highest")
+    ours = step.Ours(h, machine, harness.random_data(h))
+    for each in (steps, ours):
+        each.take = lambda: seen.append(torch.get_float32_matmul_precision())
+        each()
+    assert seen == ["highest", "medium"]
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_without_a_compiler_the_other_rows_remain(machine, monkeypatch):
+    def fails(*_: object, **__: object) -> None:
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(torch, "compile", fails)
-    table = step.loop(SCALE, rt)
+    table = step.loop(SCALE, machine)
     plain = ["plain loop", "plain loop, products as ours"]
     assert [row.what for row in table.rows] == [*plain, "train_gpt.py, eager"]
     assert "not here: RuntimeError('no compiler')" in table.sizes
 
 
-def test_unequal_results_are_refused(rt, monkeypatch):
+def test_unequal_results_are_refused(machine, monkeypatch):
     harness.equal([1.0, 2.0], [1.0, 2.0 + 1e-6], 1e-5, "x")
     with pytest.raises(ValueError, match="x: differ"):
         harness.equal([1.0, 2.0], [1.0, 2.1], 1e-3, "x")
@@ -192,10 +217,10 @@ def test_unequal_results_are_refused(rt, monkeypatch):
         harness.equal([math.nan], [1.0], 1e-3, "x")
     monkeypatch.setattr(reference, "score", lambda *_: 1.0)
     with pytest.raises(ValueError, match="sliding scores: differ"):
-        program.BENCHMARKS["scoring"](SCALE, rt)
+        program.BENCHMARKS["scoring"](SCALE, machine)
 
 
-def test_variants_take_turns_and_the_first_rounds_are_thrown_away():
+def test_variants_take_turns_and_the_first_rounds_are_not_counted():
     clock, turns = [0.0], []
 
     def way(name, seconds):
@@ -224,7 +249,9 @@ def test_the_sizes_are_legal_and_on_a_gpu_the_published_ones():
     for quick in (False, True):
         scale = harness.SCALES["cuda", quick]
         h, byte = scale.h(scale.settings), scale.h(scale.byte_settings)
-        shape = (h.num_layers, h.model_dim, h.train_batch_tokens, tg.micro_batches(h))
+        rows = h.train_batch_tokens // h.train_seq_len
+        parts = tg.grad_accum_steps(rows, h.train_seq_len, h.micro_batch_tokens)
+        shape = (h.num_layers, h.model_dim, h.train_batch_tokens, parts)
         assert shape == (11, 512, 98_304, 1)
         assert (byte.num_layers, byte.train_seq_len, byte.jepa_chunk_size) == (13, 4096, 8)
         assert scale.attention == ((98_304 // 2048, 2048), (393_216 // 8 // 4096, 4096))
@@ -234,11 +261,11 @@ def test_the_sizes_are_legal_and_on_a_gpu_the_published_ones():
 def report(tmp_path, monkeypatch):
     """A report of two benchmarks, one of which fails."""
 
-    def good(scale, rt):
+    def good(scale: Scale, machine: harness.Machine) -> Table:
         """What is good."""
         return Table("small", [harness.row("x", "s", [0.5, 1.5], [1.0, 1.0])])
 
-    def bad(scale, rt):
+    def bad(scale: Scale, machine: harness.Machine) -> Table:
         """What is bad."""
         raise RuntimeError("it broke")
 
@@ -248,7 +275,7 @@ def report(tmp_path, monkeypatch):
     return path
 
 
-def test_a_report_has_its_keys_and_keeps_what_others_found(report, capsys):
+def test_a_report_has_its_keys_and_keeps_the_other_benchmarks(report, capsys):
     told = json.loads(report.read_text())
     assert told.keys() == {
         "kind",
@@ -264,6 +291,8 @@ def test_a_report_has_its_keys_and_keeps_what_others_found(report, capsys):
         "benchmarks",
     }
     assert (told["kind"], told["quick"], told["device"]["dtype"]) == ("cpu", True, "float32")
+    assert told["device"]["attention"] in ("flash", "cudnn", "math")
+    assert told["code_sha256"] == hashlib.sha256(tg.Program.load().source).hexdigest()
     assert told["versions"]["torch"] == torch.__version__
     assert told["command"].startswith("python -m tests.bench")
     assert "it broke" in told["benchmarks"]["bad"]["error"]
@@ -279,7 +308,7 @@ def test_markdown_fills_the_block_of_its_device_alone(report, tmp_path):
     text = program.README.read_text(encoding="utf-8")
     start, end = "<!-- cpu: filled by --markdown, not by hand -->\n", "<!-- end of cpu -->"
     head, tail = text.partition(start)[0], text.rpartition(end)[2]
-    for _ in range(2):  # again: what is there is replaced
+    for _ in range(2):  # the second time replaces the block
         readme.write_text(text)
         program.write_markdown(report, readme)
         text = readme.read_text()
@@ -292,7 +321,7 @@ def test_markdown_fills_the_block_of_its_device_alone(report, tmp_path):
         tables.fill("nothing", "cpu", "")
 
 
-def test_the_readme_has_a_block_for_each_device_and_tells_of_every_benchmark():
+def test_the_readme_has_a_block_for_each_device_and_a_row_for_each_benchmark():
     text = program.README.read_text(encoding="utf-8")
     for kind in ("cpu", "cuda"):
         assert tables.fill(text, kind, "").count(f"<!-- end of {kind} -->") == 1
@@ -301,14 +330,14 @@ def test_the_readme_has_a_block_for_each_device_and_tells_of_every_benchmark():
 
 
 @pytest.mark.parametrize("argv", [["--only", "step,nothing"], ["--device", "gpu"]])
-def test_what_is_not_there_is_refused(argv, capsys):
+def test_unknown_names_are_refused(argv, capsys):
     with pytest.raises(SystemExit, match="2"):
         program.main(argv)
     assert argv[1].rpartition(",")[2] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", ["score", "quantize"])
-def test_a_probe_tells_seconds_and_memory(stage, capsys):
+def test_a_probe_prints_seconds_and_memory(stage, capsys):
     assert stage in startup.STAGES
     probe.main(stage, json.dumps(dataclasses.asdict(SCALE)))
     told = json.loads(capsys.readouterr().out)
@@ -317,17 +346,18 @@ def test_a_probe_tells_seconds_and_memory(stage, capsys):
     assert 100 < told["peak_mib"] < 20_000
 
 
-def test_a_probe_that_fails_says_why(rt, tmp_path, monkeypatch):
+def test_the_error_of_a_probe_is_shown(machine, tmp_path, monkeypatch):
     broken = tmp_path / "probe.py"
     broken.write_text("raise SystemExit('no memory')")
     monkeypatch.setattr(startup, "PROBE", broken)
     with pytest.raises(RuntimeError, match="step: no memory"):
-        startup.startup(SCALE, rt)
+        startup.startup(SCALE, machine)
 
 
-def test_int6_tells_what_each_way_costs(tmp_path, byte_corpus, monkeypatch, capsys):
+def test_int6_prints_the_cost_of_each_quantizer(tmp_path, byte_corpus, monkeypatch, capsys):
     h = settings(gptq_calib_tokens=256)
-    tg.save("model.safetensors", h, randomize(tg.GPT(h)).state_dict(), tg.Log(tmp_path))
+    weights = randomize(tg.GPT(h)).state_dict()
+    tg.save_tensors(tg.Log(tmp_path), "model.safetensors", weights, h)
     for name, value in {**TINY, "GPTQ_CALIB_TOKENS": "256", "DATA_PATH": str(byte_corpus)}.items():
         monkeypatch.setenv(name, value)
     capsys.readouterr()

@@ -1,11 +1,15 @@
 """records/check.py: faults planted in good folders, one by one, are found and named."""
 
 import ast
+import base64
 import json
+import lzma
 import re
 import runpy
 import shutil
 import sys
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import pytest
@@ -18,7 +22,7 @@ import check
 import figures
 import program
 import train_gpt
-from runs import Defaults
+from runs import Defaults, read_run
 
 GUARD = '\nif __name__ == "__main__":\n'
 
@@ -161,14 +165,29 @@ def without(name):
     return lambda folder: (folder / name).unlink()
 
 
+def write_program(folder, source):
+    """Writes a source in both forms of the program."""
+    (folder / READABLE).write_text(source, encoding="utf-8")
+    (folder / PROGRAM).write_bytes(train_gpt.packed_source(source.encode()))
+
+
 def code(text, before=GUARD):
     """A plant: the program has more lines, before others."""
 
     def plant(folder):
-        path = folder / "train_gpt.py"
-        source = path.read_text(encoding="utf-8")
+        source = (folder / READABLE).read_text(encoding="utf-8")
         assert source.count(before) == 1
-        path.write_text(source.replace(before, f"\n{text}\n{before}"), encoding="utf-8")
+        write_program(folder, source.replace(before, f"\n{text}\n{before}"))
+
+    return plant
+
+
+def source(pattern, text):
+    """A plant: in the program's source, the one place that the pattern fits becomes the text."""
+
+    def plant(folder):
+        edit(folder / READABLE, pattern, text)
+        write_program(folder, (folder / READABLE).read_text(encoding="utf-8"))
 
     return plant
 
@@ -201,9 +220,14 @@ def copied_log(scores_alone=False, losses_alone=False):
 
 
 def same_size(folder):
-    path = folder / "train_gpt.py"
-    source = path.read_text(encoding="utf-8")
-    path.write_text(source.replace("= 0.025,", "= 0.026,"), encoding="utf-8")
+    """Packed, it has as many bytes as before."""
+    path, size = folder / READABLE, (folder / PROGRAM).stat().st_size
+    before = path.read_text(encoding="utf-8")
+    for letter in "abcdefghijklmnopqrstuvwxyz":
+        write_program(folder, before.replace("Seed of the initial", f"See{letter} of the initial"))
+        if (folder / PROGRAM).stat().st_size == size and letter != "d":
+            return
+    raise AssertionError("no letter gives the same size")
 
 
 def oversize(folder):
@@ -231,7 +255,7 @@ def every_log(pattern, text):
             kept = {k: v for k, v in values["seed_results"][seed].items() if k.endswith("_sha256")}
             of_seed |= kept
         path.write_text(json.dumps(values | told), encoding="utf-8")
-        tree = ast.parse((folder / PROGRAM).read_text(encoding="utf-8"))
+        tree = ast.parse((folder / READABLE).read_text(encoding="utf-8"))
         made_again = figures.block(runs, "", "", Defaults(tree))
         readme = folder / "README.md"
         old = readme.read_text(encoding="utf-8")
@@ -283,12 +307,74 @@ def beside(name, text):
     return lambda folder: (folder / name).write_text(text, encoding="utf-8")
 
 
-JSON, README, PROGRAM, SEED7 = "submission.json", "README.md", "train_gpt.py", "train_seed7.log"
-MAIN = "\ndef main(argv, env):\n"
+JSON, README, SEED7 = "submission.json", "README.md", "train_seed7.log"
+PROGRAM, READABLE = "train_gpt.py", "train_gpt_readable.py"
+ANOTHER_LINE = rf"{READABLE}: line \d+ is another; needed: the source in {PROGRAM}, byte for byte"
+NOT_DECODED = rf"{PROGRAM}: the packed source .*; needed: a program, packed with at most 1048576 b"
+
+
+def not_wrapper(line):
+    """The fault of a file that is not the wrapper of a twin."""
+    return rf"{PROGRAM}: line {line} is another; needed: the wrapper of a packed program, version 1"
+
+
+def replace(name, old, new, times=1):
+    """A plant: bytes of a file become others."""
+
+    def plant(folder):
+        data = (folder / name).read_bytes()
+        assert data.count(old) >= 1
+        (folder / name).write_bytes(data.replace(old, new, times))
+
+    return plant
+
+
+def twin_of(packed):
+    """The wrapper with raw LZMA2 data as its literal."""
+    return (train_gpt.TWIN_TEMPLATE % base64.b85encode(packed).decode()).encode()
+
+
+def lzma2(data, preset=0):
+    """Data as raw LZMA2."""
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": preset, "dict_size": 1 << 20}]
+    return lzma.compress(data, lzma.FORMAT_RAW, filters=filters)
+
+
+def twin(change):
+    """A plant: the twin is another, made of the source."""
+    return lambda folder: (folder / PROGRAM).write_bytes(change((folder / READABLE).read_bytes()))
+
+
+def other_wrapper(folder):
+    """The source packed in another way, alone."""
+    packed = base64.b64encode(zlib.compress((folder / READABLE).read_bytes())).decode()
+    text = f"import base64, zlib\nexec(zlib.decompress(base64.b64decode({packed!r})))\n"
+    (folder / PROGRAM).write_text(text, encoding="utf-8")
+    (folder / READABLE).unlink()
+
+
+def counts_source(folder):
+    """The log tells the bytes of the source, alike in every line."""
+    path, sizes = folder / SEED7, read_run(folder / SEED7).sizes
+    code = (folder / READABLE).stat().st_size
+    total = sizes["model"] + code
+    edit(path, r"^Code size: \d+", f"Code size: {code}")
+    edit(path, r"^(Total submission size int6\+zstd:) \d+", rf"\1 {total}")
+    edit(path, r"^(limit:total_bytes) \S+", rf"\1 {total:,}")
+
+
 PLANTS = {
     # The figures
-    "bytes_total": ("study", told(bytes_total=1), rf"{JSON}: bytes_total: 1; needed: \d{{6}}, by"),
-    "bytes_code": ("study", told(bytes_code=84_000), rf"{JSON}: bytes_code: 84000; needed: 8"),
+    "bytes_total": (
+        "study",
+        told(bytes_total=1),
+        rf"{JSON}: bytes_total: 1; needed: \d{{5,6}}, by",
+    ),
+    "bytes_code": (
+        "study",
+        told(bytes_code=84_000),
+        rf"{JSON}: bytes_code: 84000; needed: \d{{5}}, by",
+    ),
     "a score in json": ("study", told(val_bpb=1.1), rf"{JSON}: val_bpb: 1.1; needed: 3\.\d+"),
     "a score by a digit": (
         "study",
@@ -567,6 +653,89 @@ PLANTS = {
     # The program
     "other program, same size": ("study", same_size, rf"{JSON}: seed_results.7.code_sha256: "),
     "no program": ("study", without(PROGRAM), rf"{PROGRAM}: No such file"),
+    "a character of the source": ("study", replace(READABLE, b"0.025", b"0.026"), ANOTHER_LINE),
+    "a line more in the source": ("study", replace(READABLE, b"\n", b"\n\n"), ANOTHER_LINE),
+    "line ends of the source": ("study", replace(READABLE, b"\n", b"\r\n", -1), ANOTHER_LINE),
+    "a character of the packed source": (
+        "study",
+        twin(lambda text: train_gpt.packed_source(text.replace(b"0.025", b"0.026", 1))),
+        ANOTHER_LINE,
+    ),
+    "no source": (
+        "study",
+        without(READABLE),
+        rf"{READABLE}: No such file.*; needed: the source in {PROGRAM}",
+    ),
+    "a statement before the wrapper": (
+        "study",
+        replace(PROGRAM, b"import base64", b"import os\nimport base64"),
+        not_wrapper(2),
+    ),
+    "a statement in the wrapper": (
+        "study",
+        replace(PROGRAM, b"\nlinecache", b"\ntext = text.replace('0.025', '0.026')\nlinecache"),
+        not_wrapper(5),
+    ),
+    "a statement after the wrapper": (
+        "study",
+        replace(PROGRAM, b', "exec"))\n', b', "exec"))\nmain([], {})\n'),
+        not_wrapper(7),
+    ),
+    "a character of the wrapper": (
+        "study",
+        replace(PROGRAM, b"len(text)", b"len(twin)"),
+        not_wrapper(5),
+    ),
+    "a literal of two parts": ("study", replace(PROGRAM, b'")\n', b'" + "")\n'), NOT_DECODED),
+    "a changed wrapper without its source": (
+        "study",
+        lambda folder: [
+            replace(PROGRAM, b"1 << 20", b"1 << 24")(folder),
+            without(READABLE)(folder),
+        ],
+        not_wrapper(4),
+    ),
+    "a wrapper of another kind": ("study", other_wrapper, not_wrapper(1)),
+    "a wrapper of line ends of another kind": (
+        "study",
+        replace(PROGRAM, b"\n", b"\r\n", -1),
+        not_wrapper(1),
+    ),
+    "a plain program beside its source": ("study", twin(lambda text: text), not_wrapper(1)),
+    "a twin without end": (
+        "study",
+        twin(lambda text: twin_of(lzma2(text + bytes(1 << 20)))),
+        NOT_DECODED,
+    ),
+    "a literal cut short": ("study", replace(PROGRAM, b'")\n', b'\n")\n'), NOT_DECODED),
+    "a literal that ends early": (
+        "study",
+        twin(lambda text: twin_of(lzma2(text)[:-10])),
+        NOT_DECODED,
+    ),
+    "a literal with more behind its end": (
+        "study",
+        twin(lambda text: twin_of(lzma2(text) + lzma2(b"print(1)"))),
+        NOT_DECODED,
+    ),
+    "a character that base85 has not": (
+        "study",
+        replace(PROGRAM, b'b85decode("', b'b85decode("\\'),
+        NOT_DECODED,
+    ),
+    "a packed source that is no text": (
+        "study",
+        lambda folder: [
+            (folder / READABLE).write_bytes(b"\xff"),
+            (folder / PROGRAM).write_bytes(train_gpt.packed_source(b"\xff")),
+        ],
+        rf"{READABLE}: .*can't decode.*; needed: a file that can be read by Python 3.10",
+    ),
+    "a log that counts the source": (
+        "study",
+        counts_source,
+        rf"{SEED7}: Code size: \d{{6}}; needed: \d{{5}}, of train_gpt.py",
+    ),
     "no requirements": ("study", without("requirements.txt"), "requirements.txt: No such file"),
     "other torch": (
         "study",
@@ -576,43 +745,48 @@ PLANTS = {
     "requirement missing": (
         "study",
         change("requirements.txt", r"^zstandard.*\n", ""),
-        rf"{PROGRAM}: line \d+: import zstandard; needed: modules of requirements.txt",
+        rf"{READABLE}: line \d+: import zstandard; needed: modules of requirements.txt",
+    ),
+    "safetensors missing": (
+        "study",
+        change("requirements.txt", r"^safetensors.*\n", ""),
+        rf"{READABLE}: line \d+: import safetensors; needed: modules of requirements.txt",
     ),
     "network": (
         "study",
         code("import urllib.request"),
-        rf"{PROGRAM}: line \d+: import urllib; needed: modules that a program needs",
+        rf"{READABLE}: line \d+: import urllib; needed: modules that a program needs",
     ),
     "network in a function": (
         "study",
         code("def fetch():\n\tfrom huggingface_hub import snapshot_download"),
-        rf"{PROGRAM}: line \d+: import huggingface_hub; needed: modules that",
+        rf"{READABLE}: line \d+: import huggingface_hub; needed: modules that",
     ),
     "download": (
         "study",
         code("def fetch():\n\ttorch.hub.load_state_dict_from_url('x')"),
-        rf"{PROGRAM}: line \d+: load_state_dict_from_url; needed: no network",
+        rf"{READABLE}: line \d+: load_state_dict_from_url; needed: no network",
     ),
     "another program": (
         "study",
         code("def fetch():\n\tos.system('curl example.org')"),
-        rf"{PROGRAM}: line \d+: system; needed: no other program",
+        rf"{READABLE}: line \d+: system; needed: no other program",
     ),
     "another program by another name": (
         "study",
         code("def fetch():\n\tfrom os import system as ask\n\task('curl example.org')"),
-        rf"{PROGRAM}: line \d+: system; needed: no other program",
+        rf"{READABLE}: line \d+: system; needed: no other program",
     ),
     "hidden code": (
         "study",
         code("exec(__import__('base64').b64decode('cGFzcw=='))"),
-        rf"{PROGRAM}: line \d+: exec; needed: code that can be read",
+        rf"{READABLE}: line \d+: exec; needed: code that can be read",
     ),
-    "Python 3.12": ("study", code("type Alias = int"), rf"{PROGRAM}: .* by Python 3.10"),
+    "Python 3.12": ("study", code("type Alias = int"), rf"{READABLE}: .* by Python 3.10"),
     "a module of its own": (
         "study",
         code("import helpers"),
-        rf"{PROGRAM}: line \d+: import helpers; needed: modules that",
+        rf"{READABLE}: line \d+: import helpers; needed: modules that",
     ),
     "code beside it": ("study", beside("helpers.py", ""), "helpers.py: beside the program"),
     "weights beside it": ("study", beside("weights.bin", "x"), "weights.bin: beside the program"),
@@ -630,30 +804,35 @@ PLANTS = {
     ),
     "scoring that is there again": (
         "study",
-        code("def evaluate(*told):\n\treturn told[1].val"),
-        rf"{PROGRAM}: evaluate is there again; needed: one",
+        code("def score(*told):\n\treturn told[1].val"),
+        rf"{READABLE}: score is there again; needed: one",
     ),
     "placeholder": (
         "study",
         code("def main(argv, env):\n\t'''Soon.'''\n\traise NotImplementedError"),
-        rf"{PROGRAM}: main does nothing; needed: a program",
+        rf"{READABLE}: main does nothing; needed: a program",
     ),
     "no guard": (
         "study",
-        change(PROGRAM, r'^if __name__ == "__main__":$', "if True:"),
-        rf"{PROGRAM}: no guard; needed: if __name__",
+        source(r'^if __name__ == "__main__":$', "if True:"),
+        rf"{READABLE}: no guard; needed: if __name__",
     ),
     "validation data in training": (
         "study",
-        change(PROGRAM, r"^\tclock, average = train\(", "\tlen(data.val)\n\\g<0>"),
-        rf"{PROGRAM}: run reads data.val; needed: nobody to, but",
+        source(r"^        trainer = Trainer\(", "        len(self.data.val.tokens)\n\\g<0>"),
+        rf"{READABLE}: Run.train reads self.data.val; needed: nobody to, but",
+    ),
+    "validation data in a step": (
+        "study",
+        source(r"^        device = self.device.device$", "\\g<0>\n        len(self.val.tokens)"),
+        rf"{READABLE}: Trainer.take_step reads self.val; needed: nobody to, but",
     ),
     "validation shards in training": (
         "study",
-        change(
-            PROGRAM, r"^\tclock, average = train\(", "\tTokenStream(data.folder, 'val', 1)\n\\g<0>"
+        source(
+            r"^        trainer = Trainer\(", "        TokenStream(data_folder(h), 'val', 1)\n\\g<0>"
         ),
-        rf"{PROGRAM}: run reads 'val'; needed: nobody to, but",
+        rf"{READABLE}: Run.train reads 'val'; needed: nobody to, but",
     ),
     # The record track
     "two seeds": ("record", without(SEED7), "train_seed<N>.log: 2 seeds; needed: 3 or more"),
@@ -711,6 +890,74 @@ def test_a_planted_fault_is_named(request, copy, name):
     assert not any("what can be checked" in fault for fault in faults), "\n".join(faults)
 
 
+ENTRIES = sorted(ROOT.glob("records/track_*/*/submission.json"))
+
+
+@pytest.mark.parametrize("told", ENTRIES, ids=lambda path: path.parent.name)
+def test_entries_of_this_repository_have_no_fault(told):
+    """Some are older than the packed form: their plain file counts."""
+    assert check.faults_of(told.parent, run=False) == []
+
+
+def source_of(folder):
+    """The source that is read from a folder, and the faults."""
+    faults, found = [], []
+    faults = faults_of(lambda expect, _: found.append(program.read_source(expect, folder)), folder)
+    return found[0], faults
+
+
+def test_a_twin_is_decoded_and_not_packed_again(tmp_path, monkeypatch):
+    """Another version of the compressor gives other bytes; nothing of the source is executed."""
+    text = b"open('made', 'w').close()\n"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / READABLE).write_bytes(text)
+    for packed in (lzma2(text), lzma2(text, preset=9)):
+        (tmp_path / PROGRAM).write_bytes(twin_of(packed))
+        monkeypatch.delattr(lzma, "compress", raising=False)
+        assert source_of(tmp_path) == (program.Source(READABLE, text), [])
+        monkeypatch.undo()
+        monkeypatch.chdir(tmp_path)
+    assert not (tmp_path / "made").exists()
+
+
+def test_no_byte_of_the_wrapper_may_change(tmp_path):
+    head, tail = train_gpt.TWIN_TEMPLATE.encode().split(b"%s")
+    literal = base64.b85encode(lzma2(b"pass\n"))
+    (tmp_path / READABLE).write_bytes(b"pass\n")
+    for part, join in ((head, b"%s" + literal + tail), (tail, head + literal + b"%s")):
+        for n in range(len(part)):
+            for other in (b"", bytes([part[n] ^ 1]), part[n : n + 1] * 2):
+                changed = part[:n] + other + part[n + 1 :]
+                (tmp_path / PROGRAM).write_bytes(join.replace(b"%s", changed))
+                found, faults = source_of(tmp_path)
+                assert found is None, changed
+                assert len(faults) == 1, changed
+
+
+def test_a_twin_without_end_takes_no_memory(tmp_path):
+    """It decodes to 256 MiB, of which a little more than the bound is decoded."""
+    (tmp_path / PROGRAM).write_bytes(twin_of(lzma2(bytes(1 << 28))))
+    tracemalloc.start()
+    try:
+        found, faults = source_of(tmp_path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found is None
+    assert re.match(NOT_DECODED, faults[0])
+    assert peak < 8 << 20
+
+
+def test_a_program_that_cannot_be_trusted_is_not_executed(study, copy, tmp_path):
+    """A wrapper that does more is not run, even where running is asked for."""
+    folder, made = copy(study), tmp_path / "made"
+    added = f"\nopen({str(made)!r}, 'w').close()\nlinecache".encode()
+    replace(PROGRAM, b"\nlinecache", added)(folder)
+    faults = check.faults_of(folder)
+    assert any(re.match(not_wrapper(5), fault) for fault in faults), faults
+    assert not made.exists()
+
+
 SOURCES = {
     "os.execlp('curl', 'x')": "execlp",
     "os.spawnlp(0, 'curl', 'x')": "spawnlp",
@@ -752,6 +999,17 @@ SOURCES = {
     "mallopt = ctypes.CDLL(None).mallopt\nvars()['mallopt']": "mallopt",
     "getattr(x, b'system'.decode())": "system",
     "sys.modules": "sys.modules",
+    "import importlib": "import importlib",
+    "import importlib.util as a": "import importlib",
+    "from importlib import util": "import importlib",
+    "from importlib.util import find_spec": "import importlib",
+    "importlib.util.module_from_spec(x)": "importlib",
+    "importlib.util.find_spec('socket').loader": "importlib",
+    "importlib.import_module('socket')": "importlib",
+    "a = importlib.util.find_spec": "importlib",
+    "importlib.util.find_spec(torch.load('a')) is None": "load",
+    "torch.load('a') is Program.load()": "load",
+    "import safetensors_extra": "import safetensors_extra",
 }
 READERS = {
     "def f(data):\n\td = data\n\treturn d.val": "f reads d.val",
@@ -764,7 +1022,11 @@ READERS = {
     "f = lambda data: data.val": "the module reads data.val",
     "async def f(data):\n\treturn data.val": "f reads data.val",
     "DATA = Data(0, 0, 0).val": r"the module reads Data\(0, 0, 0\).val",
-    "class A:\n\tdef evaluate(self, data):\n\t\treturn data.val": "A reads data.val",
+    "class A:\n\tdef evaluate(self, data):\n\t\treturn data.val": "A.evaluate reads data.val",
+    "class A:\n\tdef f(self):\n\t\treturn self.data[0]": r"A.f reads self.data\[0\]",
+    "class A:\n\tdef f(self):\n\t\td = self.data": "A.f reads d = self.data",
+    "class A:\n\tx = Data(0, 0).val": r"A reads Data\(0, 0\).val",
+    "@use(Data(0, 0).val)\nclass A:\n\tpass": r"A reads Data\(0, 0\).val",
 }
 
 
@@ -774,6 +1036,7 @@ def test_source_rules(text):
     expected = rf"line \d+: {SOURCES[text]}; " if text in SOURCES else f"{READERS[text]}; "
     tree = ast.parse(f"{text}\n{(ROOT / PROGRAM).read_text(encoding='utf-8')}")
     needs = "torch==2.0\nnumpy>=2.0,<3\nsentencepiece>=0.2,<0.3\nzstandard>=0.23\n"
+    needs += "safetensors>=0.5\n"
     faults = faults_of(lambda expect, _: program.check_source(expect, tree, needs), None)
     assert any(re.match(f"{PROGRAM}: {expected}", fault) for fault in faults), faults
 
@@ -853,10 +1116,10 @@ def test_imports(study, copy, text, expected):
 def test_weights_that_validation_text_changes(study, copy):
     """And a score that it does not change: neither can be seen in the source."""
     folder = copy(study)
-    batch = "batch = data.train.batch(step, h)"
-    shifted = f"{batch}\n\t\t\tbatch = [x.roll(int(data[0].sum()) % 1009, 1) for x in batch]"
-    edit(folder / PROGRAM, re.escape(batch), shifted)
-    edit(folder / PROGRAM, r"^\tbpb = nats / .*", "\tbpb = 1.0")
+    text = "getattr(self, 'v' + 'al').tokens"
+    shifted = rf"*(x.roll(int({text}.sum()) % 1009, 1) for x in \1)"
+    source(r"\*(self\.batches\.batch\(self\.step\))", shifted)(folder)
+    source(r"^    bpb = nats / .*", "    bpb = 1.0")(folder)
     assert faults_of(program.check_run, folder) == [
         "train_gpt.py: another validation text gives another artifact; needed: the same: training "
         "does not read it",

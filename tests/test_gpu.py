@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,20 +18,36 @@ pytestmark = [
 GPU = torch.device("cuda")
 
 
+def start(h: tg.Hyperparameters) -> tuple[tg.Device, tg.Attention, list[str]]:
+    """The device and attention of a run, and the notes for its log."""
+    device, notes = tg.start_device(h.compile)
+    attention, device, more = tg.choose_attention(h, device, tg.Ranks())
+    return device, attention, [*notes, *more]
+
+
+@pytest.fixture(autouse=True)
+def back_ends_of_pytorch() -> Iterator[None]:
+    """Restores which back ends of PyTorch are enabled, which load_attention changes."""
+    names = ("cudnn", "flash", "math", "mem_efficient")
+    before = {name: getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in names}
+    yield
+    for name, enabled in before.items():
+        getattr(torch.backends.cuda, f"enable_{name}_sdp")(enabled)
+
+
 @pytest.mark.parametrize("attn", ["fa3", "cudnn", "flash", "math"])
 def test_each_back_end_equals_float32_with_gradients(attn):
-    h = tg.Hyperparameters(attn=attn)
     try:
-        attend = tg.Runtime.start(h).attend
+        _, attention, _ = start(tg.Hyperparameters(attn=attn))
     except tg.SettingsError as error:
         pytest.skip(str(error)[:200])
+    assert attention.name == attn
     q, k, v = (torch.randn(2, 256, heads, 64, device=GPU) for heads in (8, 4, 4))
     results = []
     for dtype in (torch.bfloat16, torch.float32):
         parts = [x.to(dtype).requires_grad_() for x in (q, k, v)]
-        if dtype == torch.float32:
-            tg.load_attention("math")
-        y = (attend if dtype == torch.bfloat16 else tg.attend_sdpa)(*parts)
+        attend = attention.attend if dtype == torch.bfloat16 else tg.load_attention("math")
+        y = attend(*parts)
         results.append((y, *torch.autograd.grad(y.float().square().sum(), parts)))
     for got, want in zip(*results, strict=True):
         assert (got.float() - want).norm() / want.norm() < 0.02
@@ -41,13 +58,15 @@ def test_each_back_end_equals_float32_with_gradients(attn):
 @pytest.mark.parametrize(("sequences", "length", "window"), [(1, 1000, 256), (2, 512, 100)])
 def test_each_back_end_over_a_window_is_masked_attention(attn, compiled, sequences, length, window):
     try:
-        rt = tg.Runtime.start(tg.Hyperparameters(attn=attn, compile=str(compiled)))
+        device, attention, _ = start(tg.Hyperparameters(attn=attn, compile=str(compiled)))
     except tg.SettingsError as error:
         pytest.skip(str(error)[:200])
+    assert (attention.name, device.compiled) == (attn, bool(compiled))
     q, k, v = (torch.randn(sequences, length, heads, 64, device=GPU) for heads in (8, 4, 4))
     with torch.inference_mode():
         qkv = [x.bfloat16() for x in (q, k, v)]
-        got = rt.compile(lambda *x: rt.attend(*x, window=window))(*qkv).float()
+        attend = device.compile(lambda q, k, v: attention.attend(q, k, v, window=window))
+        got = attend(*qkv).float()
         k, v = (x.repeat_interleave(2, 2).transpose(1, 2) for x in (k, v))
         mask = torch.ones(length, length, dtype=torch.bool, device=GPU).tril().triu(1 - window)
         scores = (q.transpose(1, 2) @ k.mT / 8).masked_fill(~mask, -torch.inf)
@@ -57,48 +76,49 @@ def test_each_back_end_over_a_window_is_masked_attention(attn, compiled, sequenc
 
 def test_bf16_compiled_agrees_with_float32_on_the_cpu():
     h = settings(compile=1, model_dim=128, num_heads=2, num_kv_heads=1, rope_dims=16)
-    rt = tg.Runtime.start(h)
-    assert (rt.device.type, rt.dtype, rt.compiled) == ("cuda", torch.bfloat16, True)
     torch.manual_seed(0)
-    slow = randomize(tg.GPT(h)).eval()
-    fast = tg.GPT(h, rt.attend, rt.dtype).to(GPU)
-    fast.load_state_dict(slow.state_dict())
+    slow = randomize(tg.GPT(h, tg.load_attention("math"))).eval()
     ids, targets = torch.randint(4, 260, (2, 8, 64))
-    loss = rt.compile(fast)(ids.to(GPU), targets.to(GPU))
-    assert loss.item() == pytest.approx(slow(ids, targets).item(), rel=0.01)
+    want = slow(ids, targets).item()  # first: cuDNN, which may be chosen next, has no CPU kernel
+    device, attention, _ = start(h)
+    assert (device.device.type, device.dtype, device.compiled) == ("cuda", torch.bfloat16, True)
+    fast = tg.GPT(h, attention.attend, device.dtype).to(GPU)
+    fast.load_state_dict(slow.state_dict())
+    loss = device.compile(fast)(ids.to(GPU), targets.to(GPU))
+    assert loss.item() == pytest.approx(want, rel=0.01)
 
 
 @pytest.mark.fault(27)
 def test_auto_goes_on_without_fa3_and_says_why(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    rt = tg.Runtime.start(settings(compile=0))
-    assert rt.attention in ("cudnn", "flash", "math")
-    assert "attention:fa3 compiled:False not used: " in rt.notes[0]
-    assert "flash_attn_interface" in rt.notes[0]
+    _, attention, notes = start(settings(compile=0))
+    assert attention.name in ("cudnn", "flash", "math")
+    assert "attention:fa3 compiled:False not used: " in notes[0]
+    assert "flash_attn_interface" in notes[0]
 
 
 @pytest.mark.fault(21)
 def test_heads_too_wide_for_flash_get_another_attention():
     h = settings(model_dim=1024, num_heads=2, num_kv_heads=1, attn="flash", compile=0)
     with pytest.raises(tg.SettingsError, match="ATTN=flash COMPILE=0: cannot run here"):
-        tg.Runtime.start(h)
-    rt = tg.Runtime.start(dataclasses.replace(h, attn="auto"))
-    assert rt.attention != "flash"
-    assert any("attention:flash" in note for note in rt.notes) or rt.attention == "cudnn"
+        start(h)
+    _, attention, notes = start(dataclasses.replace(h, attn="auto"))
+    assert attention.name != "flash"
+    assert any("attention:flash" in note for note in notes) or attention.name == "cudnn"
 
 
 @pytest.mark.fault(29)
 def test_a_compiler_that_fails_leaves_all_eager(monkeypatch):
-    def fails(*_, **__):
+    def fails(*_: object, **__: object) -> None:
         raise RuntimeError("no Triton here")
 
     monkeypatch.setattr(torch, "compile", fails)
-    rt = tg.Runtime.start(settings())
-    assert (rt.device.type, rt.compiled) == ("cuda", False)
-    assert any("compiled:True not used" in note and "no Triton" in note for note in rt.notes)
+    device, _, notes = start(settings())
+    assert (device.device.type, device.compiled) == ("cuda", False)
+    assert any("compiled:True not used" in note and "no Triton" in note for note in notes)
     with pytest.raises(tg.SettingsError, match=r"COMPILE=1.*\n(.*\n)*.*no Triton"):
-        tg.Runtime.start(settings(compile=1))
+        start(settings(compile=1))
 
 
 def test_newton_schulz_in_bf16_stays_in_its_band():
@@ -109,13 +129,16 @@ def test_newton_schulz_in_bf16_stays_in_its_band():
     assert ends.max() < 1.23
 
 
-@pytest.mark.parametrize("jepa", [{}, {"JEPA_CHUNK_SIZE": "4", "JEPA_SIGREG": "lejepa"}])
+AUXILIARY = {"JEPA_CHUNK_SIZE": "4", "JEPA_SIGREG": "lejepa", "STP_ENABLED": "1"}
+
+
+@pytest.mark.parametrize("auxiliary", [{}, AUXILIARY], ids=["plain", "jepa and stp"])
 @pytest.mark.parametrize("compiled", ["0", "1"])
-def test_a_whole_run(tmp_path, byte_corpus, monkeypatch, compiled, jepa):
+def test_a_whole_run(tmp_path, byte_corpus, monkeypatch, compiled, auxiliary):
     monkeypatch.chdir(tmp_path)
     env = {
         **TINY,
-        **jepa,
+        **auxiliary,
         "COMPILE": compiled,
         "MODEL_DIM": "64",
         "NUM_HEADS": "2",

@@ -1,13 +1,13 @@
-"""What training adds to cross-entropy, and that no score knows of it."""
+"""What training adds to cross-entropy, and that no score contains it."""
 
 import pytest
 import torch
-from conftest import BYTE_TABLE, randomize, settings
+from conftest import BYTE_TABLE, randomize, score, settings
 
 import train_gpt as tg
 
 
-def made(**changes: object) -> tg.GPT:
+def random_model(**changes: object) -> tg.GPT:
     torch.manual_seed(0)
     return randomize(tg.GPT(settings(**changes)))
 
@@ -20,7 +20,7 @@ def some_ids(*shape: int) -> torch.Tensor:
 
 
 def test_smoothing_equals_its_formula_in_float64():
-    model, (ids, targets) = made(label_smoothing=0.1).train(), some_ids(2, 2, 32)
+    model, (ids, targets) = random_model(label_smoothing=0.1).train(), some_ids(2, 2, 32)
     log_p = model.forward_logits(ids).double().log_softmax(-1)
     of_target = -log_p.gather(-1, targets.unsqueeze(-1)).mean()
     want = 0.9 * of_target - 0.1 * log_p.mean()
@@ -28,34 +28,42 @@ def test_smoothing_equals_its_formula_in_float64():
     assert model.eval()(ids, targets).item() == pytest.approx(of_target.item(), rel=1e-6)
 
 
-# ---- No score knows of any of it ----
+# ---- No score contains any of it ----
 
+TWO_ROWS = {"train_batch_tokens": 128}  # a step of two sequences of 64 tokens
+HEAD = {"jepa_chunk_size": 4, "jepa_latent_dim": 8, "jepa_proj_hidden": 8, "jepa_lambda_max": 0}
 LOSSES = {
     "smoothing": {"label_smoothing": 0.2},
     "jepa": {"jepa_lambda_max": 1, "jepa_backbone_grad": 1},
+    "stp": {"stp_enabled": 1, "stp_lambda": 1},
 }
+
+
+def training_loss(model: tg.GPT, ids: torch.Tensor, targets: torch.Tensor) -> float:
+    """The loss of a training step, with the auxiliary losses of the settings at their peak."""
+    phase = tg.programs(model.h)[-1]
+    auxiliary = tg.auxiliary_inputs(phase, model.h, 0, ids.device, tg.Ranks())
+    with torch.no_grad():
+        return model.train().losses(ids, targets, auxiliary)[0].item()
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_training_loss_changes_training_and_no_score(name, cpu):
-    head = {"jepa_chunk_size": 4, "jepa_latent_dim": 8, "jepa_proj_hidden": 8}
-    off = made(**head, jepa_lambda_max=0)
-    on = tg.GPT(settings(**{**head, "jepa_lambda_max": 0, **LOSSES[name]}))
+    off = random_model(**HEAD, **TWO_ROWS)
+    on = tg.GPT(settings(**{**HEAD, **TWO_ROWS, **LOSSES[name]}))
     on.load_state_dict(off.state_dict())
     ids, targets = some_ids(2, 2, 64)
-    data = tg.Data(some_ids(500).int(), BYTE_TABLE, None)
-    found = []
+    val = tg.Validation(some_ids(500).int(), BYTE_TABLE, canonical=False)
+    learned, scored, logits = [], [], []
     for model in (off, on):
-        h = model.h
-        model.prepare(h.jepa_lambda_max, 0)
+        learned.append(training_loss(model, ids, targets))
+        model.eval()
         with torch.no_grad():
-            learned = model.train()(ids, targets).item()
-            model.eval()
             loss, terms = model.losses(ids, targets)
-            logits = model.forward_logits(ids)
-        score = tg.evaluate(model.forward_logits, data, h, cpu, tg.Log(), stride=16)
+            logits.append(model.forward_logits(ids))
+        nats = score(tg.ScoringPass(model.forward_logits, 64, 16), val, cpu).nats
         assert list(terms) == ["train_loss"]
-        found.append((learned, loss.item(), terms["train_loss"].item(), score.nats, logits))
-    assert found[0][0] != found[1][0]
-    assert found[0][1:4] == found[1][1:4]
-    assert torch.equal(found[0][4], found[1][4])
+        scored.append((loss.item(), terms["train_loss"].item(), model(ids, targets).item(), nats))
+    assert learned[0] != learned[1]
+    assert scored[0] == scored[1]
+    assert torch.equal(*logits)

@@ -1,15 +1,15 @@
-"""The model: exact sizes, definitions in float64, causality, documents, losses, layer order."""
+"""The model: sizes, definitions in float64, causality, documents, layer order, head, STP."""
 
 import itertools
 import math
 
 import pytest
 import torch
-from conftest import randomize, settings
+from conftest import BYTE_TABLE, load, randomize, score, settings, trainer
 
 import train_gpt as tg
 
-# Each feature of the forward pass, off and on.
+# Each feature of the model and its losses, off and on.
 FEATURES: dict[str, tuple[int, int]] = {
     "unet_skips": (0, 1),
     "smear_gate": (0, 1),
@@ -20,6 +20,7 @@ FEATURES: dict[str, tuple[int, int]] = {
     "xsa_last_n": (0, 2),
     "tie_embeddings": (0, 1),
     "jepa_chunk_size": (0, 4),
+    "stp_enabled": (0, 1),
 }
 
 
@@ -96,7 +97,7 @@ def test_a_parameter_without_a_role_is_refused():
             super().__init__()
             self.weight = torch.nn.Parameter(torch.ones(1))
 
-    with pytest.raises(AttributeError, match="'Gate' object has no attribute 'role'"):
+    with pytest.raises(AttributeError, match="Gate has role 'none', not one of"):
         tg.parameter_roles(Gate())
 
 
@@ -276,6 +277,28 @@ def test_no_logit_depends_on_a_later_token(features):
             assert not torch.equal(before[:, t], after[:, t])
 
 
+@pytest.mark.parametrize("features", combinations(), ids=lambda f: "".join(map(str, f.values())))
+def test_training_reaches_every_parameter(features):
+    """The loss is the weighted sum of its terms, and its gradient reaches every parameter."""
+    h = settings(jepa_latent_dim=8, jepa_proj_hidden=8, **features)
+    model = randomize(tg.GPT(h)).train()
+    ids, targets = torch.randint(1, 260, (2, 16, 64), generator=torch.Generator().manual_seed(5))
+    inputs = tg.auxiliary_inputs(tg.programs(h)[-1], h, 0, torch.device("cpu"), tg.Ranks())
+    loss, terms = model.losses(ids, targets, inputs)
+    weights = {"train_loss": 1.0}
+    if h.jepa_chunk_size:
+        weights |= {"jepa_error": 0.001, "jepa_sigreg": 0.001 * 0.02}
+    if h.stp_enabled:
+        weights |= {"stp": 0.05}
+    assert list(terms) == list(weights)
+    assert loss.item() == pytest.approx(sum(weights[n] * terms[n].item() for n in terms), rel=1e-6)
+    loss.backward()
+    for name, p in model.named_parameters():
+        if p.numel():  # without U-Net skips there are 0 skip weights
+            assert p.grad.isfinite().all(), name
+            assert p.grad.any(), name
+
+
 def test_an_uncausal_attention_would_be_caught():
     def peeks(q, k, v, *, window=0):
         return tg.attend_sdpa(q, k, v) + v.mean(1, keepdim=True).repeat_interleave(2, dim=2)
@@ -356,6 +379,39 @@ def test_the_plan_visits_every_block_once_in_two_halves(layers, encoder, decoder
     assert len(tg.GPT(h).skip_weights) == len(encoder)
 
 
+@pytest.mark.parametrize(
+    ("layers", "pairs"),
+    [
+        (1, {}),
+        (2, {1: 0}),
+        (9, {4: 3, 5: 2, 6: 1, 7: 0}),
+        (11, {5: 4, 6: 3, 7: 2, 8: 1, 9: 0}),
+        (13, {6: 5, 7: 4, 8: 3, 9: 2, 10: 1, 11: 0}),
+    ],
+)
+def test_a_decoder_block_reads_the_output_of_its_encoder_block(layers, pairs):
+    """Pairs of the published U-Net; a block without a pair reads the block before alone."""
+    model = randomize(tg.GPT(settings(num_layers=layers)))
+    inputs, outputs = [], []
+
+    def keep(_, arguments, lanes):
+        inputs.append(arguments[0][0])
+        outputs.append(lanes[0])
+
+    for block in model.blocks:
+        block.register_forward_hook(keep)
+    ids = torch.randint(4, 260, (2, 8))
+    states = model.backbone(ids)
+    assert len(inputs) == layers
+    assert torch.equal(inputs[0], model.embed(ids))
+    assert torch.equal(states, outputs[-1])
+    for n in range(1, layers):
+        want = outputs[n - 1]
+        if n in pairs:
+            want = want + model.skip_weights[n - layers // 2] * outputs[pairs[n]]
+        torch.testing.assert_close(inputs[n], want)
+
+
 # ---- A head of its own ----
 
 
@@ -387,16 +443,36 @@ def stp_inputs(h: tg.Hyperparameters, step: int, rank: int = 0, world: int = 1) 
     return tg.auxiliary_inputs(STP_PHASE, h, step, torch.device("cpu"), ranks).stp
 
 
-def test_stp_is_the_mean_bend_of_three_positions_in_float64():
-    states = torch.randn(3, 12, 8, generator=torch.Generator().manual_seed(0))
-    positions = torch.tensor([[0, 4, 9], [2, 3, 11], [0, 1, 2]])
-    total = 0.0
+def reference_stp(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The STP loss one sequence and one dimension at a time, in float64."""
+    losses = []
     for row, (s, r, t) in zip(states.double(), positions.tolist(), strict=True):
-        a, b = row[t] - row[r], row[r] - row[s]
-        total += 1 - (a @ b / (a.norm() * b.norm())).item()
-    assert tg.stp_loss(states, positions).item() == pytest.approx(total / 3, rel=1e-6)
+        dot = first = second = torch.zeros((), dtype=torch.float64)
+        for i in range(row.size(1)):
+            a, b = row[t, i] - row[r, i], row[r, i] - row[s, i]
+            dot, first, second = dot + a * b, first + a * a, second + b * b
+        losses.append(1 - dot / (first.sqrt() * second.sqrt()))
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stp_and_its_gradient_equal_a_float64_loop(dtype):
+    states = torch.randn(3, 12, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    positions = torch.tensor([[0, 4, 9], [2, 3, 11], [0, 1, 2]])
+    loss = tg.stp_loss(states.requires_grad_(), positions)
+    exact = states.detach().double().requires_grad_()
+    want = reference_stp(exact, positions)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    loss.backward()
+    want.backward()
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(states.grad.double(), exact.grad, atol=tolerance, rtol=tolerance)
+
+
+def test_stp_of_a_path_that_stands_still_is_one_with_a_finite_gradient():
     still = torch.ones(1, 12, 8, requires_grad=True)
-    loss = tg.stp_loss(still, positions[:1])
+    loss = tg.stp_loss(still, torch.tensor([[0, 4, 9]]))
     loss.backward()
     assert loss.item() == pytest.approx(1.0)
     assert still.grad.isfinite().all()
@@ -413,11 +489,57 @@ def test_stp_positions_rise_and_follow_from_seed_and_step():
     assert not torch.equal(inputs.positions, stp_inputs(tg.replace(h, seed=7), 5).positions)
 
 
+@pytest.mark.parametrize("length", [3, 4, 64])
+def test_stp_positions_reach_every_position_of_a_sequence(length):
+    h = settings(stp_enabled=1, train_seq_len=length, train_batch_tokens=length * 8)
+    positions = torch.cat([stp_inputs(h, step).positions for step in range(200)])
+    assert (positions.diff(dim=1) > 0).all()
+    assert positions.unique().tolist() == list(range(length))
+
+
 @pytest.mark.parametrize("world", [2, 4])
-def test_the_ranks_share_out_the_stp_positions_of_a_step(world):
-    h = settings(stp_enabled=1)
-    parts = [stp_inputs(h, 3, rank, world).positions for rank in range(world)]
-    assert torch.equal(torch.cat(parts), stp_inputs(h, 3).positions)
+def test_stp_takes_the_same_positions_of_a_sequence_on_any_number_of_ranks(world, byte_corpus):
+    h = settings(stp_enabled=1, data_path=byte_corpus)
+    stream, step = load(h).train.stream, 3
+
+    def of_ranks(world: int) -> list[torch.Tensor]:
+        """Sequences and positions of a step, from all ranks together."""
+        parts = []
+        for rank in range(world):
+            ranks = tg.Ranks(rank, world)
+            batches = tg.TrainingBatches(stream, h.train_batch_tokens, h.train_seq_len, ranks)
+            parts.append((batches.batch(step)[0], stp_inputs(h, step, rank, world).positions))
+        return [torch.cat(part) for part in zip(*parts, strict=True)]
+
+    for one, several in zip(of_ranks(1), of_ranks(world), strict=True):
+        assert torch.equal(one, several)
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, 64), (1, 256), (2, 512), (4, 128)])
+def test_stp_is_the_same_in_parts_of_a_step(world, micro, byte_corpus, cpu):
+    """The terms and gradients of all ranks and micro-batches add up to those of the whole step."""
+
+    def step_of(world: int, micro: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        h = settings(stp_enabled=1, data_path=byte_corpus, micro_batch_tokens=micro)
+        data, sums, gradient = load(h), {}, 0
+        for rank in range(world):
+            ranks = tg.Ranks(rank, world)
+            batches = tg.replace(data.train, ranks=ranks)
+            torch.manual_seed(0)
+            model = randomize(tg.GPT(h))
+            steps = tg.Trainer(model, data._replace(train=batches), h, ranks, cpu, tg.Log())
+            steps.optimizers.step = lambda _: None  # the gradient stays
+            for name, term in steps.take_step(STP_PHASE, *batches.batch(0)).items():
+                sums[name] = sums.get(name, 0) + term
+            gradient = gradient + steps.optimizers.gradient
+        return sums, gradient
+
+    whole, gradient = step_of(1, 1024)
+    parts, gradient_of_parts = step_of(world, micro)
+    assert list(whole) == list(parts) == ["train_loss", "stp"]
+    for name, term in whole.items():
+        assert parts[name].item() == pytest.approx(term.item(), rel=1e-5)
+    assert (gradient_of_parts - gradient).norm() < 1e-5 * gradient.norm()
 
 
 def test_stp_adds_its_weighted_term_in_training_and_trains_the_backbone():
@@ -433,3 +555,45 @@ def test_stp_adds_its_weighted_term_in_training_and_trains_the_backbone():
     terms["stp"].backward()
     assert model.blocks[0].attn.c_v.weight.grad.any()
     assert model.tok_emb.weight.grad.any()
+
+
+def test_an_stp_weight_of_zero_leaves_loss_and_gradient_unchanged():
+    h = settings(stp_enabled=1)
+    model = randomize(tg.GPT(h))
+    ids, targets = torch.randint(4, 260, (2, 16, 64))
+    zero = stp_inputs(h, 0)._replace(weight=torch.tensor(0.0))
+    found = []
+    for inputs in (tg.NO_AUXILIARY, tg.AuxiliaryInputs(stp=zero)):
+        model.zero_grad()
+        loss, _ = model.losses(ids, targets, inputs)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_stp_lambda_of_zero_trains_as_without_stp(byte_corpus, cpu):
+    found = []
+    for changes in ({}, {"stp_enabled": 1, "stp_lambda": 0}, {"stp_enabled": 1}):
+        h = settings(data_path=byte_corpus, iterations=4, **changes)
+        torch.manual_seed(0)
+        steps = trainer(tg.GPT(h), load(h), h, cpu)
+        steps.train()
+        found.append(steps.steps.losses)
+    without, at_zero, at_default = found
+    assert at_zero == without
+    assert at_default[0] == without[0]  # the loss that is logged is cross-entropy
+    assert at_default != without
+
+
+def test_stp_changes_no_score(cpu):
+    text = torch.randint(4, 260, (700,), generator=torch.Generator().manual_seed(4)).int()
+    val = tg.Validation(text, BYTE_TABLE, canonical=False)
+    found = []
+    for stp in (0, 1):
+        h = settings(stp_enabled=stp, stp_lambda=1)
+        torch.manual_seed(0)
+        model = randomize(tg.GPT(h)).eval()
+        passes = [tg.plain_pass(model.forward_logits, h), tg.sliding_pass(model.forward_logits, h)]
+        passes.append(tg.one_pass(model, 16, cpu))
+        found.append([score(scoring_pass, val, cpu).nats for scoring_pass in passes])
+    assert found[0] == found[1]

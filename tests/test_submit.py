@@ -77,11 +77,15 @@ def test_a_folder_of_one_arm(finished, tmp_path, capsys):
         "requirements.txt",
         "submission.json",
         "train_gpt.py",
+        "train_gpt_readable.py",
         "train_seed1337.log",
         "train_seed42.log",
         "train_seed7.log",
     ]
-    assert (folder / "train_gpt.py").read_bytes() == (ROOT / "train_gpt.py").read_bytes()
+    twin = (finished / "tiny/seed7/train_gpt.py").read_bytes()
+    assert (folder / "train_gpt.py").read_bytes() == twin
+    source = (ROOT / "train_gpt.py").read_bytes()
+    assert (folder / "train_gpt_readable.py").read_bytes() == source
     told = json.loads((folder / "submission.json").read_text(encoding="utf-8"))
     results = {seed: tg_result(finished / f"tiny/seed{seed}") for seed in (1337, 42, 7)}
     scores = [result["scores"]["sliding"] for result in results.values()]
@@ -92,6 +96,7 @@ def test_a_folder_of_one_arm(finished, tmp_path, capsys):
     assert told["val_bpb_std"] == pytest.approx(spread, abs=2e-8)
     sizes = [result["bytes"]["total"] for result in results.values()]
     assert told["bytes_total"] == told["artifact_bytes_max"] == max(sizes)
+    assert told["bytes_code"] == len(twin)
     assert told["bytes_code"] + told["bytes_model_int6_zstd"] == max(sizes)
     assert told["artifact_bytes_mean"] == pytest.approx(sum(sizes) / 3)
     assert told["seeds"] == [7, 42, 1337]
@@ -100,7 +105,7 @@ def test_a_folder_of_one_arm(finished, tmp_path, capsys):
         of_seed = told["seed_results"][str(seed)]
         assert of_seed["val_bpb"] == pytest.approx(result["scores"]["sliding"]["val_bpb"], abs=1e-8)
         assert of_seed["artifact_bytes"] == result["bytes"]["total"]
-        assert of_seed["code_sha256"] == result["code_sha256"]
+        assert of_seed["code_sha256"] == result["code_sha256"] == figures.sha256(source)
         assert of_seed["val_sha256"] == result["val_sha256"]
     assert "arms" not in told
     needs = (folder / "requirements.txt").read_text(encoding="utf-8").split()
@@ -109,6 +114,8 @@ def test_a_folder_of_one_arm(finished, tmp_path, capsys):
         "numpy",
         "sentencepiece",
         "zstandard",
+        "safetensors",
+        "brotli",
     ]
 
 
@@ -135,7 +142,7 @@ def test_the_readme_says_how_it_was_made(finished, tmp_path):
     "line", ["", "VOCAB_SIZE=260 VE_ENABLED=1", *(f"PRESET={name}" for name in tg.PRESETS)]
 )
 def test_the_settings_of_a_program_by_its_source(line):
-    env = tg.assignments(line)
+    env = dict(pair.split("=") for pair in line.split())
     found = Defaults(ast.parse((ROOT / "train_gpt.py").read_text(encoding="utf-8"))).settings(env)
     assert found == vars(tg.Hyperparameters.from_env(env))
 
@@ -211,8 +218,10 @@ def test_logs_keep_all_but_paths(finished, tmp_path):
         "logs/tiny/seed42/train.log",
         "val_loader",
         "corpus",
+        "changed_settings",
     ]
     assert "run_dir:logs/tiny/seed42 " in changed[2][1]
+    assert "RUN_DIR=logs/tiny/seed42 " in changed[3][1]
     assert not any("/tmp" in line or str(finished) in line for line in after)
 
 
@@ -392,6 +401,11 @@ def other_code(runs):
     (runs / "seed7/train_gpt.py").write_bytes(b"# other\n")
 
 
+def damaged_code(runs):
+    path = runs / "seed7/train_gpt.py"
+    path.write_bytes(path.read_bytes().replace(b'b85decode("', b'b85decode("\\'))
+
+
 def other_data(runs):
     edit(runs / "seed7/result.json", r'"val_sha256": "....', '"val_sha256": "beef')
 
@@ -431,6 +445,7 @@ def same_seed(runs):
 
 FAULTS = {
     other_code: r"train_gpt.py: 2 of them.*needed: the same",
+    damaged_code: r"seed7/train_gpt.py: the packed source cannot be decoded: ",
     other_data: r"validation data \['\w+', 'beef\w+'\].*needed: the same",
     other_settings: r"train_seed42.log: \{'matrix_lr': \(0.02, 0.025\)\}; needed: the settings of",
     unfinished: r"train_seed7.log: cut off: its log ends too early; needed: a score",
@@ -448,6 +463,35 @@ def test_refused(finished, tmp_path, capsys, plant):
     plant(runs)
     reasons = refused(capsys, tmp_path / "out", runs)
     assert any(re.search(FAULTS[plant], reason) for reason in reasons), reasons
+
+
+def test_a_program_that_is_not_packed(finished, tmp_path):
+    """Runs of older programs have one file, which counts as it is."""
+    runs = shutil.copytree(finished / "tiny", tmp_path / "tiny")
+    source = b"import numpy\nimport torch\n\n\ndef main():\n    print(numpy, torch)\n\n\n"
+    source += b'if __name__ == "__main__":\n    main()\n'
+    for seed in (7, 42, 1337):
+        folder = runs / f"seed{seed}"
+        (folder / "train_gpt_readable.py").unlink()
+        (folder / "train_gpt.py").write_bytes(source)
+        result = tg_result(folder)
+        model = result["bytes"]["model"]
+        sizes = {"code": len(source), "model": model, "total": len(source) + model}
+        result |= {"bytes": sizes, "code_sha256": figures.sha256(source)}
+        (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
+        edit(folder / "train.log", r"^Code size: \d+", f"Code size: {sizes['code']}")
+        edit(folder / "train.log", r"^(Total .*:) \d+", rf"\1 {sizes['total']}")
+        total = f"limit:total_bytes {sizes['total']:,}"
+        edit(folder / "train.log", r"^limit:total_bytes \S+", total)
+    folder = made(tmp_path / "out", runs)
+    assert (folder / "train_gpt.py").read_bytes() == source
+    assert not (folder / "train_gpt_readable.py").exists()
+    assert "readable" not in (folder / "README.md").read_text(encoding="utf-8")
+    needs = (folder / "requirements.txt").read_text(encoding="utf-8").split()
+    assert [re.match(r"\w+", need)[0] for need in needs] == ["torch", "numpy"]
+    told = json.loads((folder / "submission.json").read_text(encoding="utf-8"))
+    assert told["bytes_code"] == len(source)
+    assert told["seed_results"]["7"]["code_sha256"] == figures.sha256(source)
 
 
 def test_all_reasons_at_once(finished, tmp_path, capsys):
@@ -506,16 +550,16 @@ def test_a_resumed_run(finished, byte_corpus, tmp_path, monkeypatch):
     env = {name.upper(): str(value) for name, value in TINY.items()}
     env |= {"NUM_LAYERS": "2", "ITERATIONS": "6", "DATA_PATH": str(byte_corpus), "SEED": "7"}
     env |= {"RUN_DIR": str(seed), "RESUME": "auto", "CHECKPOINT_EVERY": "2"}
-    train_step, steps = tg.train_step, []
+    take_step, steps = tg.Trainer.take_step, []
 
     def signalled(*arguments):
         steps.append(0)
         if len(steps) == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(*arguments)
+        return take_step(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tg, "train_step", signalled)
+        patch.setattr(tg.Trainer, "take_step", signalled)
         assert tg.main([], env) == 5
     log = seed / "train.log"
     stopped = read_run(log)

@@ -24,7 +24,7 @@ import torch
 import train_gpt as tg
 
 from .attention import attention
-from .harness import SCALES, Row, Table, start_runtime
+from .harness import SCALES, Machine, Row, Scale, Table, start_machine
 from .muon import muon
 from .ranks import ranks
 from .scoring import scoring
@@ -49,13 +49,13 @@ BENCHMARKS = {
 README = Path(__file__).with_name("README.md")
 
 
-def about(name):
-    """What a benchmark measures, in a line."""
+def about(name: str) -> str:
+    """Returns in a line what a benchmark measures."""
     return BENCHMARKS[name].__doc__.partition("\n")[0].rstrip(".")
 
 
-def surroundings(scale, rt, quick):
-    """Device, versions, command and date of a report."""
+def surroundings(scale: Scale, machine: Machine, quick: bool) -> dict:
+    """Returns device, versions, command and date of a report."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("numpy", "zstandard", "triton"):
         try:
@@ -65,27 +65,27 @@ def surroundings(scale, rt, quick):
     return {
         "kind": scale.device,
         "quick": quick,
-        "device": rt.describe(),
+        "device": machine.device.describe() | {"attention": machine.attention.name},
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": list(os.getloadavg()),
         "versions": versions,
         "command": shlex.join(["python", "-m", "tests.bench", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "code_sha256": hashlib.sha256(Path(tg.__file__).read_bytes()).hexdigest(),
+        "code_sha256": hashlib.sha256(tg.Program.load().source).hexdigest(),
     }
 
 
-def run(names, scale, quick, out):
-    """Run benchmarks one after another; the report grows with each. The report."""
-    rt = start_runtime(scale)
-    report = {**surroundings(scale, rt, quick), "benchmarks": {}}
+def run(names: list[str], scale: Scale, quick: bool, out: Path) -> dict:
+    """Runs benchmarks in order; writes the report after each one, and returns it."""
+    machine = start_machine(scale)
+    report = {**surroundings(scale, machine, quick), "benchmarks": {}}
     for name in names:
         torch.compiler.reset()
-        torch.set_float32_matmul_precision("highest")
         began, told = time.perf_counter(), {}
         try:
-            table = BENCHMARKS[name](scale, rt)
+            with tg.matmul_precision("highest"):
+                table = BENCHMARKS[name](scale, machine)
             show(name, table)
             told = {"sizes": table.sizes, "rows": [row._asdict() for row in table.rows]}
         except Exception:  # the others may run
@@ -97,8 +97,8 @@ def run(names, scale, quick, out):
     return report
 
 
-def write_markdown(path, readme):
-    """Fill a README's block for a report's kind of device with its tables."""
+def write_markdown(path: Path, readme: Path) -> None:
+    """Fills a README's block for a report's kind of device with its tables."""
     report = json.loads(path.read_text())
     on, versions = report["device"], report["versions"]
     lines = [
@@ -116,8 +116,8 @@ def write_markdown(path, readme):
     readme.write_text(fill(readme.read_text(), report["kind"], "\n".join(lines)))
 
 
-def main(argv):
-    """The program; 1 if a benchmark failed."""
+def main(argv: list[str]) -> int:
+    """Runs the program; returns 1 if a benchmark failed."""
     listed = "\n".join(f"  {name:10} {about(name)}" for name in BENCHMARKS)
     parser = argparse.ArgumentParser(
         prog="python -m tests.bench",

@@ -1,9 +1,11 @@
-"""What all benchmarks share: their sizes, variants that take turns, rows of figures."""
+"""What all benchmarks share: sizes, the machine, variants that take turns, rows of figures."""
 
+import shlex
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +13,13 @@ import numpy as np
 import torch
 
 import train_gpt as tg
+
+
+class Machine(NamedTuple):
+    """What the benchmarks run on."""
+
+    device: tg.Device
+    attention: tg.Attention
 
 
 class Row(NamedTuple):
@@ -51,9 +60,14 @@ class Scale:
     codes: int  # bytes of codes for every compressor
     square: int  # rows and columns of the matrix product that is the ceiling
 
-    def h(self, settings):
-        """Settings as they are typed."""
-        return tg.Hyperparameters.from_env(tg.assignments(settings))
+    def h(self, settings: str) -> tg.Hyperparameters:
+        """Returns the settings of a text such as "NUM_LAYERS=2 PRESET=cpu"."""
+        return tg.Hyperparameters.from_env(assignments(settings))
+
+
+def assignments(text: str) -> dict[str, str]:
+    """Returns the environment that a text of NAME=value words describes."""
+    return dict(word.split("=", 1) for word in shlex.split(text))
 
 
 # A GPU's share of a step on eight, at the published shapes.
@@ -92,7 +106,7 @@ CPU = Scale(
 )
 SCALES = {
     ("cpu", False): CPU,
-    ("cpu", True): tg.replace(
+    ("cpu", True): replace(
         CPU,
         rounds=3,
         settings="PRESET=cpu GPTQ_CALIB_TOKENS=32768",
@@ -105,22 +119,33 @@ SCALES = {
         square=1024,
     ),
     ("cuda", False): CUDA,
-    ("cuda", True): tg.replace(CUDA, rounds=5, val_tokens=32_768, codes=1 << 20),
+    ("cuda", True): replace(CUDA, rounds=5, val_tokens=32_768, codes=1 << 20),
 }
 
 
-def start_runtime(scale):
-    """The runtime of the device asked for."""
+def start_machine(scale: Scale) -> Machine:
+    """Returns the device that the scale names, with the attention chosen for it."""
     if scale.device == "cuda" or not torch.cuda.is_available():
-        return tg.Runtime.start(scale.h(scale.settings))
-    attend = tg.load_attention("flash")
-    return tg.Runtime(torch.device("cpu"), torch.float32, "flash", attend, False, [])
+        h = scale.h(scale.settings)
+        device, _ = tg.start_device(h.compile)
+        attention, device, _ = tg.choose_attention(h, device, tg.Ranks())
+        return Machine(device, attention)
+    device = tg.Device(torch.device("cpu"), torch.float32, compiled=False)
+    return Machine(device, tg.Attention("flash", tg.load_attention("flash")))
 
 
-def in_turns(ways, rounds, now=time.perf_counter, warm=1, calls=1):
-    """Seconds of a call of each way by round; all take turns, so that noise hits them alike.
+def in_turns(
+    ways: Mapping[str, Callable[[], object]],
+    rounds: int,
+    now: Callable[[], float] = time.perf_counter,
+    warm: int = 1,
+    calls: int = 1,
+) -> dict[str, list[float]]:
+    """Returns the seconds of a call of each way, by round.
 
-    `now` waits for the device's work; every second round goes backwards; `warm` are thrown away.
+    The ways take turns, so that noise of the machine affects all of them; every second round goes
+    backwards. `now` returns seconds after the device's work is done. The first `warm` rounds are
+    not counted.
     """
     seconds = {name: [] for name in ways}
     for number in range(warm + rounds):
@@ -134,52 +159,66 @@ def in_turns(ways, rounds, now=time.perf_counter, warm=1, calls=1):
     return seconds
 
 
-def row(what, unit, values, base=None, note=""):
-    """A row of values by round; of a base's values, the ratios to them."""
+def row(
+    what: str,
+    unit: str,
+    values: Sequence[float],
+    base: Sequence[float] | None = None,
+    note: str = "",
+) -> Row:
+    """Returns the row of values by round, with their ratios to the values of a base."""
     ratios = [value / other for value, other in zip(values, base, strict=True)] if base else []
     ratio = [f(ratios) for f in (statistics.median, min, max)] if ratios else None
     middle = statistics.median(values)
     return Row(what, unit, middle, min(values), max(values), len(values), ratio, note)
 
 
-def rows_of(seconds, notes=None):
-    """A row of each way's seconds, with its ratio to the first way."""
+def rows_of(
+    seconds: Mapping[str, Sequence[float]], notes: Mapping[str, str] | None = None
+) -> list[Row]:
+    """Returns a row of each way's seconds, with its ratio to the first way."""
     first, notes = next(iter(seconds.values())), notes or {}
     return [row(name, "s", times, first, notes.get(name, "")) for name, times in seconds.items()]
 
 
-def equal(one, other, tolerance, what):
-    """ValueError unless two figures, or lists of them, differ by at most a part `tolerance`."""
+def equal(one: object, other: object, tolerance: float, what: str) -> None:
+    """Raises ValueError if the relative difference of two figures, or lists, is too large."""
     one, other = (torch.as_tensor(x, dtype=torch.float64) for x in (one, other))
     apart = ((one - other).norm() / other.norm()).item()
-    tg.expect(apart <= tolerance, f"{what}: differ by {apart:.2e}, more than {tolerance:.0e}")
+    tg.check(apart <= tolerance, f"{what}: differ by {apart:.2e}, more than {tolerance:.0e}")
 
 
-def tolerance(rt, exact, rough):
-    """How far two orders of one computation may differ."""
-    return exact if rt.dtype == torch.float32 else rough
+def tolerance(machine: Machine, exact: float, rough: float) -> float:
+    """Returns how far two orders of one computation may differ: in float32, and in bfloat16."""
+    return exact if machine.device.dtype == torch.float32 else rough
 
 
-def random_model(h, rt):
-    """A model whose every weight is random: zeros would be faster than a trained model's."""
+def random_model(h: tg.Hyperparameters, machine: Machine) -> tg.GPT:
+    """Returns a model without zero weights, which would be faster than those of a trained model."""
     torch.manual_seed(h.seed)
-    model = tg.GPT(h, rt.attend, rt.dtype)
+    model = tg.GPT(h, machine.attention.attend, machine.device.dtype)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.02)
-    return model.to(rt.device)
+    return model.to(machine.device.device)
 
 
-def random_data(h, val_tokens=0):
-    """Random text of a vocabulary: validation tokens, and eight steps of a shard to train on."""
+def random_data(h: tg.Hyperparameters, val_tokens: int = 0) -> tg.Data:
+    """Returns random tokens: so many to score, and eight steps of a shard to train on."""
     draw = np.random.default_rng(0)
     tokens = draw.integers(4, h.vocab_size, 8 * h.train_batch_tokens + 1).astype("<u2")
-    header = np.zeros(tg.SHARD_HEADER_INTS, "<i4")
-    header[:3] = tg.SHARD_MAGIC, tg.SHARD_VERSION, len(tokens)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "fineweb_train_000000.bin")
-        path.write_bytes(header.tobytes() + tokens.tobytes())
-        train = tg.TokenStream(path.parent, "train", h.vocab_size)  # mapped: it outlives its name
+        path.write_bytes(tg.shard_header(len(tokens)) + tokens.tobytes())
+        stream = tg.TokenStream(path.parent, "train", h.vocab_size)  # mapped: outlives the folder
     size = (torch.arange(h.vocab_size) >= 4).short()
     val = torch.from_numpy(draw.integers(4, h.vocab_size, val_tokens + 1).astype("<i4"))
-    return tg.Data(val, tg.ByteTable(size, 0 * size), train)
+    train = tg.TrainingBatches(stream, h.train_batch_tokens, h.train_seq_len, tg.Ranks())
+    return tg.Data(tg.Validation(val, tg.ByteTable(size, 0 * size), canonical=False), train)
+
+
+def random_batches(h: tg.Hyperparameters) -> Sequence[torch.Tensor]:
+    """Returns the batches of random tokens, int64 [n, T], that calibrate GPTQ in a run."""
+    length = h.train_seq_len
+    count, rows = max(h.gptq_calib_tokens // length, 1), max(h.micro_batch_tokens // length, 1)
+    return tg.random_sequences(count, length, h.vocab_size, h.seed).split(rows)

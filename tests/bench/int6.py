@@ -22,7 +22,7 @@ import train_gpt as tg
 
 @torch.inference_mode()
 def window_nats(model: tg.GPT, val: torch.Tensor, length: int) -> torch.Tensor:
-    """Nats float64 [N] of each whole window of `length` tokens."""
+    """Returns the nats, float64 [N], of each whole window of `length` tokens."""
     count = (len(val) - 1) // length
     inputs, targets = (val[i:][: count * length].long().view(count, -1) for i in (0, 1))
     nats = []
@@ -33,32 +33,36 @@ def window_nats(model: tg.GPT, val: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def main(path: str) -> None:
-    """Print the table of a checkpoint."""
+    """Prints the table of a checkpoint."""
     h, weights, _ = tg.load_checkpoint(Path(path), tg.Hyperparameters.from_env(os.environ))
-    data, length = tg.load_data(h, tg.Log()), h.train_seq_len
+    ranks, length = tg.Ranks(), h.train_seq_len
+    val, train = tg.load_data(h, ranks, tg.Log(), steps=0)
+    assert train is not None
     model = tg.GPT(h).eval()
     model.load_state_dict(weights)
-    rt = tg.Runtime(torch.device("cpu"), torch.float32, "flash", tg.attend_sdpa, False, [])
-    clock = tg.TrainingClock(rt, tg.replace(h, max_wallclock_seconds=0.0), tg.Log())
-    roles, base = tg.parameter_roles(model), window_nats(model, data.val, length)
-    scored = data.val[: len(base) * length + 1].long()
-    per_bpb = math.log(2) * int(data.table.count(scored[:-1], scored[1:]).sum())
+    roles, base = tg.parameter_roles(model), window_nats(model, val.tokens, length)
+    scored = val.tokens[: len(base) * length + 1].long()
+    per_bpb = math.log(2) * int(val.table.text_bytes(scored[:-1], scored[1:]).sum())
+    count, rows = max(h.gptq_calib_tokens // length, 1), max(h.micro_batch_tokens // length, 1)
+    calibration = {
+        "rounding": None,
+        "GPTQ, random": tg.random_sequences(count, length, h.vocab_size, h.seed),
+        "GPTQ, train": train.sequences(0, count),
+    }
     print(f"float32: {base.sum() / per_bpb:.6f} bpb, {len(base)} windows of {length}")
-    for calib in ("", "random", "train"):
-        began, hessians = time.perf_counter(), {}
-        if calib:
-            batches = tg.calibration(data.train, tg.replace(h, gptq_calib=calib), 0)
-            hessians = tg.collect_hessians(model, batches, clock, tg.Log())
-            hessians = {n: x for n, x in hessians.items() if roles[n] == "matrix"}
-        arrays, _ = tg.quantize(model, hessians)
+    for name, sequences in calibration.items():
+        began = time.perf_counter()
+        hessians: dict[str, torch.Tensor] = {}
+        if sequences is not None:
+            hessians, _ = tg.collect_hessians(model, sequences.split(rows), ranks)
+        arrays, _ = tg.quantize_model(model, hessians, ranks)
         seconds, stored = time.perf_counter() - began, tg.dequantize(arrays)
         alone = {n: stored[n] if roles[n] == "matrix" else w for n, w in weights.items()}
         for what, changed in (("all", stored), ("matrices alone", alone)):
             other = tg.GPT(h).eval()
             other.load_state_dict(changed)
-            lost = (window_nats(other, data.val, length) - base) / per_bpb
+            lost = (window_nats(other, val.tokens, length) - base) / per_bpb
             error = lost.std() * len(lost) ** 0.5
-            name = f"GPTQ, {calib}" if calib else "rounding"
             print(f"{name:14} {what:15} {lost.sum():.6f} +- {error:.6f} bpb, {seconds:.1f} s")
 
 

@@ -1,4 +1,4 @@
-"""A process of its own, told in JSON: seconds from its start to a first step, and peak memory.
+"""A process of its own: prints as JSON the seconds to its first step, and its peak memory.
 
     python tests/bench/probe.py step|score|quantize SCALE
 
@@ -7,13 +7,14 @@ SCALE is a `harness.Scale` as JSON. Nothing is imported before the clock runs.
 
 import itertools
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
 
 
-def peak_mib():
-    """The most memory so far: a GPU's, else of the process (VmHWM)."""
+def peak_mib() -> float:
+    """Returns the peak memory so far: of the GPU, else of the process (VmHWM)."""
     import torch
 
     if torch.cuda.is_initialized():
@@ -27,11 +28,11 @@ def peak_mib():
     return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**10
 
 
-def main(stage, scale):
-    """Do the stage twice and print all."""
+def main(stage: str, scale: str) -> None:
+    """Runs the stage twice; prints seconds and memory."""
     marks = []
 
-    def mark(name):  # what passed since the last one
+    def mark(name: str) -> None:  # the time since the last mark is of this name
         marks.append((name, time.perf_counter()))
 
     mark("")
@@ -45,36 +46,38 @@ def main(stage, scale):
 
     mark("import of train_gpt.py")
     settings = json.loads(scale)["settings"]
-    h = tg.Hyperparameters.from_env(tg.assignments(settings))
+    env = dict(word.split("=", 1) for word in shlex.split(settings))
+    h = tg.Hyperparameters.from_env(env)
     mark("settings")
-    from bench.harness import Scale, random_data, random_model, start_runtime
+    from bench.harness import Scale, random_batches, random_data, random_model, start_machine
     from bench.step import Ours
 
-    scale = Scale(**json.loads(scale))
-    rt, log = start_runtime(scale), tg.Log(silent=True)
+    sizes = Scale(**json.loads(scale))
+    machine, ranks = start_machine(sizes), tg.Ranks()
+    device = machine.device
     mark("the device, with a trial of attention")
     if stage == "step":
-        once = Ours(h, rt, random_data(h))
+        once = Ours(h, machine, random_data(h))
     else:
-        model = random_model(h, rt).eval()
+        model = random_model(h, machine).eval()
     if stage == "score":
-        data, logits = random_data(h, scale.val_tokens), rt.compile(model.forward_logits)
-        stride = min(h.eval_stride, h.train_seq_len)
+        val = random_data(h, sizes.val_tokens).val
+        sliding = tg.sliding_pass(device.compile(model.forward_logits), h)
+        batch_tokens = tg.scoring_batch_tokens(h.val_batch_size, device)
 
-        def once():
-            tg.evaluate(logits, data, h, rt, log, stride)
+        def once() -> None:
+            tg.score(sliding, val, ranks, device, tg.Log(silent=True), batch_tokens)
 
     if stage == "quantize":
-        clock = tg.TrainingClock(rt, tg.replace(h, max_wallclock_seconds=0.0), log)
 
-        def once():
-            hessians = tg.collect_hessians(model, tg.calibration(None, h, 0), clock, log)
-            tg.pack(h, tg.quantize(model, hessians)[0])
+        def once() -> None:
+            hessians, _ = tg.collect_hessians(model, random_batches(h), ranks)
+            tg.pack_artifact(h, tg.quantize_model(model, hessians, ranks)[0], h.compressor)
 
     mark("model, data and optimizers" if stage == "step" else "model and data")
     for name in (f"first {stage}", f"second {stage}"):
         once()
-        rt.now()
+        device.now()
         mark(name)
     seconds = {name: at - before for (_, before), (name, at) in itertools.pairwise(marks)}
     print(json.dumps({"seconds": seconds, "peak_mib": peak_mib()}))

@@ -21,15 +21,15 @@ from torch.nn.parallel import DistributedDataParallel
 import train_gpt as tg
 
 from . import ROOT
-from .harness import SCALES, Row, Table, in_turns, rows_of
+from .harness import SCALES, Machine, Row, Scale, Table, in_turns, rows_of
 
 
-def ranks(scale, rt):
+def ranks(scale: Scale, machine: Machine) -> Table:
     """Averaging gradients over ranks: one all-reduce against DDP's buckets."""
-    count = torch.cuda.device_count() if rt.device.type == "cuda" else 2
+    count = torch.cuda.device_count() if machine.device.is_cuda else 2
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     told = ["--rounds", str(scale.rounds), "--settings", scale.ranks, "--json"]
-    told += ["--device", rt.device.type]
+    told += ["--device", machine.device.device.type]
     done = subprocess.run(
         [sys.executable, *launch, "-m", "bench.ranks", *told],
         cwd=ROOT / "tests",
@@ -44,23 +44,23 @@ def ranks(scale, rt):
     return Table(sizes, [Row(*values) for values in rows])
 
 
-def measure(h, device, rounds, compiled):
-    """The table of this process group."""
-    cuda = device.type == "cuda"
+def measure(h: tg.Hyperparameters, device: torch.device, rounds: int, compiled: bool) -> Table:
+    """Returns the table of this process group."""
+    cuda, group = device.type == "cuda", tg.Ranks(dist.get_rank(), dist.get_world_size())
     dtype = torch.bfloat16 if cuda else torch.float32
     ours, theirs = (tg.GPT(h, dtype=dtype).to(device) for _ in range(2))
-    gradient = tg.flat_gradient(list(ours.parameters()))
+    gradient = tg.bind_flat_gradient_(list(ours.parameters()))
     ddp = DistributedDataParallel(theirs)
     if compiled:
         ours, ddp = (torch.compile(model, dynamic=False) for model in (ours, ddp))
     ids = torch.randint(h.vocab_size, (h.train_batch_tokens // h.train_seq_len, h.train_seq_len))
     ids = ids.to(device)
 
-    def flat():
+    def flat() -> None:
         ours(ids, ids).backward()
-        tg.summed(gradient)
+        group.all_reduce_(gradient)
 
-    def now():
+    def now() -> float:
         if cuda:
             torch.cuda.synchronize()
         dist.barrier()
@@ -72,14 +72,12 @@ def measure(h, device, rounds, compiled):
         "DDP's buckets within it": lambda: ddp(ids, ids).backward(),
     }
     rows = rows_of(in_turns(ways, rounds, now, warm=2))
-    world = dist.get_world_size()
-    return Table(
-        f"{gradient.numel():,} gradients, {ids.numel()} tokens a rank, {world} ranks", rows
-    )
+    sizes = f"{gradient.numel():,} gradients, {ids.numel()} tokens a rank"
+    return Table(f"{sizes}, {group.world_size} ranks", rows)
 
 
-def main():
-    """Measure; rank 0 prints."""
+def main() -> None:
+    """Measures; rank 0 prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--compile", action="store_true")
@@ -96,7 +94,7 @@ def main():
     scale = SCALES[args.device, False]
     h = scale.h(scale.ranks if args.settings is None else args.settings)
     table = measure(h, device, args.rounds, args.compile)
-    if tg.ranks()[0] == 0:
+    if dist.get_rank() == 0:
         if args.json:
             print(json.dumps(table))
         else:

@@ -5,16 +5,17 @@ scored at a time. Every function that train_gpt.py has for speed is written out 
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import train_gpt as tg
 
 
-def newton_schulz(gradient, steps):
-    """About U V^T of one U S V^T [rows, cols]."""
+def newton_schulz(gradient: Tensor, steps: int) -> Tensor:
+    """Returns about U V^T of one U S V^T [rows, cols]."""
     tall = gradient.size(0) > gradient.size(1)
     x = gradient / (gradient.norm() + 1e-7)
     if tall:
@@ -28,18 +29,22 @@ def newton_schulz(gradient, steps):
 class Loop:
     """A training loop: `step` is one step, `average` the moving average of the weights."""
 
-    def __init__(self, model, h):
+    def __init__(self, model: tg.GPT, h: tg.Hyperparameters) -> None:
         self.model, self.h = model.train(), h
-        roles, groups = (
-            tg.parameter_roles(model),
-            {"matrix": [], "embed": [], "scalar": [], "aux": []},
-        )
+        self.rates = {
+            "embed": h.tied_embed_lr,
+            "untied_embed": h.embed_lr,
+            "head": h.head_lr,
+            "scalar": h.scalar_lr,
+            "aux": h.jepa_lr,
+        }
+        decays = dict.fromkeys(self.rates, h.adam_wd) | {"head": 0.0, "aux": 0.0}
+        roles = tg.parameter_roles(model)
+        groups: dict[str, list[nn.Parameter]] = {role: [] for role in ("matrix", *self.rates)}
         for name, p in model.named_parameters():
             groups[roles[name]].append(p)
         self.matrices = groups["matrix"]
         self.momenta = [torch.zeros_like(p) for p in self.matrices]
-        self.rates = {"embed": h.tied_embed_lr, "scalar": h.scalar_lr, "aux": h.jepa_lr}
-        decays = {"embed": h.adam_wd, "scalar": h.adam_wd, "aux": 0.0}
         self.adamw = torch.optim.AdamW(
             [{"params": groups[role], "weight_decay": decays[role]} for role in self.rates],
             betas=(h.beta1, h.beta2),
@@ -48,14 +53,27 @@ class Loop:
         )
         self.average = [p.detach().clone() for p in model.parameters()]
 
-    def step(self, number, scale, inputs, targets):
-        """A step on ids [sequences, T] at `scale` times the rates: its mean loss."""
-        h, parts = self.h, tg.micro_batches(self.h)
+    def step(
+        self,
+        number: int,
+        scale: float,
+        inputs: Tensor,
+        targets: Tensor,
+        auxiliary: tg.AuxiliaryInputs = tg.NO_AUXILIARY,
+    ) -> float:
+        """Takes step `number` on ids [sequences, T] at `scale` times the learning rates.
+
+        Returns the mean cross-entropy.
+        """
+        h = self.h
+        parts = tg.grad_accum_steps(len(inputs), h.train_seq_len, h.micro_batch_tokens)
+        rows = len(inputs) // parts
         for p in self.model.parameters():  # one that no loss reaches has momentum all the same
             p.grad = torch.zeros_like(p)
         total = 0.0
-        for x, y in zip(inputs.chunk(parts), targets.chunk(parts), strict=True):
-            loss, terms = self.model.losses(x, y)
+        for n in range(parts):
+            part = slice(n * rows, (n + 1) * rows)
+            loss, terms = self.model.losses(inputs[part], targets[part], auxiliary.rows(part))
             (loss / parts).backward()
             total += terms["train_loss"].item() / parts
         nn.utils.clip_grad_norm_(self.model.parameters(), h.grad_clip_norm or math.inf)
@@ -70,8 +88,8 @@ class Loop:
         return total
 
     @torch.no_grad()
-    def muon(self, number, scale):
-        """Muon's part of the step."""
+    def muon(self, number: int, scale: float) -> None:
+        """Takes Muon's part of the step."""
         h = self.h
         warm = min(number / h.muon_momentum_warmup_steps, 1) if h.muon_momentum_warmup_steps else 1
         start, end = h.muon_momentum_warmup_start, h.muon_momentum
@@ -85,8 +103,10 @@ class Loop:
 
 
 @torch.inference_mode()
-def score(forward_logits, tokens, seq_len, stride):
-    """Nats of all tokens but the first, in windows `stride` apart, one at a time."""
+def score(
+    forward_logits: Callable[[Tensor], Tensor], tokens: Tensor, seq_len: int, stride: int
+) -> float:
+    """Returns the nats of all tokens but the first, in windows `stride` apart, one at a time."""
     total, nats, scored = len(tokens) - 1, 0.0, 0
     for end in [*range(seq_len, total, stride), total]:
         window = tokens[end - seq_len : end + 1].long()

@@ -1,67 +1,61 @@
 """Quantizing and packing: seconds of GPTQ, and bytes against what the codes' entropy allows."""
 
-import lzma
 import zlib
-from contextlib import suppress
-from importlib import import_module
+from collections.abc import Callable
+from importlib.util import find_spec
 
 import numpy as np
 import torch
 
 import train_gpt as tg
 
-from .harness import Table, in_turns, random_model, row, rows_of
+from .harness import Machine, Scale, Table, in_turns, random_batches, random_model, row, rows_of
 
 
-def gptq(scale, rt):
+def gptq(scale: Scale, machine: Machine) -> Table:
     """Seconds of GPTQ: collecting Hessians, solving, and rounding alone."""
-    h = tg.replace(scale.h(scale.settings), max_wallclock_seconds=0.0)
-    model, log = random_model(h, rt).eval(), tg.Log(silent=True)
-    clock, hessians = tg.TrainingClock(rt, h, log), {}
+    h, ranks = scale.h(scale.settings), tg.Ranks()
+    model = random_model(h, machine).eval()
+    hessians: dict[str, torch.Tensor] = {}
 
-    def collect():
-        hessians.update(tg.collect_hessians(model, tg.calibration(None, h, 0), clock, log))
+    def collect() -> None:
+        hessians.update(tg.collect_hessians(model, random_batches(h), ranks)[0])
 
     collect()
     ways = {
-        "rounding": lambda: tg.quantize(model),
+        "rounding": lambda: tg.quantize_model(model, {}, ranks),
         "GPTQ, collecting Hessians": collect,
-        "GPTQ, solving": lambda: tg.quantize(model, hessians),
+        "GPTQ, solving": lambda: tg.quantize_model(model, hessians, ranks),
     }
-    tg.quantize(model, hessians)  # both once, to warm up
-    rows = rows_of(in_turns(ways, max(scale.rounds // 2, 1), rt.now, warm=0))
+    tg.quantize_model(model, hessians, ranks)  # both once, to warm up
+    rows = rows_of(in_turns(ways, max(scale.rounds // 2, 1), machine.device.now, warm=0))
     sizes = f"{len(hessians)} matrices of {h.num_layers} layers x {h.model_dim}"
     return Table(f"{sizes}, {h.gptq_calib_tokens:,} random tokens", rows)
 
 
-def compressors():
-    """Functions from bytes to fewer bytes, at their strongest, by name."""
-    ways = {
-        "zstd-22": tg.zstd().ZstdCompressor(level=22).compress,
-        "zlib-9": lambda raw: zlib.compress(raw, 9),
-        "lzma-9e": lambda raw: lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME),
-    }
-    with suppress(ImportError):
-        ways["brotli-11"] = import_module("brotli").compress
-    return ways
+def compressors() -> dict[str, Callable[[bytes], bytes]]:
+    """Returns the program's codecs that are installed, and zlib, by name."""
+    ways = {name: codec.compress for name, codec in tg.CODECS.items() if find_spec(codec.package)}
+    return ways | {"zlib": lambda raw: zlib.compress(raw, 9)}
 
 
-def entropy_bytes(codes):
-    """Order-0 entropy of bytes, in bytes."""
+def entropy_bytes(codes: np.ndarray) -> float:
+    """Returns the order-0 entropy of bytes, in bytes."""
     part = np.bincount(codes, minlength=256) / len(codes)
     part = part[part > 0]
     return -len(codes) * float((part * np.log2(part)).sum()) / 8
 
 
-def packing(scale, rt):
+def packing(scale: Scale, machine: Machine) -> Table:
     """Seconds and bytes of packing: the artifact, and matrices' codes by several compressors."""
     h = scale.h(scale.settings)
-    model = random_model(h, rt)
-    arrays, _ = tg.quantize(model)
+    model = random_model(h, machine)
+    arrays, _ = tg.quantize_model(model, {}, tg.Ranks())
     roles = tg.parameter_roles(model)
     names = [f"{name}.codes" for name, role in roles.items() if role == "matrix"]
     codes = torch.cat([arrays[name].flatten() for name in names]).cpu().view(torch.uint8).numpy()
-    codes, packed = codes[: scale.codes], {}
+    codes = codes[: scale.codes]
+    packed: dict[str, int] = {}
     raw, least = codes.tobytes(), entropy_bytes(codes)
     ways = {
         name: lambda name=name, way=way: packed.update({name: len(way(raw))})
@@ -71,8 +65,11 @@ def packing(scale, rt):
     rows = rows_of(in_turns(ways, rounds, warm=0))
     rows.append(row("order-0 entropy", "bytes", [least]))
     rows += [row(name, "bytes", [size], [least]) for name, size in packed.items()]
-    whole = {"the artifact": lambda: packed.update(artifact=len(tg.pack(h, arrays)))}
-    rows += rows_of(in_turns(whole, 1, warm=0))
+
+    def pack() -> None:
+        packed["artifact"] = len(tg.pack_artifact(h, arrays, h.compressor))
+
+    rows += rows_of(in_turns({"the artifact": pack}, 1, warm=0))
     rows.append(row("the artifact", "bytes", [packed["artifact"]]))
     sizes = f"{len(raw):,} of {sum(arrays[n].numel() for n in names):,} codes of normal weights"
     return Table(f"{sizes}; the artifact of {h.num_layers} layers x {h.model_dim}", rows)

@@ -1,5 +1,8 @@
 """A training step: its stages, its speed against the device's matrix products and a plain loop."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from unittest import mock
 
@@ -8,7 +11,18 @@ import torch
 import train_gpt as tg
 
 from . import reference
-from .harness import Table, equal, in_turns, random_data, random_model, row, rows_of, tolerance
+from .harness import (
+    Machine,
+    Scale,
+    Table,
+    equal,
+    in_turns,
+    random_data,
+    random_model,
+    row,
+    rows_of,
+    tolerance,
+)
 
 STAGES = (
     "data read",
@@ -23,13 +37,13 @@ STAGES = (
 )
 
 
-def flops_per_token(model, h):
-    """Floating-point operations of a training step for each token: 6 N + 6 L T d.
+def flops_per_token(model: tg.GPT, h: tg.Hyperparameters) -> float:
+    """Returns the floating-point operations of a training step for each token: 6 N + 6 L T d.
 
-    N: weights of all matrix products, the tied head with them, each 2 forward and 4 backward; the
+    N: weights of all matrix products, the head with them, each 2 forward and 4 backward; the
     JEPA head works on chunks. Attention, causal: T/2 keys and T/2 values of width d, likewise.
     """
-    n = model.tok_emb.weight.numel()
+    n = model.tok_emb.weight.numel() if h.tie_embeddings else 0  # as the head
     for name, module in model.named_modules():
         if isinstance(module, tg.Linear):
             share = h.jepa_chunk_size if name.startswith("jepa.") else 1
@@ -40,67 +54,81 @@ def flops_per_token(model, h):
 class Steps:
     """Training steps on random text, one at a call; a subclass takes them."""
 
-    def __init__(self, h, rt, data, precision="medium"):
-        # Of float32 products; "medium" as `tg.train` sets it.
-        self.h, self.rt, self.data, self.number, self.losses = h, rt, data, 0, []
-        self.precision = precision
-        self.model = random_model(h, rt).train()
+    def __init__(
+        self, h: tg.Hyperparameters, machine: Machine, data: tg.Data, precision: str = "medium"
+    ) -> None:
+        # Of float32 products; "medium" as the trainer sets it.
+        self.h, self.device, self.data, self.precision = h, machine.device, data, precision
+        self.phase = tg.programs(h)[-1]  # full rates, auxiliary losses at their peak
+        self.number = 0
+        self.losses: list[torch.Tensor | float] = []
+        self.model = random_model(h, machine).train()
 
-    def __call__(self):
-        """A step at the full rates, JEPA's weight at its peak."""
-        torch.set_float32_matmul_precision(self.precision)
-        self.model.prepare(self.h.jepa_lambda_max, self.number)
-        self.losses.append(self.take(self.number))
+    def __call__(self) -> None:
+        """Takes a step."""
+        with tg.matmul_precision(self.precision):
+            self.losses.append(self.take())
         self.number += 1
+
+    def take(self) -> torch.Tensor | float:
+        """Takes step `number`; returns its cross-entropy."""
+        raise NotImplementedError
 
 
 class Ours(Steps):
-    """Those of train_gpt.py."""
+    """The steps of train_gpt.py."""
 
-    def __init__(self, h, rt, data):
-        super().__init__(h, rt, data)
-        self.losses_of = rt.compile(self.model.losses)
-        self.optimizers = tg.Optimizers(self.model, h)
-        self.average = tg.WeightAverage(self.model, h)
+    def __init__(self, h: tg.Hyperparameters, machine: Machine, data: tg.Data) -> None:
+        super().__init__(h, machine, data)
+        log = tg.Log(silent=True)
+        self.trainer = tg.Trainer(self.model, data, h, tg.Ranks(), self.device, log)
 
-    def take(self, number):
-        """What `tg.train` does in a step; the loss."""
-        batch = self.data.train.batch(number, self.h)
-        terms = tg.train_step(self.losses_of, self.optimizers, batch, number, 1.0, self.rt)
-        self.average.update(number)
+    def take(self) -> torch.Tensor:
+        """Takes a step as `Trainer.loop` does."""
+        trainer = self.trainer
+        trainer.step = self.number
+        terms = trainer.take_step(self.phase, *trainer.batches.batch(self.number))
+        trainer.average.update(self.number, self.phase.lr_scale)
         return terms["train_loss"]
 
 
 class Plain(Steps):
-    """Those of the reference loop."""
+    """The steps of the reference loop."""
 
-    def __init__(self, h, rt, data, precision="medium"):
-        super().__init__(h, rt, data, precision)
+    def __init__(
+        self, h: tg.Hyperparameters, machine: Machine, data: tg.Data, precision: str = "medium"
+    ) -> None:
+        super().__init__(h, machine, data, precision)
         self.loop = reference.Loop(self.model, h)
 
-    def take(self, number):
-        """The same; the loss."""
-        batch = self.data.train.batch(number, self.h)
-        return self.loop.step(number, 1.0, *(ids.to(self.rt.device) for ids in batch))
+    def take(self) -> float:
+        """Takes the same step."""
+        device, number = self.device.device, self.number
+        ids, targets = (x.to(device) for x in self.data.train.batch(number))
+        auxiliary = tg.auxiliary_inputs(self.phase, self.h, number, device, tg.Ranks())
+        return self.loop.step(number, self.phase.lr_scale, ids, targets, auxiliary)
 
 
 class Cut:
-    """Steps of `Ours` cut into stages where they call something; each cut waits for the device."""
+    """Steps of `Ours` cut into stages at some calls; each cut waits for the device."""
 
-    def __init__(self, steps):
-        self.steps, self.times, self.mark = steps, [], 0.0
+    def __init__(self, steps: Ours) -> None:
+        self.steps, self.mark = steps, 0.0
+        self.times: list[dict[str, float]] = []  # seconds by stage, for each step
 
-    def cut(self, stage):
-        """What passed since the last cut was this stage."""
-        now = self.steps.rt.now()
+    def cut(self, stage: str) -> None:
+        """Counts the seconds since the last cut as those of a stage."""
+        now = self.steps.device.now()
         self.times[-1][stage] += now - self.mark
         self.mark = now
 
-    def around(self, owner, name, before, stage):
-        """A patch of the owner's function: a cut before and one after it."""
-        function = getattr(owner, name)
+    def around(
+        self, owner: object, name: str, before: str, stage: str
+    ) -> AbstractContextManager[object]:
+        """Returns a patch of the owner's function that cuts before and after each call."""
+        function: Callable[..., object] = getattr(owner, name)
 
-        def cut_off(*args):
+        def cut_off(*args: object) -> object:
             self.cut(before)
             result = function(*args)
             self.cut(stage)
@@ -108,48 +136,48 @@ class Cut:
 
         return mock.patch.object(owner, name, cut_off)
 
-    def __call__(self):
-        """A step."""
-        steps, rest = self.steps, "clip and clear"
+    def __call__(self) -> None:
+        """Takes a step."""
+        trainer, rest = self.steps.trainer, "clip and clear"
         self.times.append(dict.fromkeys(STAGES, 0.0))
-        with (
-            self.around(steps.data.train, "batch", "data read", "data read"),
-            self.around(steps, "losses_of", "to the device", "forward"),
-            self.around(tg, "summed", "backward", "gradient reduction"),
-            self.around(steps.optimizers.muon, "step", rest, "Muon"),
-            self.around(steps.optimizers.adamw, "step", rest, "AdamW"),
-            self.around(steps.average, "update", rest, "EMA"),
+        with (  # of frozen dataclasses the class is patched
+            self.around(tg.TrainingBatches, "batch", "data read", "data read"),
+            self.around(trainer, "loss_fn", "to the device", "forward"),
+            self.around(tg.Ranks, "all_reduce_", "backward", "gradient reduction"),
+            self.around(trainer.optimizers.muon, "step", rest, "Muon"),
+            self.around(trainer.optimizers.adamw, "step", rest, "AdamW"),
+            self.around(trainer.average, "update", rest, "EMA"),
         ):
-            self.mark = steps.rt.now()
-            steps()
+            self.mark = self.steps.device.now()
+            self.steps()
 
 
-def described(h):
-    """The sizes of a step."""
+def described(h: tg.Hyperparameters) -> str:
+    """Returns the sizes of a step."""
     shape = f"{h.num_layers} layers x {h.model_dim}, sequences of {h.train_seq_len}"
     return f"{shape}, {h.train_batch_tokens:,} tokens a step, vocabulary {h.vocab_size}"
 
 
-def step(scale, rt, settings=None):
+def step(scale: Scale, machine: Machine, settings: str | None = None) -> Table:
     """A training step by stage, tokens a second, and the part of the device's matrix products."""
-    h = scale.h(settings or scale.settings)
-    tg.expect(tg.micro_batches(h) == 1, "stages are told apart in steps of one micro-batch")
-    whole = Ours(h, rt, random_data(h))
+    h, device = scale.h(settings or scale.settings), machine.device
+    whole = Ours(h, machine, random_data(h))
+    tg.check(whole.trainer.grad_accum == 1, "only steps of one micro-batch can be cut into stages")
     cut, per_step = Cut(whole), flops_per_token(whole.model, h) * h.train_batch_tokens
-    like = {"device": rt.device, "dtype": rt.dtype}
+    like = {"device": device.device, "dtype": device.dtype}
     a, b = (torch.randn(scale.square, scale.square, **like) for _ in range(2))
-    wide = whole.model.blocks[0].mlp.up.weight.detach().to(rt.dtype)
+    wide = whole.model.blocks[0].mlp.up.weight.detach().to(device.dtype)
     x = torch.randn(h.train_batch_tokens, h.model_dim, **like)
     square, mlp = f"product {scale.square} x {scale.square}", "product of the MLP's first matrix"
     operations = {square: 16 * scale.square**3, mlp: 16 * wide.numel() * len(x)}
 
-    def eightfold(one, other):  # a single one is too short to time on a GPU
+    def eightfold(one: torch.Tensor, other: torch.Tensor) -> None:  # one is too short to time
         for _ in range(8):
             one @ other
 
     ways = {"step": whole, "step, cut": cut, square: partial(eightfold, a, b)}
     ways[mlp] = partial(eightfold, x, wide.mT)
-    seconds = in_turns(ways, scale.rounds, rt.now, warm=2)
+    seconds = in_turns(ways, scale.rounds, device.now, warm=2)
     rows = rows_of(seconds)[:2]
     for stage in STAGES:
         times = [parts[stage] for parts in cut.times[-scale.rounds :]]
@@ -163,34 +191,40 @@ def step(scale, rt, settings=None):
     return Table(f"{described(h)}; {formula}", rows)
 
 
-def step_of_bytes(scale, rt):
+def step_of_bytes(scale: Scale, machine: Machine) -> Table:
     """The same of the byte stack with its JEPA head."""
-    return step(scale, rt, scale.byte_settings)
+    return step(scale, machine, scale.byte_settings)
 
 
-def loop(scale, rt):
+def loop(scale: Scale, machine: Machine) -> Table:
     """Steps of train_gpt.py, eager and compiled, against the plain loop; equal losses."""
     h = scale.h(f"{scale.settings} {scale.eager}")
     data, sizes = random_data(h), described(h)
-    eager, compiled = (tg.replace(rt, compiled=yes) for yes in (False, True))
+    device = machine.device
+    eager, compiled = (
+        machine._replace(device=replace(device, compiled=yes)) for yes in (False, True)
+    )
     default, alike = "plain loop", "plain loop, products as ours"
-    ways = {default: Plain(h, eager, data, "highest"), alike: Plain(h, eager, data)}
+    ways: dict[str, Steps] = {
+        default: Plain(h, eager, data, "highest"),
+        alike: Plain(h, eager, data),
+    }
     ways["train_gpt.py, eager"] = Ours(h, eager, data)
     for way in ways.values():
         way()
-    name, began = "train_gpt.py, compiled", rt.now()
+    name, began = "train_gpt.py, compiled", device.now()
     try:
         ways[name] = Ours(h, compiled, data)
         ways[name]()
     except Exception as error:  # no compiler is here
         ways.pop(name, None)
         sizes += f"; {name}: not here: {error!r:.80}"
-    first = rt.now() - began
-    rows = rows_of(in_turns(ways, scale.rounds, rt.now))
+    first = device.now() - began
+    rows = rows_of(in_turns(ways, scale.rounds, device.now))
     losses = {name: [float(x) for x in way.losses] for name, way in ways.items()}
     losses.pop(default)  # a CPU with AMX rounds the inputs of the others' products
     for other, values in losses.items():
-        equal(values, losses[alike], tolerance(rt, 1e-4, 5e-2), f"losses of {other}")
+        equal(values, losses[alike], tolerance(machine, 1e-4, 5e-2), f"losses of {other}")
     if name in ways:
         rows.append(row("compilation, with the first step", "s", [first]))
     return Table(sizes, rows)

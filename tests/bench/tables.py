@@ -4,11 +4,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as Grid
 
+from .harness import Row, Table
+
 HEADS = ("", "median", "lowest to highest", "ratio to the first", "rounds")
 
 
-def figure(value, unit):
-    """A value as people read it."""
+def figure(value: float, unit: str) -> str:
+    """Returns a value as text with its unit."""
     if unit == "s":
         return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"
     if unit in ("bytes", "tokens/s"):
@@ -16,8 +18,8 @@ def figure(value, unit):
     return f"{value:,.1f} {unit}" if value >= 10 else f"{value:.3g} {unit}"
 
 
-def cells(row):
-    """The five texts of a row."""
+def cells(row: Row) -> tuple[str, ...]:
+    """Returns the five texts of a row."""
     (low, unit), (high, also) = (figure(x, row.unit).split() for x in (row.low, row.high))
     told = f"{low} to {high} {also}" if unit == also else f"{low} {unit} to {high} {also}"
     ratio = ""
@@ -28,8 +30,8 @@ def cells(row):
     return row.what, figure(row.median, row.unit), told, ratio, str(row.rounds)
 
 
-def show(name, table):
-    """Print a table."""
+def show(name: str, table: Table) -> None:
+    """Prints a table."""
     console = Console()
     console.width = max(console.width, 110)  # in a log too
     console.print(f"\n[bold]{name}[/bold]: {table.sizes}", highlight=False)
@@ -41,8 +43,8 @@ def show(name, table):
     console.print(grid)
 
 
-def markdown(name, about, table):
-    """A table in Markdown under a heading."""
+def markdown(name: str, about: str, table: Table) -> str:
+    """Returns a table in Markdown under a heading."""
     lines = [f"### {name}: {about}", "", f"{table.sizes}.", ""]
     lines += ["| " + " | ".join(HEADS) + " |", "|---|--:|--:|--:|--:|"]
     for row in table.rows:
@@ -52,8 +54,8 @@ def markdown(name, about, table):
     return "\n".join(lines) + "\n"
 
 
-def fill(text, kind, block):
-    """A README with a block in place of what its marks of this kind hold."""
+def fill(text: str, kind: str, block: str) -> str:
+    """Returns a README whose part between the marks of a kind of device is replaced."""
     start, end = f"<!-- {kind}: filled by --markdown, not by hand -->", f"<!-- end of {kind} -->"
     before, found, rest = text.partition(start)
     _, also, after = rest.partition(end)
