@@ -106,6 +106,24 @@ def score(
     return tg.score(scoring_pass, val, tg.Ranks(), device, tg.Log(), batch_tokens)
 
 
+def score_artifact(
+    path: Path, h: tg.Hyperparameters, val: tg.Validation, device: tg.Device, log: tg.Log
+) -> dict[str, dict]:
+    """All scores of an artifact by a single rank, with their fields by name."""
+    run = object.__new__(tg.Run)  # without a command line
+    run.h, run.ranks, run.device, run.log = h, tg.Ranks(), device, log
+    run.attention, run.data = tg.Attention("flash", tg.attend_sdpa), tg.Data(val, None)
+    scores: dict[str, dict] = {}
+    run.score_artifact(path, scores)
+    return scores
+
+
+def artifact_of(model: tg.GPT) -> tuple[bytes, dict[str, torch.Tensor]]:
+    """A model's artifact, quantized by rounding, and its arrays."""
+    arrays, _ = tg.quantize_model(model, {}, tg.Ranks())
+    return tg.pack_artifact(model.h, arrays, "zstd"), arrays
+
+
 def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Give every parameter a value of its own, so that no branch is silent at its start."""
     generator = torch.Generator().manual_seed(seed)

@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BYTE_TABLE, TINY, byte_tokens, randomize, settings
+from conftest import (
+    BYTE_TABLE,
+    TINY,
+    artifact_of,
+    byte_tokens,
+    randomize,
+    score,
+    score_artifact,
+    settings,
+)
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -64,87 +73,90 @@ def model() -> tg.GPT:
 TEXT = "Bits per byte, naïvely: one window at a time — é, ü, 日本. " * 6
 
 
-def data_of(text: str) -> tg.Data:
+def val_of(text: str) -> tg.Validation:
     half = len(text) // 2
     tokens = byte_tokens(text[:half]) + byte_tokens(text[half:])
-    return tg.Data(torch.tensor(tokens).int(), BYTE_TABLE, None)
+    return val_of_tokens(tokens)
+
+
+def val_of_tokens(tokens: list[int]) -> tg.Validation:
+    return tg.Validation(torch.tensor(tokens).int(), BYTE_TABLE, canonical=False)
 
 
 @pytest.mark.fault(56)
 @pytest.mark.parametrize(("seq_len", "stride"), [(64, 64), (64, 16), (48, 7), (64, 1)])
 def test_the_score_is_one_window_at_a_time_in_float64(model, cpu, seq_len, stride):
-    h = settings(val_batch_size=64 * 5 * 8, eval_seq_len=seq_len)
-    data = data_of(TEXT)
-    total = len(data.val) - 1
+    val = val_of(TEXT)
+    total = len(val.tokens) - 1
     nats, position = 0.0, 0
     while position < total:
         end = seq_len if position == 0 else min(position + stride, total)
-        window = data.val[max(end - seq_len, 0) : end + 1].long()
+        window = val.tokens[max(end - seq_len, 0) : end + 1].long()
         with torch.inference_mode():
             logits = model.forward_logits(window[None, :-1])[0].double()
         losses = -logits.log_softmax(-1)[torch.arange(seq_len), window[1:]]
         nats += losses[-(end - position) :].sum().item()
         position = end
-    score = tg.evaluate(model.forward_logits, data, h, cpu, tg.Log(), stride=stride)
-    assert score.stride == stride
+    result = score(tg.ScoringPass(model.forward_logits, seq_len, stride), val, cpu, 64 * 5)
+    assert result.stride == stride
     text_bytes = len(TEXT.encode())
-    assert score.tokens == total == text_bytes + 1  # a BOS within is scored and has no bytes
-    assert score.bytes == text_bytes
-    assert score.nats == pytest.approx(nats, rel=1e-6)
-    assert score.val_bpb == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-6)
-    assert score.val_loss == pytest.approx(nats / total, rel=1e-6)
+    assert result.tokens == total == text_bytes + 1  # a BOS within is scored and has no bytes
+    assert result.bytes == text_bytes
+    assert result.nats == pytest.approx(nats, rel=1e-6)
+    assert result.val_bpb == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-6)
+    assert result.val_loss == pytest.approx(nats / total, rel=1e-6)
 
 
-def test_sliding_with_the_whole_stride_is_plain(model, cpu):
-    data, h = data_of(TEXT), settings()
-    plain = tg.evaluate(model.forward_logits, data, h, cpu, tg.Log())
-    whole = tg.evaluate(model.forward_logits, data, h, cpu, tg.Log(), stride=h.train_seq_len)
-    assert (plain.nats, plain.tokens, plain.bytes) == (whole.nats, whole.tokens, whole.bytes)
+@pytest.mark.parametrize("stride", [0, 64, 1000])
+def test_sliding_with_no_stride_or_a_whole_one_is_plain(model, cpu, stride):
+    val, h = val_of(TEXT), settings(eval_stride=stride)
+    plain = score(tg.plain_pass(model.forward_logits, h), val, cpu)
+    whole = score(tg.sliding_pass(model.forward_logits, h), val, cpu)
+    assert plain._replace(seconds=0) == whole._replace(seconds=0)
 
 
 def test_the_batch_changes_no_score(model, cpu):
-    data = data_of(TEXT)
-    scores = [
-        tg.evaluate(
-            model.forward_logits, data, settings(val_batch_size=n), cpu, tg.Log(), stride=16
-        )
-        for n in (1, 64 * 8 * 3, 10**6)
-    ]
-    assert {s.tokens for s in scores} == {len(data.val) - 1}
+    val = val_of(TEXT)
+    scoring_pass = tg.ScoringPass(model.forward_logits, 64, 16)
+    scores = [score(scoring_pass, val, cpu, tokens) for tokens in (1, 64 * 3, 10**6)]
+    assert {s.tokens for s in scores} == {len(val.tokens) - 1}
     assert max(s.nats for s in scores) == pytest.approx(min(s.nats for s in scores), rel=1e-6)
 
 
 def test_a_longer_context_is_seen(model, cpu):
     """EVAL_SEQ_LEN, not TRAIN_SEQ_LEN, is the window where it is set."""
-    data = data_of(TEXT)
     shapes = set()
 
     def logits(ids, last):
         shapes.add(tuple(ids.shape))
         return model.forward_logits(ids, last)
 
-    tg.evaluate(logits, data, settings(eval_seq_len=128, val_batch_size=1), cpu, tg.Log())
+    score(tg.plain_pass(logits, settings(eval_seq_len=128)), val_of(TEXT), cpu, 1)
     assert shapes == {(1, 128)}
+
+
+@pytest.mark.parametrize(("kind", "tokens"), [("cpu", 4096), ("cuda", 65_536)])
+def test_a_gpu_scores_an_eighth_of_the_batch_and_a_cpu_what_its_caches_hold(kind, tokens):
+    device = tg.Device(torch.device(kind), torch.float32, compiled=False)
+    assert tg.scoring_batch_tokens(524_288, device) == tokens
+    assert tg.scoring_batch_tokens(800, device) == 100
 
 
 @pytest.mark.fault(34)
 def test_a_diverged_model_has_no_score(cpu):
-    with pytest.raises(tg.DivergenceError, match="no finite number"):
-        tg.evaluate(
-            lambda ids, last: torch.full((len(ids), last, 260), math.nan),
-            data_of(TEXT),
-            settings(),
-            cpu,
-            tg.Log(),
-        )
+    def logits(ids, last):
+        return torch.full((len(ids), last, 260), math.nan)
+
+    with pytest.raises(tg.DivergenceError, match="the score is not finite"):
+        score(tg.ScoringPass(logits, 64, 64), val_of(TEXT), cpu)
 
 
 def test_uniform_logits_score_log_of_the_vocabulary(cpu):
-    data = data_of(TEXT)
-    score = tg.evaluate(
-        lambda ids, last: torch.zeros(len(ids), last, 260), data, settings(), cpu, tg.Log()
-    )
-    assert score.val_loss == pytest.approx(math.log(260), rel=1e-6)
+    def logits(ids, last):
+        return torch.zeros(len(ids), last, 260)
+
+    result = score(tg.ScoringPass(logits, 64, 64), val_of(TEXT), cpu)
+    assert result.val_loss == pytest.approx(math.log(260), rel=1e-6)
 
 
 STREAMS = {
@@ -163,13 +175,11 @@ STREAMS = {
 def test_any_stream_is_scored_token_by_token(model, cpu, name, stride):
     """Whatever BOS is where, and of windows that nothing fills or no stride divides."""
     tokens = STREAMS[name]
-    data = tg.Data(torch.tensor(tokens).int(), BYTE_TABLE, None)
-    score = tg.evaluate(
-        model.forward_logits, data, settings(), cpu, tg.Log(), stride=min(stride, len(tokens) - 1)
-    )
-    assert score.tokens == len(tokens) - 1
-    assert score.bytes == sum(t >= 4 for t in tokens[1:])
-    assert math.isfinite(score.val_bpb)
+    scoring_pass = tg.ScoringPass(model.forward_logits, 64, stride)
+    result = score(scoring_pass, val_of_tokens(tokens), cpu)
+    assert result.tokens == len(tokens) - 1
+    assert result.bytes == sum(t >= 4 for t in tokens[1:])
+    assert math.isfinite(result.val_bpb)
 
 
 # ---- One pass, attending over a window (EVAL_WINDOW) ----
@@ -178,7 +188,7 @@ def test_any_stream_is_scored_token_by_token(model, cpu, name, stride):
 def attend_over(window: int):
     """Attention over the last `window` positions, from its definition."""
 
-    def attend(q, k, v):
+    def attend(q, k, v, **_):
         k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.size(3))
         at = torch.arange(q.size(1))
@@ -198,7 +208,7 @@ def test_attention_in_blocks_is_attention_over_the_window(sequences, length, win
         torch.randn(sequences, length, heads, 4, generator=draw, dtype=torch.float64)
         for heads in (4, 2, 2)
     )
-    got = tg.attend_sdpa(q, k, v, window)
+    got = tg.attend_sdpa(q, k, v, window=window)
     torch.testing.assert_close(got, attend_over(window)(q, k, v), atol=1e-12, rtol=1e-12)
 
 
@@ -206,8 +216,7 @@ def test_attention_in_blocks_is_attention_over_the_window(sequences, length, win
 def packed(tmp_path) -> Path:
     """The artifact of a random model."""
     path = tmp_path / "artifact"
-    arrays, _ = tg.quantize(randomize(tg.GPT(settings())))
-    path.write_bytes(tg.pack(settings(), arrays))
+    path.write_bytes(artifact_of(randomize(tg.GPT(settings())))[0])
     return path
 
 
@@ -222,14 +231,14 @@ def test_blocks_are_laid_out_for_the_fast_kernels(sequences, monkeypatch):
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", noting)
     q, k, v = (torch.randn(sequences, 96, heads, 8) for heads in (4, 2, 2))
-    tg.attend_sdpa(q, k, v, 16)
+    tg.attend_sdpa(q, k, v, window=16)
     assert strides == [1] * 6
 
 
 def test_blocks_compile_whole():
     qkv = [torch.randn(2, 100, heads, 8) for heads in (4, 2, 2)]
     compiled = torch.compile(tg.attend_sdpa, dynamic=False, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*qkv, 16), tg.attend_sdpa(*qkv, 16))
+    torch.testing.assert_close(compiled(*qkv, window=16), tg.attend_sdpa(*qkv, window=16))
 
 
 def test_flash_attention_is_told_the_window(monkeypatch):
@@ -253,7 +262,7 @@ WINDOW = 8
 
 def nats_of_one_pass(h: tg.Hyperparameters, weights: dict, tokens: torch.Tensor) -> float:
     """What EVAL_WINDOW says of itself, a sequence at a time, dense masks, float64 to the logits."""
-    base = tg.replace(h, rope_train_seq_len=10**9)
+    base = tg.replace(h, rope_train_seq_len=1 << 20)
     stretch = max(WINDOW / h.rope_train_seq_len, 1) ** (h.rope_dims / (h.rope_dims - 2))
     base = tg.replace(base, rope_base=h.rope_base * stretch)
     model = tg.GPT(base, attend_over(WINDOW), torch.float64).double().eval()
@@ -278,50 +287,49 @@ def test_one_pass_is_one_sequence_at_a_time_in_float64(cpu, tmp_path, text, head
     h = settings(
         **changes, jepa_latent_dim=8, jepa_proj_hidden=8, eval_window=WINDOW, eval_stride=0
     )
-    arrays, _ = tg.quantize(randomize(tg.GPT(h)))
-    (tmp_path / "artifact").write_bytes(tg.pack(h, arrays))
-    data = data_of(text)
-    score = tg.score_artifact(tmp_path / "artifact", h, cpu, data, tg.Log(silent=True))["window"]
+    blob, arrays = artifact_of(randomize(tg.GPT(h)))
+    (tmp_path / "artifact").write_bytes(blob)
+    val = val_of(text)
+    found = score_artifact(tmp_path / "artifact", h, val, cpu, tg.Log(silent=True))["window"]
     with torch.inference_mode():
-        want = nats_of_one_pass(h, tg.dequantize(arrays), data.val)
-    assert score.tokens == len(data.val) - 1
-    assert score.bytes == len(text.encode())
-    assert score.nats == pytest.approx(want, rel=1e-6)
+        want = nats_of_one_pass(h, tg.dequantize(arrays), val.tokens)
+    assert found["tokens"] == len(val.tokens) - 1
+    assert found["bytes"] == len(text.encode())
+    assert found["nats"] == pytest.approx(want, rel=1e-6)
 
 
 def test_a_window_of_the_whole_text_is_one_plain_sequence(cpu, packed):
-    """And the others, TTT among them, do not know of it."""
-    data, log = data_of(TEXT), tg.Log(silent=True)
-    h, total = settings(eval_stride=16, ttt_enabled=1), len(data.val) - 1
-    h = tg.replace(h, ttt_chunk_tokens=128)
+    """And the other scores, TTT among them, do not depend on it."""
+    val = val_of(TEXT)
+    total = len(val.tokens) - 1
+    h = settings(eval_stride=16, ttt_enabled=1, ttt_chunk_tokens=128)
 
     def scores(**changes):
-        found = tg.score_artifact(packed, tg.replace(h, **changes), cpu, data, log)
-        return {name: score._replace(seconds=0) for name, score in found.items()}
+        found = score_artifact(packed, tg.replace(h, **changes), val, cpu, tg.Log(silent=True))
+        return {name: of | {"seconds": 0} for name, of in found.items()}
 
     without, found = scores(), scores(eval_window=total)
     assert list(found) == ["plain", "sliding", "window", "ttt"]
     assert {name: found[name] for name in without} == without
     whole = scores(eval_seq_len=total)["plain"]
-    assert found["window"].nats == pytest.approx(whole.nats, rel=1e-6)
-    assert abs(found["window"].nats - found["plain"].nats) > 0.1
+    assert found["window"]["nats"] == pytest.approx(whole["nats"], rel=1e-6)
+    assert abs(found["window"]["nats"] - found["plain"]["nats"]) > 0.1
 
 
 @pytest.mark.parametrize("features", [{}, {"smear_gate": 0, "bigram_vocab_size": 0}])
 def test_a_window_sees_so_many_tokens_a_layer_and_none_that_follows(features):
     """Flip tests: a later token changes nothing; the reach is a window less one for each layer."""
     h = settings(**features, num_layers=2, ve_enabled=0, jepa_chunk_size=0)
-    model = randomize(tg.GPT(h, window=WINDOW)).eval()
+    model = randomize(tg.GPT(h)).eval()
     ids = torch.randint(4, 260, (1, 96), generator=torch.Generator().manual_seed(5))
     reach = 2 * (WINDOW - 1) + (2 if not features else 0)  # the pair's, smeared
     with torch.inference_mode():
-        before = model.forward_logits(ids)
+        before = model.forward_logits(ids, window=WINDOW)
         for t in (0, 7, 8, 40, 95):
             changed = ids.clone()
             changed[0, t] = 4 + (changed[0, t] + 100) % 256
-            differ = (
-                (model.forward_logits(changed) != before).any(-1)[0].nonzero().flatten().tolist()
-            )
+            differ = (model.forward_logits(changed, window=WINDOW) != before).any(-1)[0]
+            differ = differ.nonzero().flatten().tolist()
             assert differ[0] == t
             assert differ[-1] == min(t + reach, 95)
 

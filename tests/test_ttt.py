@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from conftest import BYTE_TABLE, byte_tokens, randomize, settings
+from conftest import BYTE_TABLE, artifact_of, byte_tokens, randomize, score_artifact, settings
 
 import train_gpt as tg
 
 CHANGES = {"eval_seq_len": 16, "ttt_enabled": 1, "ttt_chunk_tokens": 64, "val_batch_size": 8 * 48}
-HONEST = tg.test_time_learner
+HONEST = tg.TestTimeLearner
 
 
 def trained(**changes: object) -> tuple[tg.Hyperparameters, tg.GPT]:
@@ -23,8 +23,8 @@ def some_text(count: int = 300, seed: int = 0) -> torch.Tensor:
     return torch.randint(4, 260, (count,), generator=torch.Generator().manual_seed(seed)).int()
 
 
-def score(h, model, val, rt, stride, learner=HONEST, monkeypatch=None, calls=None) -> torch.Tensor:
-    """Nats of every position of a text, as evaluate sums them, and its calls of learn."""
+def score(h, model, val, cpu, stride, learner=HONEST, monkeypatch=None, calls=None) -> torch.Tensor:
+    """Nats of every position of a text, as they are summed, and the calls of learn."""
     found = torch.full((len(val) - 1,), math.nan)
     cross_entropy, plan = torch.nn.functional.cross_entropy, tg.plan_windows
     batches = []
@@ -35,7 +35,7 @@ def score(h, model, val, rt, stride, learner=HONEST, monkeypatch=None, calls=Non
 
     def kept(logits, targets, reduction="mean", **more):
         nats = cross_entropy(logits, targets, reduction=reduction, **more)
-        if reduction == "none":  # evaluate's alone
+        if reduction == "none":  # that of scoring alone
             batch = batches.pop(0)
             for (start, count), row in zip(batch.tolist(), nats.view(len(batch), -1), strict=True):
                 end = start + 16
@@ -43,18 +43,21 @@ def score(h, model, val, rt, stride, learner=HONEST, monkeypatch=None, calls=Non
                 found[end - count : end] = row[len(row) - count :]
         return nats
 
-    learn = learner(model, h, rt)
+    learning = learner(model, h, cpu, tg.Ranks())
+    learn = learning.learn
 
-    def told(tokens, done):
+    def told(tokens, fraction):
         if calls is not None:
-            calls.append((tokens.clone(), done, int((~found.isnan()).sum())))
-        learn(tokens, done)
+            calls.append((tokens.clone(), fraction, int((~found.isnan()).sum())))
+        learn(tokens, fraction)
 
-    data = tg.Data(val, BYTE_TABLE, None)
+    learning.learn = told
+    scoring_pass = tg.ScoringPass(model.forward_logits, 16, stride, learning)
     with monkeypatch.context() as patch:
         patch.setattr(tg.F, "cross_entropy", kept)
         patch.setattr(tg, "plan_windows", planned)
-        result = tg.evaluate(model.forward_logits, data, h, rt, tg.Log(), stride=stride, learn=told)
+        text = tg.Validation(val, BYTE_TABLE, canonical=False)
+        result = tg.score(scoring_pass, text, tg.Ranks(), cpu, tg.Log(), 48)
     assert not found.isnan().any()  # every position is scored
     assert result.nats == pytest.approx(found.double().sum().item(), rel=1e-6)
     return found
@@ -118,23 +121,19 @@ def test_a_token_changes_no_score_before_it(stride, cpu, monkeypatch):
 
 def test_learning_before_scoring_would_be_caught(cpu, monkeypatch):
     """A learner that takes the next chunk instead of the scored one."""
-    texts, evaluate = [], tg.evaluate
+    texts, honest_score = [], tg.score
 
-    def noting(forward_logits, data, *arguments, **named):
-        texts.append(data.val)
-        return evaluate(forward_logits, data, *arguments, **named)
+    def noting(scoring_pass, val, *arguments):
+        texts.append(val.tokens)
+        return honest_score(scoring_pass, val, *arguments)
 
-    def cheat(model, h, rt):
-        learn, begins = HONEST(model, h, rt), iter(range(64, 1000, 64))
+    class Cheat(HONEST):
+        def learn(self, tokens, fraction):
+            begin = round(fraction * (len(texts[-1]) - 1)) + 64
+            super().learn(texts[-1][begin : begin + 65], fraction)
 
-        def ahead(_, done):
-            begin = next(begins)
-            learn(texts[-1][begin : begin + 65], done)
-
-        return ahead
-
-    monkeypatch.setattr(tg, "evaluate", noting)
-    assert changed_scores(8, cpu, monkeypatch, cheat) == [100, 127, 128, 199]
+    monkeypatch.setattr(tg, "score", noting)
+    assert changed_scores(8, cpu, monkeypatch, Cheat) == [100, 127, 128, 199]
 
 
 @pytest.mark.parametrize("stride", [16, 5])
@@ -156,7 +155,7 @@ def test_scores_of_a_chunk_know_nothing_of_later_tokens(stride, cpu, monkeypatch
 def test_every_parameter_learns(cpu):
     h, model = trained()
     before = {name: p.clone() for name, p in model.named_parameters()}
-    tg.test_time_learner(model, h, cpu)(some_text(65), 0.0)
+    HONEST(model, h, cpu, tg.Ranks()).learn(some_text(65), 0.0)
     same = [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
     assert not same
 
@@ -166,7 +165,7 @@ def test_it_learns_by_sgd_with_momentum_on_half_a_cosine(cpu):
     h, model = trained(ttt_epochs=2, ttt_lr=0.1, label_smoothing=0.5)
     _, twin = trained()
     tokens, done = some_text(17), 0.25
-    tg.test_time_learner(model, h, cpu)(tokens, done)
+    HONEST(model, h, cpu, tg.Ranks()).learn(tokens, done)
     rate, momenta = 0.1 * (1 + math.cos(math.pi * done)) / 2, {}
     ids = tokens.long()
     for _ in range(2):
@@ -184,31 +183,22 @@ def test_it_learns_by_sgd_with_momentum_on_half_a_cosine(cpu):
         torch.testing.assert_close(p, want, atol=1e-5, rtol=1e-4)
 
 
-def test_it_helps_on_text_that_repeats_and_leaves_the_artifact_as_it_was(
-    cpu, tmp_path, monkeypatch
-):
+def test_it_helps_on_text_that_repeats_and_leaves_the_artifact_as_it_was(cpu, tmp_path):
     h = settings(**CHANGES, train_seq_len=16, eval_stride=8, ttt_lr=0.3)
     torch.manual_seed(0)
-    model = tg.GPT(h)
     path = tmp_path / "a.ptz"
-    path.write_bytes(tg.pack(h, tg.quantize(model)[0]))
+    path.write_bytes(artifact_of(tg.GPT(h))[0])
+    before = path.read_bytes()
     text = byte_tokens("all work and no play makes Jack a dull boy. " * 30)
-    data = tg.Data(torch.tensor(text).int(), BYTE_TABLE, None)
-    models = []
-    monkeypatch.setattr(
-        tg, "test_time_learner", lambda m, *rest: models.append(m) or HONEST(m, *rest)
-    )
-    scores = tg.score_artifact(path, h, cpu, data, tg.Log(tmp_path))
+    val = tg.Validation(torch.tensor(text).int(), BYTE_TABLE, canonical=False)
+    scores = score_artifact(path, h, val, cpu, tg.Log(tmp_path))
     assert scores.keys() == {"plain", "sliding", "ttt"}
-    assert scores["ttt"].tokens == scores["plain"].tokens == len(text) - 1
-    assert scores["ttt"].val_bpb < scores["sliding"].val_bpb - 0.5
-    _, weights = tg.load_artifact(path, h)
-    for name, p in models[0].state_dict().items():
-        assert torch.equal(p, weights[name]), name
+    assert scores["ttt"]["tokens"] == scores["plain"]["tokens"] == len(text) - 1
+    assert scores["ttt"]["val_bpb"] < scores["sliding"]["val_bpb"] - 0.5
+    assert path.read_bytes() == before
     log = (tmp_path / "train.log").read_text()
-    assert f"legal_ttt_exact val_loss:{scores['ttt'].val_loss:.8f}" in log
-    assert f"final_int8_zlib_roundtrip_exact val_loss:{scores['ttt'].val_loss:.8f}" in log
-    off = tg.score_artifact(path, tg.replace(h, ttt_enabled=False), cpu, data, tg.Log())
-    assert off == {
-        name: s._replace(seconds=off[name].seconds) for name, s in scores.items() if name != "ttt"
-    }
+    assert f"legal_ttt_exact val_loss:{scores['ttt']['val_loss']:.8f}" in log
+    assert f"final_int8_zlib_roundtrip_exact val_loss:{scores['ttt']['val_loss']:.8f}" in log
+    off = score_artifact(path, tg.replace(h, ttt_enabled=False), val, cpu, tg.Log())
+    for name, of in off.items():
+        assert of | {"seconds": 0} == scores[name] | {"seconds": 0}
