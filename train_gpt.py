@@ -600,10 +600,6 @@ class Ranks:
         largest = torch.tensor(values, dtype=torch.float64)
         return self.all_reduce_(largest, dist.ReduceOp.MAX).tolist()
 
-    def barrier(self) -> None:
-        """Returns when every rank has called this."""
-        self.all_reduce_max(0.0)
-
     def map_over_ranks(
         self, function: Callable[..., Sequence[Tensor]], *stacks: Tensor | None
     ) -> tuple[Tensor, ...]:
@@ -2449,11 +2445,11 @@ class Trainer:
                 self.restore(resume_from)
             with StopSignal() as stop_signal:
                 try:
-                    stopped = self.loop(stop_signal)
+                    self.loop(stop_signal)
                 finally:
                     save_tensors(log, FINAL_MODEL, self.average.weights, self.h)
+                stopped = self.clock.agree(stop_signal.received)  # rank 0 has written its files
         if stopped:
-            self.ranks.barrier()  # rank 0 has written the files
             raise KeyboardInterrupt
         if self.step < self.h.iterations:
             at = f"train_time:{1000 * self.clock.elapsed:.0f}ms step:{self.step}"
@@ -2480,8 +2476,8 @@ class Trainer:
         for state in self.optimizers.state().values():
             state.zero_()
 
-    def loop(self, stop_signal: StopSignal) -> bool:
-        """Takes steps until the run ends; returns whether a signal ended it, after a checkpoint."""
+    def loop(self, stop_signal: StopSignal) -> None:
+        """Takes steps until the run ends or, after a checkpoint, a signal has come to some rank."""
         h, clock, steps = self.h, self.clock, self.steps
         clock.resume()
         checkpoints = CheckpointTimer(h.checkpoint_every, self.step, clock.elapsed)
@@ -2491,7 +2487,7 @@ class Trainer:
                 checkpoints.restart(self.step, clock.elapsed)
                 self.save_checkpoint()
             if stop:
-                return True
+                return
             # When the steps in flight and one more would end, each as slow as the slowest.
             next_end = clock.elapsed + (len(steps.running) + 1) * clock.slowest
             done = self.step >= h.iterations or next_end >= self.deadline
@@ -2500,7 +2496,7 @@ class Trainer:
                 steps.finish()
                 clock.count()
             if done:
-                return False
+                return
             if validates:
                 stop_signal.immediate = True
                 self.validate()
@@ -2578,6 +2574,10 @@ class Trainer:
             self.clock.elapsed = saved["progress/elapsed"].item()
             self.steps.losses = saved["progress/losses"].tolist()
             self.steps.times = saved["progress/times"].tolist()
+            check(
+                len(self.steps.times) == len(self.steps.losses), "times and losses differ in number"
+            )
+            self.clock.recent.extend(np.diff(self.steps.times, prepend=0.0).tolist())
             self.average.count = int(saved["progress/averaged"].item())
             for name, tensor in self.tensors().items():
                 if not name.startswith("progress/"):
@@ -3013,7 +3013,8 @@ def load_checkpoint(
     with raise_data_error(f"{path}: cannot be read as a checkpoint"):
         tensors, settings = read_tensors(path)
         h = with_model_settings(h, settings)
-        prefix = "average/" if "progress/elapsed" in tensors else ""
+        has_average = any(name.startswith("average/") for name in tensors)
+        prefix = "average/" if has_average else ""
         weights = {
             name.removeprefix(prefix): tensor
             for name, tensor in tensors.items()
@@ -3494,10 +3495,10 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
         run.command(args)
         result["status"] = run.ranks.broadcast_from_rank0(lambda: result["status"])
     except BaseException as error:
-        result |= describe_failure(error)
         if dist.is_initialized():
             for number in (signal.SIGINT, signal.SIGTERM):  # by which torchrun ends the others
                 signal.signal(number, signal.SIG_IGN)
+        result |= describe_failure(error)
         log.silent = log.silent and "MASTER_ADDR" in env
         with suppress(OSError):  # a full disk must not hide the reason
             ErrorHandler().record_exception(error)  # for torchrun's last lines

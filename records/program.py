@@ -265,7 +265,9 @@ def check_source(expect: Expect, tree: ast.Module, needs: str, file: str = PROGR
     parts = [*named_parts(tree)]
     for name, node in parts:
         if not (isinstance(node, ast.FunctionDef) and name in READ_VAL):
-            for text in dict.fromkeys(filter(None, map(sees_val, ast.walk(node)))):
+            held = {"self.data"} if takes_other_data(node) else {"self.data", "data"}
+            seen = (sees_val(part, held) for part in ast.walk(node))
+            for text in dict.fromkeys(filter(None, seen)):
                 needed = f"nobody to, but {sorted(READ_VAL)}"
                 expect(False, file, f"{name} reads {text}", needed)
         if name == "main":
@@ -296,18 +298,28 @@ def is_idle(node: ast.stmt) -> bool:
     return constant or isinstance(node, (ast.Pass, ast.Raise))
 
 
-def sees_val(node: ast.AST) -> str:
-    """What here takes the validation split out of `data`, or opens it; "" if nothing does."""
+def takes_other_data(node: ast.AST) -> bool:
+    """Returns whether a function's argument `data` is of another type than Data, such as bytes."""
+    arguments = node.args.args if isinstance(node, ast.FunctionDef) else []
+    kinds = [ast.unparse(a.annotation) for a in arguments if a.arg == "data" and a.annotation]
+    return bool(kinds) and "Data" not in kinds[0]
+
+
+def sees_val(node: ast.AST, held: set[str]) -> str:
+    """Returns what here opens the validation split, or takes it out of a Data; "" if nothing does.
+
+    `held` has the expressions that hold a Data.
+    """
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         sees = node.value == "val" or "fineweb_val" in node.value
     elif isinstance(node, ast.Attribute):
-        sees = node.attr == "val" or re.fullmatch(r"(self\.)?data\._\w+", ast.unparse(node))
+        private = ast.unparse(node.value) in held and node.attr.startswith("_")
+        sees = node.attr == "val" or private
     elif isinstance(node, ast.Subscript):
-        whole = ast.unparse(node.value) in ("data", "self.data")
-        sees = whole and not isinstance(node.slice, ast.Slice)
+        sees = ast.unparse(node.value) in held and not isinstance(node.slice, ast.Slice)
     elif isinstance(node, (ast.Assign, ast.Starred, ast.For)):
         value = node.iter if isinstance(node, ast.For) else node.value
-        sees = ast.unparse(value) in ("data", "self.data")
+        sees = ast.unparse(value) in held
     else:
         sees = False
     return ast.unparse(node).splitlines()[0] if sees else ""

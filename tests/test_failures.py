@@ -690,7 +690,7 @@ def test_a_program_that_is_not_a_file_is_refused_before_training(env):
     source = PROGRAM.read_bytes()
     code, told = ran("-", given=source, **env)
     assert code == 2, told
-    assert "run this program from a file; its bytes count" in told
+    assert "run this program from a file, because its bytes count" in told
     assert "step:1/" not in told
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as made:
@@ -699,7 +699,7 @@ def test_a_program_that_is_not_a_file_is_refused_before_training(env):
     shutil.rmtree("run", ignore_errors=True)
     code, told = ran("wrapped.pyz", **env)
     assert code == 2, told
-    assert "run this program from a file; its bytes count" in told
+    assert "run this program from a file, because its bytes count" in told
     Path("exec.py").write_text(f"exec(open({str(PROGRAM)!r}, encoding='utf-8').read())")
     shutil.rmtree("run", ignore_errors=True)
     code, told = ran("exec.py", **{**env, "ITERATIONS": "0"})

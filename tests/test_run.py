@@ -1,28 +1,34 @@
 """The program as a user runs it: from shards to a scored artifact, and every way to fail."""
 
 import dataclasses
+import hashlib
+import importlib.util
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, settings, shard_bytes
+from conftest import ROOT, TINY, compile_counted, load, settings, shard_bytes, trainer
+from launch import await_, torchrun
 from safetensors.torch import load_file
 
 import train_gpt as tg
 
 
-def program(folder: Path, *arguments: str, **env: object) -> subprocess.CompletedProcess:
-    """Run train_gpt.py in a folder of its own with nothing but these variables set."""
+def program(
+    folder: Path, *arguments: str, file: Path = ROOT / "train_gpt.py", **env: object
+) -> subprocess.CompletedProcess:
+    """Runs a program file in a folder with these variables only."""
     variables = {name.upper(): str(value) for name, value in env.items()}
     keep = {name: os.environ[name] for name in ("PATH", "HOME", "SYSTEMROOT") if name in os.environ}
     return subprocess.run(
-        [sys.executable, str(ROOT / "train_gpt.py"), *arguments],
+        [sys.executable, str(file), *arguments],
         cwd=folder,
         env={**keep, **variables},
         capture_output=True,
@@ -46,12 +52,15 @@ def test_a_run_leaves_its_files(finished):
     assert files == {
         "train.log",
         "train_gpt.py",
+        "train_gpt_readable.py",
         "events.jsonl",
         "result.json",
         "final_model.safetensors",
         "final_model.int6.ptz",
     }
-    assert (folder / "logs/first/train_gpt.py").read_bytes() == Path(tg.__file__).read_bytes()
+    source = Path(tg.__file__).read_bytes()
+    assert (folder / "logs/first/train_gpt_readable.py").read_bytes() == source
+    assert (folder / "logs/first/train_gpt.py").read_bytes() == tg.packed_source(source)
     assert (folder / "logs/first/train.log").read_text() == done.stdout
     assert {path.name for path in folder.iterdir()} == {"logs"}
 
@@ -73,6 +82,9 @@ def test_the_result_is_what_the_log_says(finished):
         assert want in done.stdout.splitlines()
     sizes = result["bytes"]
     assert sizes["code"] == (folder / "logs/first/train_gpt.py").stat().st_size
+    assert f"Code size: {sizes['code']} bytes" in done.stdout.splitlines()
+    source = Path(tg.__file__).read_bytes()
+    assert result["code_sha256"] == hashlib.sha256(source).hexdigest()
     assert sizes["model"] == (folder / "logs/first/final_model.int6.ptz").stat().st_size
     assert sizes["total"] == sizes["code"] + sizes["model"]
     assert f"Total submission size int6+zstd: {sizes['total']} bytes" in done.stdout
@@ -171,12 +183,12 @@ def test_over_the_limit_is_no_success(tmp_path, byte_corpus, monkeypatch, capsys
     ("env", "status", "says"),
     [
         ({"NUM_LAYERS": "many"}, 2, "NUM_LAYERS='many': must be a whole number"),
-        ({"DATA_PATH": "nowhere"}, 2, "DATA_PATH=nowhere: no fineweb_val_*.bin there"),
+        ({"DATA_PATH": "nowhere"}, 2, "DATA_PATH=nowhere: no file matches fineweb_val_*.bin"),
         ({"ATTN": "fa3"}, 2, "ATTN=fa3 COMPILE=auto: cannot run here"),
         (
             {"WORLD_SIZE": "2"},
             2,
-            "RANK expected, but not set; launch several processes by torchrun",
+            "RANK expected, but not set; launch several processes with torchrun",
         ),
         ({"RUN_DIR": "file/run"}, 2, "RUN_DIR=file/run: "),
         ({"MATRIX_LR": "1e17", "GRAD_CLIP_NORM": "0", "SCALAR_LR": "1e17"}, 4, "the loss is"),
@@ -215,17 +227,16 @@ def test_a_sliding_pass_over_the_limit_is_told(finished, byte_corpus, cpu, monke
     told = capsys.readouterr().out
     over = r"^sliding_window stride:8 expected_time:\d+s of 0.0s$"
     assert re.search(over, told, re.MULTILINE)
-    assert "EVAL_STRIDEE is no setting" in told
+    assert "EVAL_STRIDEE is not a setting" in told
     assert "rule:" not in told  # the artifact's own settings hold
 
 
 @pytest.mark.fault(46)
 def test_only_one_of_two_runs_gets_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    h = tg.Hyperparameters(run_id="same")
-    tg.open_folder(h)
+    tg.Run({"RUN_ID": "same"}, tg.Log(), {}).open_folder()
     with pytest.raises(tg.SettingsError, match="choose another RUN_ID"):
-        tg.open_folder(h)
+        tg.Run({"RUN_ID": "same"}, tg.Log(), {}).open_folder()
 
 
 @pytest.mark.fault(45)
@@ -280,7 +291,7 @@ def test_weights_are_saved_before_anything_is_scored(tmp_path, byte_corpus, monk
     def no_memory(*_, **__):
         raise torch.OutOfMemoryError("8 GiB")
 
-    monkeypatch.setattr(tg, "evaluate", no_memory)
+    monkeypatch.setattr(tg, "score", no_memory)
     monkeypatch.chdir(tmp_path)
     env = {**TINY, "DATA_PATH": str(byte_corpus), "RUN_ID": "oom", "ITERATIONS": "3"}
     assert tg.main([], env) == 3
@@ -298,7 +309,7 @@ def test_other_errors_leave_a_result_too(tmp_path, byte_corpus, monkeypatch, err
     def fails(*_):
         raise error
 
-    monkeypatch.setattr(tg, "train", fails)
+    monkeypatch.setattr(tg.Trainer, "train", fails)
     monkeypatch.chdir(tmp_path)
     env = {**TINY, "DATA_PATH": str(byte_corpus), "RUN_ID": "bad"}
     assert tg.main([], env) == status
@@ -377,18 +388,17 @@ def test_zeros_are_a_defined_result_and_no_program_is_called(tmp_path, byte_corp
 
 @pytest.mark.fault(20)
 def test_one_step_with_everything_else_zero(tmp_path, byte_corpus, monkeypatch, cpu):
-    """Nothing is divided by what may be 0 within the loop either."""
+    """The loop divides by no setting that may be 0."""
     names = ("warmup_steps", "warmdown_iters", "val_loss_every", "train_log_every")
     more = ("muon_momentum_warmup_steps", "jepa_phase1_frac", "warmdown_max_fraction", "ema_decay")
     zeros = dict.fromkeys((*names, *more), 0)
     h = settings(**zeros, iterations=1, data_path=byte_corpus)
-    clock, average = tg.train(tg.GPT(h), tg.load_data(h, tg.Log()), h, cpu, tg.Log())
-    (loss,) = clock.losses
+    one = trainer(tg.GPT(h), load(h), h, cpu)
+    one.train()
+    (loss,) = one.steps.losses
     assert math.isfinite(loss)
-    pairs = zip(
-        average.weights.values(), average.params, strict=True
-    )  # EMA_DECAY=0: the last weights
-    assert all(torch.equal(mean, p) for mean, p in pairs)
+    for name, p in one.average.params.items():  # EMA_DECAY=0: the last weights
+        assert torch.equal(one.average.weights[name], p)
 
 
 @pytest.mark.fault(25)
@@ -408,7 +418,7 @@ def test_a_cap_below_one_step_gives_an_artifact_and_says_fail(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_run_without_a_gpu_says_so(finished):
     folder, done = finished
-    said = "device:cpu, no CUDA GPU is here: not comparable with the records"
+    said = "device:cpu, no CUDA GPU found: times are not comparable with the records"
     assert said in done.stdout.splitlines()
     machine = json.loads((folder / "logs/first/result.json").read_text())["machine"]
     assert (machine["dtype"], machine["compiled"]) == ("float32", False)
@@ -419,12 +429,12 @@ def test_a_run_without_a_gpu_says_so(finished):
 def test_the_limit_itself_is_within_the_limit(
     finished, byte_corpus, tmp_path, monkeypatch, capsys, over, status, verdict
 ):
-    """Of the bytes that the run wrote, by an artifact that nothing widens."""
+    """Of the bytes that the run wrote, with an artifact whose scales nothing multiplies."""
     folder, _ = finished
     first = json.loads((folder / "logs/first/result.json").read_text())["bytes"]["total"]
-    shrink = tg.shrink
+    pack = tg.pack_to_fit
     monkeypatch.setattr(tg, "BYTES_LIMIT", first - over)
-    monkeypatch.setattr(tg, "shrink", lambda m, x, h, room, log: shrink(m, x, h, 10**9, log))
+    monkeypatch.setattr(tg, "pack_to_fit", lambda m, x, h, _, *rest: pack(m, x, h, 10**9, *rest))
     monkeypatch.chdir(tmp_path)
     env = {"DATA_PATH": str(byte_corpus), "RUN_ID": "at", "EVAL_STRIDE": "0"}
     env |= {"GPTQ_ENABLED": "0", "VAL_BATCH_SIZE": "8192"}
@@ -438,3 +448,174 @@ def test_the_limit_itself_is_within_the_limit(
 @pytest.mark.fault(39)
 def test_the_limit_is_decimal():
     assert tg.BYTES_LIMIT == 16_000_000 < 16 * 1024**2
+
+
+# ---- The packed twin as a program ----
+
+SOURCE = (ROOT / "train_gpt.py").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def twin(finished, tmp_path_factory) -> Path:
+    """The packed twin that a run has written, alone in a folder."""
+    path = tmp_path_factory.mktemp("twin") / "train_gpt.py"
+    path.write_bytes((finished[0] / "logs/first/train_gpt.py").read_bytes())
+    return path
+
+
+def import_file(path: Path, name: str) -> types.ModuleType:
+    """Imports a file under a name, without an entry in sys.modules."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert sys.modules.get(name) is not module
+    return module
+
+
+@pytest.mark.fault(51)
+def test_the_twin_alone_gives_the_run_of_its_source(finished, twin, byte_corpus, tmp_path):
+    """The same artifact, scores and code size; its folder holds both forms too."""
+    folder, done = finished
+    program_file = tmp_path / twin.name
+    program_file.write_bytes(twin.read_bytes())
+    env = {**TINY, "DATA_PATH": byte_corpus, "RUN_ID": "first"}
+    again = program(tmp_path, file=program_file, **env)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"logs", "train_gpt.py"}
+    first, second = folder / "logs/first", tmp_path / "logs/first"
+    for name in ("final_model.int6.ptz", "train_gpt.py", "train_gpt_readable.py"):
+        assert (second / name).read_bytes() == (first / name).read_bytes(), name
+    code = f"Code size: {len(twin.read_bytes())} bytes"
+    for screen in (done.stdout, again.stdout):
+        assert [line for line in screen.splitlines() if line.startswith("Code size:")] == [code]
+    one, other = (json.loads((path / "result.json").read_text()) for path in (first, second))
+    for name in ("bytes", "code_sha256", "train_losses", "settings", "status"):
+        assert other[name] == one[name], name
+    for kind, score in one["scores"].items():
+        assert other["scores"][kind] | {"seconds": 0} == score | {"seconds": 0}
+
+
+def test_the_twin_scores_an_artifact(finished, twin, byte_corpus, tmp_path):
+    folder, done = finished
+    artifact = folder / "logs/first/final_model.int6.ptz"
+    env = {"DATA_PATH": byte_corpus, "EVAL_STRIDE": 32, "VAL_BATCH_SIZE": 8192}
+    again = program(tmp_path, "--eval", str(artifact), file=twin, **env)
+    assert again.returncode == 0, again.stdout + again.stderr
+    exact = [line for line in done.stdout.splitlines() if "final" in line and "exact" in line]
+    assert exact == [line for line in again.stdout.splitlines() if "exact" in line]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_two_ranks_of_torchrun_run_the_twin(finished, twin, byte_corpus, tmp_path):
+    env = {**TINY, "DATA_PATH": byte_corpus, "RUN_DIR": "run", "OMP_NUM_THREADS": 1}
+    agent = torchrun(tmp_path, twin, "--standalone", "--nproc_per_node=2", **env)
+    screen = tmp_path / "screen.txt"
+    await_(lambda: agent.poll() is not None, 200, screen.read_text)
+    assert agent.returncode == 0, screen.read_text()
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["status"] == "ok"
+    assert "world_size:2 " in screen.read_text()
+    assert (tmp_path / "run/train_gpt.py").read_bytes() == twin.read_bytes()
+    assert (tmp_path / "run/train_gpt_readable.py").read_bytes() == SOURCE
+    one = json.loads((finished[0] / "logs/first/result.json").read_text())
+    assert result["train_losses"] == pytest.approx(one["train_losses"], abs=2e-3)
+    assert result["bytes"]["code"] == one["bytes"]["code"]
+
+
+@pytest.mark.parametrize("name", ["train_gpt", "submission_under_review", "a.dotted.name", "json"])
+def test_the_twin_imported_under_any_name_has_the_names_of_its_source(twin, name):
+    source, module = (import_file(path, name) for path in (ROOT / "train_gpt.py", twin))
+    wrapper = {"base64", "linecache", "lzma", "text"}  # names of the lines that decode it
+    assert vars(module).keys() - wrapper == vars(source).keys() - wrapper
+    assert module.__doc__ == source.__doc__
+    for key, value in vars(source).items():
+        other = getattr(module, key)
+        assert type(other).__qualname__ == type(value).__qualname__, key
+        assert getattr(other, "__module__", None) == getattr(value, "__module__", None), key
+        if isinstance(value, (bool, int, float, str, bytes, tuple)) and not key.startswith("__"):
+            assert repr(other) == repr(value), key
+
+
+@pytest.mark.parametrize("name", ["train_gpt", "submission_under_review"])
+def test_a_model_of_the_imported_twin_has_a_loss(twin, name):
+    module = import_file(twin, name)
+    assert (module.Hyperparameters.model_dim, module.Hyperparameters.num_layers) == (512, 11)
+
+    class Tiny(module.Hyperparameters):
+        vocab_size, num_layers, model_dim, num_heads, num_kv_heads = 260, 2, 32, 4, 2
+        rope_dims, bigram_vocab_size, ve_dim, train_seq_len = 4, 64, 8, 64
+
+    ids = torch.randint(4, 260, (2, 65), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    model = module.GPT(Tiny)
+    assert len(model.blocks) == 2
+    loss = model(ids[:, :-1], ids[:, 1:])
+    assert loss.shape == ()
+    assert loss.item() == pytest.approx(math.log(260), abs=0.2)
+    loss.backward()
+    torch.manual_seed(0)
+    same = tg.GPT(settings(num_layers=2))
+    assert same(ids[:, :-1], ids[:, 1:]).item() == loss.item()
+
+
+def test_the_imported_twin_compiles(twin):
+    module = import_file(twin, "submission_under_review")
+    h = module.Hyperparameters.from_env({**TINY, "NUM_LAYERS": "2"})
+    model = module.GPT(h)
+    compiled, programs = compile_counted(model.losses)
+    ids = torch.randint(4, 260, (2, 65), generator=torch.Generator().manual_seed(0))
+    loss = compiled(ids[:, :-1], ids[:, 1:])[0]
+    assert loss.item() == pytest.approx(model(ids[:, :-1], ids[:, 1:]).item(), abs=1e-6)
+    assert len(programs) == 1
+
+
+@pytest.mark.fault(43)
+def test_an_error_inside_the_twin_shows_the_line_of_its_source(
+    twin, byte_corpus, tmp_path, monkeypatch, capsys
+):
+    """A bug of the program is reported by a traceback; it must not end at the wrapper."""
+    monkeypatch.chdir(tmp_path)
+    module = import_file(twin, "submission_under_review")
+    monkeypatch.setattr(module, "load_data", None)
+    assert module.main([], {**TINY, "DATA_PATH": str(byte_corpus), "RUN_ID": "bad"}) == 6
+    said = capsys.readouterr().out
+    lines = SOURCE.decode().splitlines()
+    number = lines.index("        self.data = load_data(h, ranks, log, steps)")
+    where = f'  File "{twin}", line {number + 1}, in prepare\n    {lines[number].strip()}\n'
+    assert where in said
+    assert where in json.loads(Path("logs/bad/result.json").read_text())["reason"]
+
+
+def test_a_traceback_of_a_twin_started_as_a_program_shows_its_lines(tmp_path, byte_corpus):
+    line = b"        self.program = Program.load()\n"
+    assert SOURCE.count(line) == 1
+    broken = SOURCE.replace(line, b"        1 / 0  # a bug in this line\n")
+    file = tmp_path / "train_gpt.py"
+    file.write_bytes(tg.packed_source(broken))
+    done = program(tmp_path, file=file, **TINY, DATA_PATH=byte_corpus, RUN_ID="bad")
+    assert done.returncode == 6
+    number = broken[: broken.index(b"1 / 0")].count(b"\n") + 1
+    where = f'  File "{file}", line {number}, in prepare\n    1 / 0  # a bug in this line\n'
+    assert where in done.stdout
+    assert "ZeroDivisionError: division by zero" in done.stdout
+
+
+@pytest.mark.fault(51)
+def test_line_ends_change_no_byte_of_the_twin(tmp_path, monkeypatch):
+    """A checkout with CRLF line ends counts, hashes and ships the same bytes."""
+    windows = SOURCE.replace(b"\n", b"\r\n")
+    assert b"\r" not in SOURCE
+    assert tg.packed_source(windows) == tg.packed_source(SOURCE)
+    for data in (SOURCE, windows, tg.packed_source(SOURCE)):
+        (tmp_path / "train_gpt.py").write_bytes(data)
+        monkeypatch.setattr(tg, "__file__", str(tmp_path / "train_gpt.py"))
+        assert tg.Program.load() == (SOURCE, tg.packed_source(SOURCE))
+
+
+@pytest.mark.fault(51)
+def test_a_twin_with_crlf_line_ends_is_the_same_twin(twin, tmp_path, monkeypatch):
+    """It is not packed a second time."""
+    (tmp_path / "train_gpt.py").write_bytes(twin.read_bytes().replace(b"\n", b"\r\n"))
+    monkeypatch.setattr(tg, "__file__", str(tmp_path / "train_gpt.py"))
+    assert tg.Program.load() == (SOURCE, twin.read_bytes())
