@@ -3129,16 +3129,13 @@ class Program(NamedTuple):
     def load(cls) -> "Program":
         """Returns the running file and its other form. Raises SettingsError without a file."""
         try:
-            file = Path(__file__).read_bytes()
+            file = Path(__file__).read_bytes().replace(b"\r\n", b"\n")
         except (NameError, OSError) as error:
             raise SettingsError(
                 f"{error}: run this program from a file, because its bytes count"
             ) from None
         source = unpacked_source(file)
-        if source is not None:
-            return cls(source, file)
-        source = file.replace(b"\r\n", b"\n")
-        return cls(source, packed_source(source))
+        return cls(file, packed_source(file)) if source is None else cls(source, file)
 
 
 class Run:

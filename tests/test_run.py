@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 import types
@@ -96,7 +97,7 @@ def test_the_result_is_what_the_log_says(finished):
 
 
 def test_the_log_has_the_conventional_lines(finished):
-    _, done = finished
+    folder, done = finished
     lines = done.stdout.splitlines()
     assert lines[0] == "logs/first/train.log"
     for start in (
@@ -118,6 +119,14 @@ def test_the_log_has_the_conventional_lines(finished):
     names = [f.name for f in dataclasses.fields(tg.Hyperparameters)]  # every setting, once
     assert re.findall(r"(?:^| )([a-z]\w*):", told) == names
     assert " run_id:first " in told
+    (changed,) = [line for line in lines if line.startswith("changed_settings: ")]
+    assert lines.index(changed) == lines.index(told) + 1
+    values = dict(pair.split("=", 1) for pair in shlex.split(changed)[1:])
+    result = json.loads((folder / "logs/first/result.json").read_text())
+    again = tg.Hyperparameters.from_env(values)  # as an environment it gives the same settings
+    assert dataclasses.asdict(again) == result["settings"]
+    (machine,) = [line for line in lines if line.startswith("device:") and " torch:" in line]
+    assert re.search(r" attention:(flash|math|cudnn)$", machine)
 
 
 def test_events_are_the_steps_and_scores(finished):
@@ -570,7 +579,6 @@ def test_the_imported_twin_compiles(twin):
     assert len(programs) == 1
 
 
-@pytest.mark.fault(43)
 def test_an_error_inside_the_twin_shows_the_line_of_its_source(
     twin, byte_corpus, tmp_path, monkeypatch, capsys
 ):

@@ -82,10 +82,10 @@ def test_a_folder_of_one_arm(finished, tmp_path, capsys):
         "train_seed42.log",
         "train_seed7.log",
     ]
-    twin = (finished / "tiny/seed7/train_gpt.py").read_bytes()
-    assert (folder / "train_gpt.py").read_bytes() == twin
-    source = (ROOT / "train_gpt.py").read_bytes()
-    assert (folder / "train_gpt_readable.py").read_bytes() == source
+    forms = ("train_gpt.py", "train_gpt_readable.py")
+    twin, source = ((finished / "tiny/seed7" / name).read_bytes() for name in forms)
+    assert [(folder / name).read_bytes() for name in forms] == [twin, source]
+    assert tg.unpacked_source(twin) == source
     told = json.loads((folder / "submission.json").read_text(encoding="utf-8"))
     results = {seed: tg_result(finished / f"tiny/seed{seed}") for seed in (1337, 42, 7)}
     scores = [result["scores"]["sliding"] for result in results.values()]
