@@ -2427,7 +2427,7 @@ class Trainer:
         self.validation = plain_pass(device.compile(model.forward_logits), h)
         self.optimizers, self.average = Optimizers(model, h, ranks), WeightAverage(model, h)
         self.clock = TrainingClock(device, ranks)
-        self.steps = StepLog(self.clock, log, ranks, h.iterations, h.train_log_every)
+        self.step_log = StepLog(self.clock, log, ranks, h.iterations, h.train_log_every)
         self.step = 0  # steps launched
 
     def train(self, resume_from: Mapping[str, Tensor] | None = None) -> None:
@@ -2478,7 +2478,7 @@ class Trainer:
 
     def loop(self, stop_signal: StopSignal) -> None:
         """Takes steps until the run ends or, after a checkpoint, a signal has come to some rank."""
-        h, clock, steps = self.h, self.clock, self.steps
+        h, clock, step_log = self.h, self.clock, self.step_log
         clock.resume()
         checkpoints = CheckpointTimer(h.checkpoint_every, self.step, clock.elapsed)
         while True:
@@ -2489,11 +2489,11 @@ class Trainer:
             if stop:
                 return
             # When the steps in flight and one more would end, each as slow as the slowest.
-            next_end = clock.elapsed + (len(steps.running) + 1) * clock.slowest
+            next_end = clock.elapsed + (len(step_log.running) + 1) * clock.slowest
             done = self.step >= h.iterations or next_end >= self.deadline
             validates = h.val_loss_every > 0 and self.step % h.val_loss_every == 0
             if done or validates:
-                steps.finish()
+                step_log.finish()
                 clock.count()
             if done:
                 return
@@ -2504,7 +2504,7 @@ class Trainer:
                 clock.resume()
             progress = Progress(self.step, h.iterations, clock.elapsed, self.deadline)
             phase = schedule(progress, h)
-            steps.launched(self.take_step(phase, *self.batches.batch(self.step)))
+            step_log.launched(self.take_step(phase, *self.batches.batch(self.step)))
             self.average.update(self.step, phase.lr_scale)
             self.step += 1
 
@@ -2538,12 +2538,12 @@ class Trainer:
         self.model.eval()
         tokens = scoring_batch_tokens(self.h.val_batch_size, self.device)
         result = score(self.validation, self.val, self.ranks, self.device, self.log, tokens)
-        self.steps.write(val_loss=result.val_loss, val_bpb=result.val_bpb)
+        self.step_log.write(val_loss=result.val_loss, val_bpb=result.val_bpb)
         self.model.train()
 
     def save_checkpoint(self) -> None:
         """Writes a checkpoint; the time that this takes counts as training."""
-        self.steps.finish()
+        self.step_log.finish()
         self.clock.count()
         save_tensors(self.log, CHECKPOINT, self.tensors(), self.h)
         self.clock.count()
@@ -2560,8 +2560,8 @@ class Trainer:
         tensors |= self.optimizers.state()
         progress = {
             "elapsed": self.clock.elapsed,
-            "losses": self.steps.losses,
-            "times": self.steps.times,
+            "losses": self.step_log.losses,
+            "times": self.step_log.times,
             "averaged": self.average.count,
         }
         for name, values in progress.items():
@@ -2572,19 +2572,20 @@ class Trainer:
         """Continues from the tensors of a checkpoint. Raises DataError if they do not fit."""
         with raise_data_error(f"RESUME={self.h.resume}: not a training state of this model"):
             self.clock.elapsed = saved["progress/elapsed"].item()
-            self.steps.losses = saved["progress/losses"].tolist()
-            self.steps.times = saved["progress/times"].tolist()
+            self.step_log.losses = saved["progress/losses"].tolist()
+            self.step_log.times = saved["progress/times"].tolist()
             check(
-                len(self.steps.times) == len(self.steps.losses), "times and losses differ in number"
+                len(self.step_log.times) == len(self.step_log.losses),
+                "times and losses differ in number",
             )
-            self.clock.recent.extend(np.diff(self.steps.times, prepend=0.0).tolist())
+            self.clock.recent.extend(np.diff(self.step_log.times, prepend=0.0).tolist())
             self.average.count = int(saved["progress/averaged"].item())
             for name, tensor in self.tensors().items():
                 if not name.startswith("progress/"):
                     stored = saved[name]
                     check(stored.shape == tensor.shape, f"{name} has shape {[*stored.shape]}")
                     tensor.copy_(stored)
-        self.step = len(self.steps.losses)
+        self.step = len(self.step_log.losses)
         self.log(f"resume: step {self.step}, {self.clock.elapsed:.1f} s trained")
 
 
@@ -3195,13 +3196,13 @@ class Run:
         trainer = Trainer(model, self.data, h, self.ranks, self.device, log, h.training_deadline)
         trainer.train(resume_from)
         kind = trainer.average.copy_to_model(log)
-        step_ms = np.diff(trainer.steps.times, prepend=0.0) * 1000
+        step_ms = np.diff(trainer.step_log.times, prepend=0.0) * 1000
         percentiles = (50, 99) if trainer.step else ()
         self.result |= {
             "steps": trainer.step,
             "step_ms": {f"p{n}": float(np.percentile(step_ms, n)) for n in percentiles},
             "peak_memory_mib": torch.cuda.max_memory_allocated() >> 20,  # 0 on a CPU
-            "train_losses": trainer.steps.losses,
+            "train_losses": trainer.step_log.losses,
             "weights": kind,
         }
         self.quantize_and_score(model, trainer.clock, trainer.step)

@@ -695,7 +695,7 @@ def state(tmp_path_factory) -> tuple[dict[str, torch.Tensor], bytes]:
     device = tg.Device(torch.device("cpu"), torch.float32, compiled=False)
     model = randomize(tg.GPT(tiny()))
     training = trainer(model, tg.Data(None, object()), tiny(), device)
-    training.steps.losses, training.steps.times = [3.0, 2.0], [0.5, 1.0]
+    training.step_log.losses, training.step_log.times = [3.0, 2.0], [0.5, 1.0]
     tensors = training.tensors()
     return tensors, written(tiny(), tensors, tmp_path_factory.mktemp("state"))
 
@@ -904,13 +904,16 @@ def test_a_checkpoint_of_many_steps_is_read(cpu, tmp_path):
     before = trainer(tg.GPT(h), tg.Data(None, object()), h, cpu)
     before.step = steps
     before.clock.elapsed = steps / 7
-    before.steps.times = [n / 7 for n in range(steps)]
-    before.steps.losses = [1 / (n + 1) for n in range(steps)]
+    before.step_log.times = [n / 7 for n in range(steps)]
+    before.step_log.losses = [1 / (n + 1) for n in range(steps)]
     data = written(h, before.tensors(), tmp_path)
     assert int.from_bytes(data[:8], "little") < 20_000
     _, _, kept = tg.load_checkpoint(tmp_path / "made", h)
     after = trainer(tg.GPT(h), tg.Data(None, object()), h, cpu)
     after.restore(kept)
     assert after.step == steps
-    assert (after.steps.times, after.steps.losses) == (before.steps.times, before.steps.losses)
+    assert (after.step_log.times, after.step_log.losses) == (
+        before.step_log.times,
+        before.step_log.losses,
+    )
     assert after.clock.elapsed == before.clock.elapsed

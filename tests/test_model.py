@@ -578,7 +578,7 @@ def test_stp_lambda_of_zero_trains_as_without_stp(byte_corpus, cpu):
         torch.manual_seed(0)
         steps = trainer(tg.GPT(h), load(h), h, cpu)
         steps.train()
-        found.append(steps.steps.losses)
+        found.append(steps.step_log.losses)
     without, at_zero, at_default = found
     assert at_zero == without
     assert at_default[0] == without[0]  # the loss that is logged is cross-entropy

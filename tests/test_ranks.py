@@ -38,7 +38,7 @@ def weighed(self, *arguments):
     digest = hashlib.sha256()
     for p in (*self.average.params.values(), *self.average.weights.values()):
         digest.update(p.numpy().tobytes())
-    seconds = f"{self.clock.elapsed} {self.steps.times}"
+    seconds = f"{self.clock.elapsed} {self.step_log.times}"
     (folder / f"weights{RANK}").write_text(f"{digest.hexdigest()} {seconds}")
 
 def scored(self):

@@ -404,7 +404,7 @@ def test_one_step_with_everything_else_zero(tmp_path, byte_corpus, monkeypatch, 
     h = settings(**zeros, iterations=1, data_path=byte_corpus)
     one = trainer(tg.GPT(h), load(h), h, cpu)
     one.train()
-    (loss,) = one.steps.losses
+    (loss,) = one.step_log.losses
     assert math.isfinite(loss)
     for name, p in one.average.params.items():  # EMA_DECAY=0: the last weights
         assert torch.equal(one.average.weights[name], p)

@@ -25,7 +25,7 @@ def trained(h: tg.Hyperparameters, device: tg.Device, **options: object) -> tg.T
 def test_the_loss_falls(byte_corpus: Path, cpu):
     run = trained(settings(data_path=byte_corpus, iterations=60, warmdown_iters=30), cpu)
     assert run.average.copy_to_model(tg.Log()) == "ema"
-    losses = run.steps.losses
+    losses = run.step_log.losses
     assert len(losses) == 60
     assert losses[0] == pytest.approx(math.log(260), abs=0.2)
     assert losses[-1] < losses[0] - 2
@@ -163,7 +163,7 @@ def test_warm_up_leaves_no_trace(byte_corpus: Path, cpu, monkeypatch, features):
         assert len(phases) == 3 * compiled
         steps.take_step = take_step
         steps.loop(tg.StopSignal())
-        losses[compiled] = steps.steps.losses
+        losses[compiled] = steps.step_log.losses
     assert losses[True] == losses[False]
     assert {*phases} == {*tg.programs(h)}
 
@@ -200,7 +200,7 @@ def test_the_clock_stands_still_when_paused_and_knows_its_slowest_step(fake_time
     for seconds in (1.0, 3.0, 1.0):
         fake_time.now += seconds
         steps.launched(LOSS)
-    clock.pause()
+    clock.count()
     fake_time.now += 100
     clock.resume()
     assert (clock.elapsed, clock.slowest) == (5.0, 3.0)
@@ -217,7 +217,7 @@ def test_time_between_steps_belongs_to_training(fake_time, cpu):
     steps.launched(LOSS)
     fake_time.now += 5  # a slow batch, say
     assert steps.clock.seconds() == 6.0
-    steps.clock.pause()
+    steps.clock.count()
     assert steps.clock.elapsed == 6.0
 
 
@@ -240,14 +240,14 @@ def test_training_stops_before_the_cap(
     )
     run = trained(h, cpu, deadline=h.training_deadline)
     assert "stopping_early: wallclock_cap" in capsys.readouterr().out
-    assert run.step == len(run.steps.losses) == steps  # before the first step nothing is known
+    assert run.step == len(run.step_log.losses) == steps  # before the first step nothing is known
     assert run.clock.elapsed < cap or steps == 1
 
 
 @pytest.mark.fault(20)
 def test_no_steps_are_a_defined_result(byte_corpus: Path, cpu):
     run = trained(settings(data_path=byte_corpus, iterations=0), cpu)
-    assert (run.step, run.steps.losses, run.steps.times) == (0, [], [])
+    assert (run.step, run.step_log.losses, run.step_log.times) == (0, [], [])
     before = {name: p.clone() for name, p in run.average.params.items()}
     assert run.average.copy_to_model(tg.Log()) == "ema"  # of nothing: the initial weights
     assert all(torch.equal(p, before[name]) for name, p in run.average.params.items())
@@ -302,8 +302,8 @@ def test_every_step_is_logged_though_it_is_known_late(byte_corpus: Path, cpu, ca
         *((f"step:{n}/6", "train_loss") for n in (4, 5, 6)),
         ("step:6/6", "val_loss"),
     ]
-    assert run.steps.times == sorted(run.steps.times)
-    assert run.clock.elapsed >= run.steps.times[-1]
+    assert run.step_log.times == sorted(run.step_log.times)
+    assert run.clock.elapsed >= run.step_log.times[-1]
 
 
 def test_log_files_hold_what_was_said(tmp_path: Path, capsys):
@@ -494,7 +494,7 @@ def test_the_loop_leaves_room_for_the_steps_that_still_run(
     h = settings(data_path=byte_corpus, iterations=1000, max_wallclock_seconds=10)
     run = trained(h, cpu, deadline=h.training_deadline)
     # The slowest step took 2 s. After 6 s one step still runs: it and one more could end at 10 s.
-    assert run.step == len(run.steps.losses) == 6
+    assert run.step == len(run.step_log.losses) == 6
 
 
 def test_steps_see_every_token_once(byte_corpus: Path):
