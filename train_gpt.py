@@ -3302,7 +3302,8 @@ class Run:
         if found is None:
             return None
         stored, tensors = found
-        other = dict(model_settings(stored).items() - model_settings(h).items())
+        own = model_settings(h)
+        other = {k: v for k, v in model_settings(stored).items() if v != own[k]}
         if other:
             raise DataError(f"RESUME={path}: its model has {env_form(other)}; set the same")
         return tensors
