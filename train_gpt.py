@@ -881,7 +881,7 @@ def raise_data_error(what: str) -> Iterator[None]:
     """Turns whatever a damaged file raises inside a block into a DataError that names it."""
     try:
         yield
-    except (DataError, SettingsError, MemoryError, torch.OutOfMemoryError):
+    except (DataError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise DataError(f"{what}: {error!r:.300}") from None

@@ -416,7 +416,7 @@ def test_the_proof_accepts_what_fits_and_refuses_what_does_not(tokenizer):
         table._replace(size=table.size + (torch.arange(len(table.size)) == int(tokens[2])).short()),
         table._replace(space=1 - table.space),
     ):
-        with pytest.raises(tg.DataError, match="no bpb of these data"):
+        with pytest.raises(tg.DataError, match="use the tokenizer that made the shards"):
             tg.verify_byte_table(wrong, tokenizer, tokens)
 
 
@@ -551,7 +551,7 @@ def test_no_bpb_is_printed_of_a_byte_table_that_decoding_refutes(text_corpus, mo
         return table._replace(**{wrong: getattr(table, wrong) + (table.size > 0)})
 
     monkeypatch.setattr(tg.ByteTable, "of_tokenizer", of_tokenizer)
-    assert "no bpb of these data would be right" in refused(**text_corpus)
+    assert "use the tokenizer that made the shards would be right" in refused(**text_corpus)
 
 
 @pytest.mark.fault(15)
