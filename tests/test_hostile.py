@@ -504,7 +504,7 @@ def headers(good: bytes) -> dict[str, tuple[bytes, str]]:
         "all missing": (checkpoint({"__metadata__": meta}, b""), "Missing key"),
         "renamed": (checkpoint({**less, f"{NAME}s": of}, body), NAME),
         "more": (more("more", [4], (end, end + 16), added=16), "more"),
-        "more, as of a checkpoint": (more("a/0", [4], (end, end + 16), added=16), "Missing key"),
+        "more, as of a checkpoint": (more("a/0", [4], (end, end + 16), added=16), "Unexpected key"),
         "more, unstored": (more("a/0", [4], (end, end + 16)), library),
         "more, untold": (checkpoint(head, body + bytes(16)), library),
         "more, over others": (more("a/0", [-4], (end, end - 16)), library),

@@ -417,7 +417,9 @@ def test_importing_does_nothing(form: str, tmp_path: Path):
     assert 6.5 < told.pop("loss") < 7.3  # ln 1024 = 6.93
     assert "any_name_at_all" in told.pop("modules")
     extra = [] if form == "source" else ["linecache", "text"]
-    assert told.pop("names") == sorted([*vars(tg), *extra])
+    # A compiler of an earlier test may have left names of its own in this process.
+    names = [name for name in vars(tg) if not name.startswith("___")]
+    assert told.pop("names") == sorted([*names, *extra])
     assert told == {
         "new_files": [],
         "env_kept": True,
