@@ -2499,8 +2499,10 @@ class Trainer:
                 return
             if validates:
                 stop_signal.immediate = True
-                self.validate()
-                stop_signal.immediate = False
+                try:
+                    self.validate()
+                finally:
+                    stop_signal.immediate = False
                 clock.resume()
             progress = Progress(self.step, h.iterations, clock.elapsed, self.deadline)
             phase = schedule(progress, h)
