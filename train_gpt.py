@@ -3499,6 +3499,7 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
         if dist.is_initialized():
             for number in (signal.SIGINT, signal.SIGTERM):  # by which torchrun ends the others
                 signal.signal(number, signal.SIG_IGN)
+            time.sleep(1)  # torchrun must see a rank that was killed end before this one fails
         result |= describe_failure(error)
         log.silent = log.silent and "MASTER_ADDR" in env
         with suppress(OSError):  # a full disk must not hide the reason
@@ -3512,6 +3513,5 @@ if __name__ == "__main__":
     exit_status = main(sys.argv[1:], os.environ)
     if dist.is_initialized():
         sys.stdout.flush()
-        time.sleep(1)  # torchrun must see a rank that was killed end before this one
         os._exit(exit_status)  # at once: a broken process group can hang
     sys.exit(exit_status)
