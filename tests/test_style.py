@@ -398,39 +398,44 @@ print(json.dumps({
 """
 
 
-@pytest.mark.fault(53)
-@pytest.mark.parametrize("form", ["source", "packed twin"])
-def test_importing_does_nothing(form: str, tmp_path: Path):
-    """The reviewers' import check, on the file alone, in an empty folder and environment."""
-    (tmp_path / "train_gpt.py").write_bytes(SOURCE.encode() if form == "source" else TWIN)
+def import_report(folder: Path, program: bytes) -> dict:
+    """What IMPORT prints of a program that lies alone in a folder, in a fresh process."""
+    (folder / "train_gpt.py").write_bytes(program)
     done = subprocess.run(
         [sys.executable, "-B", "-c", IMPORT],
-        cwd=tmp_path,
+        cwd=folder,
         env={"CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "PASSIVE"},
         capture_output=True,
         text=True,
         check=True,
         timeout=120,
     )
-    told = json.loads(done.stdout)
-    assert told.pop("seconds") < 0.3
-    assert 6.5 < told.pop("loss") < 7.3  # ln 1024 = 6.93
-    assert "any_name_at_all" in told.pop("modules")
-    extra = [] if form == "source" else ["linecache", "text"]
-    # A compiler of an earlier test may have left names of its own in this process.
-    names = [name for name in vars(tg) if not name.startswith("___")]
-    assert told.pop("names") == sorted([*names, *extra])
-    assert told == {
-        "new_files": [],
-        "env_kept": True,
-        "torch_kept": True,
-        "new_threads": 0,
-        "group": False,
-        "cuda": False,
-        "fields": [512, 11, 8, 4, 1024, 3.0],
-        "parameters": 26_993_756,
-    }
-    assert {path.name for path in tmp_path.iterdir()} == {"train_gpt.py"}
+    assert {path.name for path in folder.iterdir()} == {"train_gpt.py"}
+    return json.loads(done.stdout)
+
+
+@pytest.mark.fault(53)
+def test_importing_does_nothing(tmp_path: Path):
+    """The reviewers' import check of both forms, in an empty folder and environment."""
+    names = {}
+    for form, program in (("source", SOURCE.encode()), ("twin", TWIN)):
+        report = import_report(tmp_path, program)
+        assert report.pop("seconds") < 0.3
+        assert 6.5 < report.pop("loss") < 7.3  # ln 1024 = 6.93
+        assert "any_name_at_all" in report.pop("modules")
+        names[form] = report.pop("names")
+        assert report == {
+            "new_files": [],
+            "env_kept": True,
+            "torch_kept": True,
+            "new_threads": 0,
+            "group": False,
+            "cuda": False,
+            "fields": [512, 11, 8, 4, 1024, 3.0],
+            "parameters": 26_993_756,
+        }
+    assert names["twin"] == sorted([*names["source"], "linecache", "text"])
+    assert {"GPT", "Hyperparameters", "main"} <= set(names["source"])
 
 
 # ---- The tree ----
