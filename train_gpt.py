@@ -1594,7 +1594,10 @@ class JEPA(nn.Module):
     first chunk. The prediction, through a matrix that starts at zero, is added to the stream at all
     positions of the chunk: only earlier chunks enter, so no position sees a later token. The
     squared error of the prediction and SIGReg train projector and predictor, cross-entropy trains
-    the injection. As published, no JEPA gradient reaches the backbone (JEPA_BACKBONE_GRAD=0).
+    the injection. As published, no JEPA gradient reaches the backbone (JEPA_BACKBONE_GRAD=0); its
+    gradients only count in the norm that is clipped. AdamW divides by the gradient's own scale, so
+    lambda acts through that norm and little else. The published SIGReg standardizes the latents, so
+    it sees correlation and shape but neither mean nor scale. A study on bytes found no gain.
     """
 
     role = "aux"
