@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
-from runs import Defaults, Run, RunError, Score, by_name, read_run, train_gpt
+from runs import Run, RunError, Score, by_name, command, read_run, train_gpt
 
 TRAIN_SECONDS_LIMIT = 600.0  # the challenge's
 RECORD, NON_RECORD = "track_10min_16mb", "track_non_record_16mb"
@@ -142,8 +142,8 @@ def submission(runs: list[Run], main: str, base: str) -> dict[str, Any]:
     }
 
 
-def block(runs: list[Run], main: str, base: str, defaults: Defaults) -> str:
-    """The part of README that holds all figures, marks included; commands by the defaults."""
+def block(runs: list[Run], main: str, base: str) -> str:
+    """The part of README that holds all figures, marks included."""
     arms, told = by_name(runs), submission(runs, main, base)
     done = scored(arms[main])
     score = done[0].scores[done[0].final]
@@ -168,8 +168,8 @@ def block(runs: list[Run], main: str, base: str, defaults: Defaults) -> str:
         seeds += " of seed N that was trained to the same bpb before int6."
     lines += [seeds, ""]
     for name, arm in arms.items():
-        command = defaults.command((scored(arm) or arm)[0])
-        lines += [*[f"`{name}`:", ""] * bool(name), f"    {command}", ""]
+        first = (scored(arm) or arm)[0]
+        lines += [*[f"`{name}`:", ""] * bool(name), f"    {command(first)}", ""]
     lines += ["## Machines", ""]
     lines += dict.fromkeys(f"- {machine_of(run)}" for run in runs if run.machine)
     return "\n".join([*lines, "", END])

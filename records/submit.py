@@ -3,14 +3,14 @@
     python records/submit.py logs/a logs/b logs/c --name Eleven_Layers --author "A. Author" \\
         --github-id author --blurb "What it is, in a line or two."
 
-makes records/track_non_record_16mb/<date>_Eleven_Layers/. Runs in folders `<trial>/seed<N>`, as
-records/sweep.py leaves them, are arms by trial; all others are one arm. Of several arms --main
-gives the headline, and --base is what the others are compared with. Every figure is read from the
-logs in the folder, so that records/check.py can make it again; it must find no fault.
+makes records/track_non_record_16mb/<date>_Eleven_Layers/ with both forms of the program, the logs,
+README.md, submission.json and requirements.txt. Runs in folders `<trial>/seed<N>`, as
+records/sweep.py makes them, are arms named by their trial; all other runs are one arm. With several
+arms, --main is the arm of the headline, and --base is the arm that the others are compared with.
+The folder is made only if records/check.py finds no fault in it.
 """
 
 import argparse
-import ast
 import json
 import re
 import shutil
@@ -23,26 +23,11 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
-from check import MACHINE_PATH, faults_of
-from figures import (
-    FIGURES,
-    NEEDS,
-    NON_RECORD,
-    PROGRAM,
-    READABLE,
-    RECORD,
-    TEXT,
-    block,
-    program_source,
-    read_logs,
-    score_figures,
-    scored,
-    sha256,
-    submission,
-    why,
-)
-from program import modules_of
-from runs import ROOT, Defaults, Run, by_name, named, read_run, read_trial
+import figures
+from check import MACHINE_PATH, find_faults
+from figures import FIGURES, NEEDS, NON_RECORD, PROGRAM, READABLE, RECORD, TEXT, scored
+from program import imported_packages, parse_source
+from runs import ROOT, Run, by_name, is_set_aside, read_run, read_text, read_trial, split_name
 
 README = """# {name}
 
@@ -52,40 +37,45 @@ README = """# {name}
 
 {prose}## Files
 
-`train_gpt.py` is the program exactly as it ran{source}. submission.json holds the figures. The logs
-are those of the runs but for paths of their machine: a run's folder is written `logs/<RUN_ID>`, and
-of any other absolute path only the last name stays: `.../name`.
+- `train_gpt.py` is the program as it ran{source}.
+- `submission.json` has the figures, and `requirements.txt` the packages that the program needs.
+- `train*.log` are the logs of the runs. Paths of the machine are replaced: the folder of a run by
+  `logs/<RUN_ID>`, and any other absolute path by `.../` and its last name.
 """
 
 
 def collect(paths: list[Path], alone: str) -> tuple[list[Run], list[str]]:
-    """The runs in these folders, named by arm; faults of those not run to an end."""
-    runs, faults = [], []
+    """Returns the runs in these folders, named by arm, and faults of runs that have not ended.
+
+    A run outside a trial's folder gets the name `alone`. Raises ValueError if there are no runs.
+    """
+    runs: list[Run] = []
+    faults: list[str] = []
     marks = ("result.json", "train.log", "output.txt", "command.sh")
-    found = {path: [x.parent for x in path.rglob("*") if x.name in marks] for path in paths}
-    faults += [f"{path}: no run is there" for path, folders in found.items() if not folders]
-    for folder in sorted({folder.resolve() for folders in found.values() for folder in folders}):
-        if re.search(r"\.cut\d+$", folder.name):  # put aside by sweep.py
-            continue
+    folders = set()
+    for path in paths:
+        found = {file.parent.resolve() for file in path.rglob("*") if file.name in marks}
+        faults += [] if found else [f"{path}: no run is there"]
+        folders |= found
+    for folder in sorted(folder for folder in folders if not is_set_aside(folder)):
         run = read_trial(folder)
-        if run.status in ("waiting", "running") or not log_of(folder):
+        if run.status in ("waiting", "running") or not read_log_text(folder):
             faults.append(f"{folder}: {run.status}; needed: runs that have ended, with their logs")
             continue
-        of_trial = not named(folder)[0]  # it is seed<N>
+        of_trial = not split_name(folder)[0]  # the folder is named seed<N>
         runs.append(run if of_trial else replace(run, name=alone))
     if not runs:
         raise ValueError("\n".join(faults))
     return runs, faults
 
 
-def log_of(folder: Path) -> Path | None:
-    """A run's log, or what it put on the screen if it failed before it had one."""
-    logs = (folder / name for name in ("train.log", "output.txt"))
-    return next((log for log in logs if log.exists()), None)
+def read_log_text(folder: Path) -> str:
+    """Returns the log of a run, or what it printed if it failed before it had one."""
+    return read_text(folder / "train.log") or read_text(folder / "output.txt")
 
 
-def scrubbed(text: str, run: Run) -> str:
-    """A log without its machine's paths; README's template says how."""
+def hide_paths(text: str, run: Run) -> str:
+    """Returns a log without the paths of its machine, as the README says."""
     run_id = "/".join(run.path.parts[-1 - run.path.name.startswith("seed") :])
     for setting in ("run_dir", "data_path", "tokenizer_path", "resume"):  # they may hold spaces
         path = Path(run.settings.get(setting, ""))
@@ -95,15 +85,15 @@ def scrubbed(text: str, run: Run) -> str:
     return MACHINE_PATH.sub(lambda m: ".../" + re.split(r"[/\\]", m[0])[-1], text)
 
 
-def disagreements(runs: list[Run]) -> list[str]:
-    """What only the runs' own folders show to be wrong."""
+def find_disagreements(runs: list[Run]) -> list[str]:
+    """Returns the faults that show in the runs' own folders only."""
     faults = []
-    programs = {run.path: run.path / PROGRAM for run in runs if (run.path / PROGRAM).exists()}
-    codes = {path: sha256(program_source(program)) for path, program in programs.items()}
-    codes |= {run.path / "result.json": run.code_sha256 for run in runs if run.code_sha256}
+    programs = [run.path / PROGRAM for run in runs if (run.path / PROGRAM).exists()]
+    codes = {str(path): figures.sha256(figures.program_source(path)) for path in programs}
+    codes |= {f"{run.path}/result.json": run.code_sha256 for run in runs if run.code_sha256}
     if len(set(codes.values())) != 1:
-        of = {code[:8]: str(path) for path, code in codes.items()}
-        faults.append(f"{PROGRAM}: {len(of)} of them, {of}; needed: the same in all runs")
+        found = {code[:8]: path for path, code in codes.items()}
+        faults.append(f"{PROGRAM}: {len(found)} of them, {found}; needed: the same in all runs")
     texts = {run.val_sha256[:8] for run in scored(runs)}
     if len(texts) > 1:
         faults.append(f"validation data {sorted(texts)}; needed: the same in all runs")
@@ -111,17 +101,18 @@ def disagreements(runs: list[Run]) -> list[str]:
         if len({run.seed for run in arm}) < len(arm):
             faults.append(f"{name}: seeds {[run.seed for run in arm]}; needed: each once")
     for run in runs:
-        logged = read_run(log_of(run.path))
-        if not scored([run, logged]):
+        if not (run.path / "train.log").exists():
             continue
-        pairs = zip(essence(run), essence(logged), strict=True)
-        faults += [f"{run.path}: result.json has {a}, its log {b}" for a, b in pairs if a != b]
+        logged = read_run(run.path / "train.log")
+        if scored([run, logged]):
+            pairs = zip(main_facts(run), main_facts(logged), strict=True)
+            faults += [f"{run.path}: result.json has {a}, its log {b}" for a, b in pairs if a != b]
     return faults
 
 
-def essence(run: Run) -> tuple[Any, ...]:
-    """What the log and the result of a run must both say."""
-    scores = {name: score_figures([score]) for name, score in run.scores.items()}
+def main_facts(run: Run) -> tuple[Any, ...]:
+    """Returns what the log and the result of a run must both state."""
+    scores = {name: figures.score_figures([score]) for name, score in run.scores.items()}
     return run.status, scores, run.sizes, run.steps, run.seed
 
 
@@ -130,19 +121,18 @@ def build(folder: Path, runs: list[Run], args: argparse.Namespace) -> None:
     folder.mkdir(parents=True)
     arms = by_name(runs)
     for run in runs:
-        text = log_of(run.path).read_text(encoding="utf-8", errors="replace")
-        name = f"train{f'_{run.name}' * (len(arms) > 1)}_seed{run.seed}.log"
-        (folder / name).write_text(scrubbed(text, run), encoding="utf-8")
+        arm = f"_{run.name}" if len(arms) > 1 else ""
+        text = hide_paths(read_log_text(run.path), run)
+        (folder / f"train{arm}_seed{run.seed}.log").write_text(text, encoding="utf-8")
     first = scored(arms[args.main])[0]
     shutil.copyfile(first.path / PROGRAM, folder / PROGRAM)
-    source = program_source(folder / PROGRAM)
+    source = figures.program_source(folder / PROGRAM)
     packed = source != (folder / PROGRAM).read_bytes()
     if packed:
         (folder / READABLE).write_bytes(source)
-    tree = ast.parse(source.decode())
     main, base = (args.main, args.base) if len(arms) > 1 else ("", "")
-    logged, _ = read_logs(folder)
-    told = submission(logged, main, base)
+    logged, _ = figures.read_logs(folder)
+    told = figures.submission(logged, main, base)
     of_arms = told.get("arms", {args.main: told["seed_results"]})
     for run in scored(runs):
         hashes = {"code_sha256": run.code_sha256, "val_sha256": run.val_sha256}
@@ -151,62 +141,69 @@ def build(folder: Path, runs: list[Run], args: argparse.Namespace) -> None:
     about = {key: getattr(args, key) for key in keys} | {"track": args.track.removeprefix("track_")}
     text = json.dumps(about | told, indent=2, allow_nan=False, ensure_ascii=False)
     (folder / FIGURES).write_text(text + "\n", encoding="utf-8")
-    (folder / NEEDS).write_text("\n".join([*requirements(tree, first), ""]), encoding="utf-8")
+    needs = requirements(source.decode(), first)
+    (folder / NEEDS).write_text("\n".join([*needs, ""]), encoding="utf-8")
     prose = args.text.read_text(encoding="utf-8").strip() + "\n\n" if args.text else ""
-    for path in drawn(runs, folder, base) if args.plots else []:
+    for path in draw_plots(runs, folder, base) if args.plots else []:
         prose += f"![{path.stem}]({path.name})\n\n"
-    about |= {"figures": block(logged, main, base, Defaults(tree)), "prose": prose}
-    about["source"] = f", packed; `{READABLE}` is its source" * packed
+    about |= {"figures": figures.block(logged, main, base), "prose": prose}
+    about["source"] = f", packed; `{READABLE}` is its source" if packed else ""
     (folder / TEXT).write_text(README.format(**about), encoding="utf-8")
 
 
-def requirements(tree: ast.Module, run: Run) -> list[str]:
-    """Returns the packages that a program imports, with versions: torch as it ran, others ours."""
-    imported = modules_of(tree) - {"torch"}
+def requirements(source: str, run: Run) -> list[str]:
+    """Returns the packages that a program imports: torch as it ran, others as in this project."""
+    imported = imported_packages(parse_source(source)) - {"torch"}
     lines = (ROOT / NEEDS).read_text(encoding="utf-8").splitlines()
-    needs = [line for line in lines if re.match(r"\w*", line)[0] in imported]
+    needs = [line for line in lines if re.split(r"\W", line)[0] in imported]
     return [f"torch=={run.machine['torch'].partition('+')[0]}", *needs]
 
 
-def drawn(runs: list[Run], folder: Path, base: str) -> list[Path]:
-    """Pictures of the runs; of several arms, where each stands to the base."""
+def draw_plots(runs: list[Run], folder: Path, base: str) -> list[Path]:
+    """Draws the losses, and of several arms the scores against the base; returns the PNG files."""
     from plot import draw
 
     kinds = ("loss", "scores") if base else ("loss",)
-    paths = [path for kind in kinds for path in draw(runs, kind, folder, base=base)]
-    return [path for path in paths if path.suffix == ".png"]
+    for kind in kinds:
+        draw(runs, kind, folder, base=base)
+    for path in folder.glob("*.svg"):
+        path.unlink()
+    return [folder / f"{kind}.png" for kind in kinds]
 
 
 def submit(args: argparse.Namespace) -> tuple[Path, list[str]]:
-    """The folder made, or the faults for which it is not."""
+    """Returns the folder made, or the folder that was not made and the faults."""
     runs, faults = collect(args.runs, args.name)
-    faults += disagreements(runs)
+    faults += find_disagreements(runs)
     arms, target = by_name(runs), args.out / args.track / f"{args.date}_{args.name}"
     if len(arms) == 1:
         args.main = next(iter(arms))
     args.base = args.base or args.main
     for option in ("main", "base"):
-        if not scored(arms.get(name := getattr(args, option), [])):
+        name = getattr(args, option)
+        if not scored(arms.get(name, [])):
             faults.append(f"--{option}: {name}; needed: an arm with scores, of {', '.join(arms)}")
     if target.exists():
-        faults.append(f"{target}: is there; needed: another --name or --date")
+        faults.append(f"{target}: it exists; needed: another --name or --date")
     if not re.fullmatch(r"[\w.+=-]+", args.name):
         faults.append(f"--name: {args.name}; needed: letters, digits and _ . + = -")
-    if not scored(arms.get(args.main, [])):
-        of_main = arms.get(args.main, [])
-        faults += [f"{run.path}: {run.status}: {why(run)}; needed: a score" for run in of_main]
+    of_main = arms.get(args.main, [])
+    if not scored(of_main):
+        faults += [
+            f"{run.path}: {run.status}: {figures.why(run)}; needed: a score" for run in of_main
+        ]
         return target, faults
     with tempfile.TemporaryDirectory() as folder:
         staged = Path(folder, args.track, re.sub(r"[^\w.+=-]", "_", f"{args.date}_{args.name}"))
         build(staged, runs, args)
-        faults += faults_of(staged, run=False)
+        faults += find_faults(staged, run=False)
         if not faults:
             shutil.copytree(staged, target)
     return target, faults
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line."""
+    """Returns the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -217,17 +214,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--main", help="the arm of the headline")
     parser.add_argument("--base", help="the arm that others are compared with (default: --main)")
     parser.add_argument("--date", default=str(date.today()), help="YYYY-MM-DD (default: today)")
-    parser.add_argument("--text", type=Path, metavar="FILE.md", help="prose for README")
-    parser.add_argument("--plots", action="store_true", help="draw losses, and scores of arms")
+    parser.add_argument("--text", type=Path, metavar="FILE.md", help="more text for README.md")
+    parser.add_argument("--plots", action="store_true", help="draw the losses, and scores of arms")
     parser.add_argument("--out", type=Path, default=ROOT / "records", help="default: records/")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str]) -> int:
-    """The program; its exit status: 0, or 2 with all reasons why there is no folder."""
+    """Makes the folder or prints all reasons against it; returns the exit status 0 or 2."""
     try:
         target, faults = submit(parse(argv))
-    except (OSError, ValueError) as error:  # of runs, plots and comparisons too
+    except (OSError, ValueError) as error:  # of runs, plots and comparisons as well
         target, faults = Path(), [str(error)]
     for fault in faults:
         print(f"error: {fault}", file=sys.stderr)

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "records"))
 
 import compare as program
 from compare import CompareError, compare, detectable, holm, main, markdown_table, t_test
-from runs import named, read_run, read_runs, trial_of
+from runs import read_run, read_runs, split_name, trial_of
 
 TOKENS, BYTES = 400_000, 1_000_000
 SEEDS = (1337, 42, 7, 2024)
@@ -864,7 +864,7 @@ def test_the_logs_of_an_entry_are_its_arms(tmp_path, capsys):
     ],
 )
 def test_trial_and_seed_by_name(path, trial, seed):
-    assert (trial_of(Path(path)), named(Path(path))[1]) == (trial, seed)
+    assert (trial_of(Path(path)), split_name(Path(path))[1]) == (trial, seed)
 
 
 def test_a_log_that_does_not_say_its_seed_has_that_of_its_name(tmp_path):
