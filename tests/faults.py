@@ -1,22 +1,22 @@
 """What may go wrong, what the user then sees, and the tests that hold it.
 
-    python tests/faults.py
+    python tests/faults.py               # each fault with its tests
+    python tests/faults.py --markdown    # the table of tests/README.md
 
-The command prints each fault with its tests; the exit status is 1 if a fault has no test. A test
-names the faults that it holds by `@pytest.mark.fault(number, ...)`.
+A test names the faults that it holds by `@pytest.mark.fault(number, ...)`. The exit status is 1 if
+the default suite holds a fault by no test.
 """
 
 import argparse
 import contextlib
 import io
 import sys
-from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+TESTS = Path(__file__).resolve().parent
 
 FAULTS = {
     1: "no training shards -> an error: pattern, DATA_PATH, how to get some; status 2",
@@ -76,76 +76,65 @@ FAULTS = {
     55: "documents without BOS, or a BOS at the end -> defined",
     56: "windows longer than the text, strides that do not divide -> every token counted once",
 }
-PENDING: set[int] = set()  # no test yet
 
 
-def readme_table() -> str:
-    """Returns the faults as README.md shows them."""
-    rows = [f"| {n} | {' | '.join(text.split(' -> '))} |" for n, text in FAULTS.items()]
-    return "\n".join(("| | what goes wrong | what you will see |", "|--:|---|---|", *rows))
+def markdown() -> str:
+    """Returns the faults as tests/README.md shows them."""
+    rows = [f"| {number} | {text.replace(' -> ', ' | ')} |" for number, text in FAULTS.items()]
+    return "\n".join(("| | what goes wrong | what the user sees |", "|--:|---|---|", *rows))
 
 
-class Holder(NamedTuple):
-    """A collected test that holds a fault."""
+def holders(items: Iterable[pytest.Item]) -> dict[int, dict[str, str]]:
+    """Returns for each fault its test functions, and why the default suite leaves them out, if so.
 
-    node: str  # pytest's id
-    kinds: tuple[str, ...]  # gpu, slow
+    A function counts as part of the default suite if one of its cases is.
+    """
+    found: dict[int, dict[str, str]] = {number: {} for number in FAULTS}
+    for item in items:
+        name = item.nodeid.partition("[")[0]
+        left_out = " ".join(kind for kind in ("slow", "gpu") if item.get_closest_marker(kind))
+        for mark in item.iter_markers("fault"):
+            for number in mark.args:
+                found[number][name] = left_out and found[number].get(name, left_out)
+    return found
+
+
+def without_test(found: dict[int, dict[str, str]]) -> list[int]:
+    """Returns the faults that no test of the default suite holds."""
+    return [number for number, tests in found.items() if all(tests.values())]
 
 
 class Collector:
-    """A plugin that keeps the marked tests by the number of their fault."""
-
-    def __init__(self) -> None:
-        self.holders: dict[int, list[Holder]] = {}
+    """A pytest plugin that keeps the collected tests."""
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """Reads the marks of all collected tests."""
-        for item in session.items:
-            kinds = tuple(k for k in ("gpu", "slow") if item.get_closest_marker(k))
-            for number in {n for mark in item.iter_markers("fault") for n in mark.args}:
-                self.holders.setdefault(number, []).append(Holder(item.nodeid, kinds))
-
-
-def collect() -> dict[int, list[Holder]]:
-    """Returns the tests that hold each fault. Raises SystemExit if they cannot be collected."""
-    collector, said = Collector(), io.StringIO()
-    arguments = ["--collect-only", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        status = pytest.main(
-            [*arguments, f"--rootdir={ROOT}", str(ROOT / "tests")], plugins=[collector]
-        )
-    if status != pytest.ExitCode.OK:
-        raise SystemExit(f"{said.getvalue()}the tests cannot be collected")
-    return collector.holders
-
-
-def table(holders: dict[int, list[Holder]]) -> tuple[str, list[int]]:
-    """Returns the faults with their tests as text, and the numbers of those without a test."""
-    lines, without = [], []
-    for number, text in FAULTS.items():
-        lines.append(f"{number:2}  {text}")
-        found = Counter((h.node.partition("[")[0], h.kinds) for h in holders.get(number, []))
-        for (node, kinds), count in found.items():
-            cases = f" ({count} cases)" * (count > 1)
-            lines.append("      " + " ".join((node + cases, *kinds)))
-        if not found:
-            lines.append("      no test")
-            without.append(number)
-    unknown = sorted(holders.keys() - FAULTS.keys())
-    lines += [f"{n}: marked, but no fault of this table" for n in unknown]
-    lines.append(f"{len(FAULTS) - len(without)} of {len(FAULTS)}")
-    if without:
-        lines.append(f"without a test: {', '.join(map(str, without))}")
-    return "\n".join(lines), without + unknown
+        """Keeps the tests."""
+        self.items = session.items
 
 
 def main(argv: list[str]) -> int:
-    """Prints the table; returns 1 if a fault has no test."""
+    """Prints a table; returns 1 if a fault has no test or the tests cannot be collected."""
     raw = argparse.RawDescriptionHelpFormatter
-    argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args(argv)
-    text, without = table(collect())
-    print(text)
-    return int(bool(without))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--markdown", action="store_true", help="print the table of README.md")
+    if parser.parse_args(argv).markdown:
+        print(markdown())
+        return 0
+    collector, said = Collector(), io.StringIO()
+    arguments = ["--collect-only", "-qq", "-o", "addopts=", "-p", "no:cacheprovider", str(TESTS)]
+    with contextlib.redirect_stdout(said):
+        status = pytest.main(arguments, plugins=[collector])
+    if status != pytest.ExitCode.OK:
+        print(said.getvalue())
+        return 1
+    found = holders(collector.items)
+    for number, text in FAULTS.items():
+        print(f"{number:2}  {text}")
+        for name, left_out in found[number].items():
+            print(f"      {name} {left_out}".rstrip())
+    missing = without_test(found)
+    print(f"{len(FAULTS) - len(missing)} of {len(FAULTS)} are held; no test: {missing or 'none'}")
+    return int(bool(missing))
 
 
 if __name__ == "__main__":
