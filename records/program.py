@@ -102,7 +102,7 @@ after = state()
 facts["effects"] = [f"writes {name}" for name in written]
 facts["effects"] += [f"changes {name}" for name in before if before[name] != after[name]]
 facts["names"] = sorted(vars(module))
-facts["modules"] = sorted({x.__module__ for x in vars(module).values() if isinstance(x, type)})
+facts["module"] = module.GPT.__module__
 try:
     h = module.Hyperparameters
     fields = "model_dim", "num_layers", "num_heads", "num_kv_heads", "vocab_size"
@@ -234,7 +234,7 @@ def import_program(program: Path, *hidden: str) -> dict[str, Any]:
     """Imports a program on a CPU in a process of its own, and builds GPT(Hyperparameters).
 
     The packages in `hidden` cannot be imported there. Returns the facts that IMPORT collects:
-    seconds, effects, names, modules, fields, parameters and loss, or error in place of the last.
+    seconds, effects, names, module, fields, parameters and loss, or error in place of the last.
     Raises ValueError with the last line of its output if the import fails.
     """
     with make_copy(program) as (copy, hook):
