@@ -1,21 +1,18 @@
-"""Say whether runs differ in score by more than chance, and how small a difference would show.
+"""Compare the scores of runs, in bits per byte and nats a token, with their uncertainty.
 
-    python records/compare.py logs/sweep
-        every trial of a sweep against its base (--base NAME)
-    python records/compare.py logs/mine --against records/track_10min_16mb/2026-03-25_Theirs
-        one group of seeds against another
+    python records/compare.py logs/sweep --base none
 
-RUNS are run folders, folders that hold them at any depth, or train logs. Into a pipe the tables are
-Markdown. Exit status: 0 all was compared; 1 some trials could not be; 2 none could.
+compares every trial of a sweep with the trial `none`; `RUNS --against RUNS` compares two groups of
+seeds. RUNS are run folders, folders that contain run folders, or train logs. Prints Markdown. Exit
+status: 0 if all trials were compared, 1 if some were not, 2 if none was.
 """
 
 import argparse
 import json
 import math
-import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -26,194 +23,207 @@ sys.path[:0] = [str(Path(__file__).resolve().parent)]
 import numpy as np
 from rich.console import Console
 from rich.markdown import Markdown
-from scipy import optimize, stats
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower
 
-from runs import SCORE_LINES, Run, RunError, Score, by_name, read_runs
-from train_gpt import VAL_BYTES
+from runs import SCORE_LINES, Run, RunError, by_name, read_runs
+from train_gpt import VAL_BYTES, Score
 
-BAR, BAR_P = 0.005, 0.01  # a record is better by so many nats a token, shown at such a p
-VAL_TOKENS = 62_021_845  # of the challenge's text in 1,024 pieces, as the bar counts them
-ALPHA, POWER = 0.05, 0.8  # of intervals, and of the smallest difference to be seen
-BASES = ("base", "none")  # names of a sweep's trial that changes nothing
-ALONE = "Bits per byte: mean +- standard deviation over all seeds with a score."
+RECORD_GAIN, RECORD_P = 0.005, 0.01  # the challenge's rule: nats a token, and the p of that claim
+VAL_TOKENS = 62_021_845  # of the challenge's validation text, at a vocabulary of 1,024
+ALPHA, POWER = 0.05, 0.8
+BASES = ("base", "none")  # usual names of the trial that changes nothing
+ONE_TRIAL = "Bits per byte (bpb): mean +- standard deviation over all seeds that have a score."
 LEGEND = f"""\
-{ALONE}
-Differences +- standard error, below 0 is better: of a paired t over the seeds that both have, else
-of the two means. p: two-sided, of no difference, each row for itself (Holm: adjusted for all rows).
-visible: the smallest true difference that gives p < 0.05 in 80 % of such experiments (noncentral t,
-the standard error taken as it is here)."""
-BAR_LEGEND = f"""\
-A record is better by {BAR} nats a token at p < {BAR_P}: one-sided, each row for itself; the null is
-that it is better by {BAR} or less."""
-NO_BAR = f"""\
-The bar of a record, {BAR} nats a token, does not apply: it is of the challenge's validation text in
-1,024 pieces, about 2.4 bytes a token, and this is another text or vocabulary."""
+{ONE_TRIAL}
+Differences to the base: mean +- standard error; a trial below 0 is better. Paired t test over the
+seeds that both have; Welch's t test if they share fewer than two. p: two-sided; p (Holm): corrected
+for the number of trials. Detectable: the true difference that the test finds at p < {ALPHA} with a
+probability of {POWER:.0%}, if the standard error is the true one."""
+RECORD_LEGEND = f"""\
+Record: whether the trial is better than the base by {RECORD_GAIN} nats a token at p < {RECORD_P}
+(one-sided, not corrected)."""
+
+COMMON = {"machine": "machine", "ranks": "number of ranks", "code_sha256": "program"}
 
 Table = list[list[str]]  # rows of cells, the header first
 
 
 class CompareError(ValueError):
-    """Runs that cannot be compared, with the remedy."""
+    """Runs that cannot be compared. The message names the remedy."""
 
 
 # ---- Statistics ----
 
 
-def t_test(a: np.ndarray, b: np.ndarray, paired: bool, null: float = 0.0) -> tuple[Any, ...]:
-    """The t test of a - b along the last axis, of pairs or of two samples (Welch).
+@dataclass(frozen=True)
+class Difference:
+    """A difference of two mean scores, a - b, in one unit. Below 0, a is better."""
 
-    Returns difference of means, its standard error, degrees of freedom, the two-sided p of a true
-    difference of `null`, and the one-sided p of `null` or more.
-    """
-    n, m = a.shape[-1], b.shape[-1]
+    mean: float
+    se: float  # standard error
+    df: float  # degrees of freedom
+    low: float  # 95 % confidence interval
+    high: float
+    p: float  # two-sided
+    detectable: float  # the true difference found at p < 0.05 with a probability of 80 %
+
+
+def t_test(a: np.ndarray, b: np.ndarray, paired: bool, alternative: str = "two-sided") -> Any:
+    """Returns scipy's result for the difference of means of two samples: paired t, or Welch's t."""
     if paired:
-        se, df = (a - b).std(-1, ddof=1) / math.sqrt(n), n - 1
-    else:
-        u, v = a.var(-1, ddof=1) / n, b.var(-1, ddof=1) / m
-        se, df = np.sqrt(u + v), (u + v) ** 2 / (u**2 / (n - 1) + v**2 / (m - 1))
-    diff = a.mean(-1) - b.mean(-1)
-    with np.errstate(divide="ignore", invalid="ignore"):  # the caller sees a spread of 0
-        t = (diff - null) / se
-    return diff, se, df, 2 * stats.t.sf(abs(t), df), stats.t.cdf(t, df)
+        return stats.ttest_rel(a, b, alternative=alternative)
+    return stats.ttest_ind(a, b, equal_var=False, alternative=alternative)
 
 
-def detectable(se: float, df: float) -> float:
-    """The true difference that gives p < 0.05, two-sided, in 80 % of such experiments.
+def difference(a: np.ndarray, b: np.ndarray, paired: bool) -> Difference:
+    """Returns the difference of the means of two samples, [n] and [m].
 
-    By the noncentral t distribution; the standard error observed is taken for the true one.
+    Raises CompareError if the scores have no variance.
     """
-    edge = stats.t.isf(ALPHA / 2, df)
-    # The far tail adds less than 1e-7 to the power, and scipy's is NaN for few degrees of freedom.
-    return se * optimize.brentq(lambda x: stats.nct.sf(edge, df, x) - POWER, 0, 2 * edge + 2)
-
-
-def holm(ps: Sequence[float]) -> list[float]:
-    """The p's adjusted for being several: 5 % of tables have any below 0.05 by chance."""
-    adjusted, highest = [0.0] * len(ps), 0.0
-    for rank, i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
-        adjusted[i] = highest = max(highest, min(1.0, (len(ps) - rank) * ps[i]))
-    return adjusted
+    se = stats.sem(a - b) if paired else math.hypot(stats.sem(a), stats.sem(b))
+    if se < 1e-12:
+        raise CompareError("all seeds differ by the same amount, so there is no variance to test")
+    test = t_test(a, b, paired)
+    interval = test.confidence_interval(1 - ALPHA)
+    # The far tail of the two-sided test is negligible, and statsmodels computes it wrongly for
+    # 1 < df < 2. With nobs = df + 1, TTestPower serves Welch's test as well.
+    effect = TTestPower().solve_power(
+        nobs=test.df + 1, alpha=ALPHA / 2, power=POWER, alternative="larger"
+    )
+    detectable = effect * math.sqrt(test.df + 1) * se
+    values = a.mean() - b.mean(), se, test.df, *interval, test.pvalue, detectable
+    return Difference(*map(float, values))
 
 
 # ---- What can be compared ----
 
 
 def common_score(runs: Sequence[Run], score: str | None) -> str:
-    """The score asked for, or else the last that all finished runs have."""
-    done = [run for run in runs if run.finished]
-    have = [name for name in SCORE_LINES if done and all(name in run.scores for run in done)]
-    if not have or (score or have[-1]) not in have:
-        said = "; ".join(f"{run.called} has {', '.join(run.scores) or 'none'}" for run in done)
-        raise CompareError(
-            f"not all runs have {f'the score {score}' if score else 'one score'}: "
-            f"{said or 'none has finished'}; give other runs{' or another --score' * bool(score)}"
-        )
-    return score or have[-1]
+    """Returns the name of a score that all finished runs have: `score`, or by default the last one.
+
+    Raises CompareError if there is none.
+    """
+    finished = [run for run in runs if run.finished]
+    common = [name for name in SCORE_LINES if all(name in run.scores for run in finished)]
+    if finished and (score in common if score else common):
+        return score or common[-1]
+    found = "; ".join(f"{run.called} has {', '.join(run.scores) or 'none'}" for run in finished)
+    raise CompareError(
+        f"not all runs have {f'the score {score}' if score else 'a common score'}: "
+        f"{found or 'no run has finished'}; choose other runs or another --score"
+    )
 
 
-def counts(run: Run, score: str) -> bool:
-    """Whether the run came to its score, and that is a number."""
+def has_score(run: Run, score: str) -> bool:
+    """Returns whether the run has finished with a finite score."""
     return run.finished and math.isfinite(run.scores[score].val_loss + run.scores[score].val_bpb)
 
 
-def lost(group: Sequence[Run], score: str) -> list[str]:
-    """A line for each run that does not count, and why."""
+def failures(runs: Sequence[Run], score: str) -> list[str]:
+    """Returns a line for each run without a finite score, with the reason."""
     return [
         f"NOT COUNTED: {run.called}: {'no finite score' if run.finished else run.status}"
         + (f": {run.reason.splitlines()[-1]}" if run.reason else "")
-        for run in group
-        if not counts(run, score)
+        for run in runs
+        if not has_score(run, score)
     ]
 
 
-def counted(group: Sequence[Run], score: str) -> list[Run]:
-    """The runs of a group that count; CompareError unless they are several seeds of one thing."""
-    runs = [run for run in group if counts(run, score)]
+def scored_group(group: Sequence[Run], score: str) -> list[Run]:
+    """Returns the runs of a group that have a score. Raises CompareError if they are no group."""
+    runs = [run for run in group if has_score(run, score)]
     if len(runs) < 2:
-        have = f"one run with a score, seed {runs[0].seed}" if runs else "no run with a score"
-        raise CompareError(f"{have}, of {len(group)}: two are the least; run it under another SEED")
-    one_thing(runs, score)
+        found = f"only seed {runs[0].seed} has a score" if runs else "no run has a score"
+        raise CompareError(f"{found}; at least two seeds are needed: run it with another SEED")
+    check_group(runs, score)
     return runs
 
 
-def apart(*paths: Path) -> list[str]:
-    """Paths as they go on from the deepest folder that holds them all."""
-    paths = [path.absolute() for path in paths]
-    folder = os.path.commonpath([path.parent for path in paths])
-    return [str(path.relative_to(folder)) for path in paths]
+def check_group(runs: Sequence[Run], score: str = "") -> None:
+    """Raises CompareError unless the runs differ in SEED only.
 
-
-def one_thing(runs: Sequence[Run], score: str = "") -> None:
-    """CompareError unless these runs are seeds of one thing, scored on one text if that is told."""
-    seeds: dict[int, Path] = {}
-    for run in runs:
-        if run.seed in seeds:
-            twice = " and ".join(apart(seeds[run.seed], run.path))
-            raise CompareError(
-                f"seed {run.seed} is in one group twice, {twice}: give one of them, or two groups"
-            )
-        if run.seed is not None:
-            seeds[run.seed] = run.path
-        one, other = runs[0].choices, run.choices
-        for key in sorted({*one, *other}):
-            if (value := other.get(key)) != (first := one.get(key)):
-                raise CompareError(
-                    f"{key.upper()} is {first} in {runs[0].called}, {value} in {run.called}: a "
-                    "group's runs may differ in SEED alone; give one of them, or two groups"
-                )
-    codes = {run.code_sha256: run.called for run in reversed(runs) if run.code_sha256}
-    if len(codes) > 1:
-        said = ", ".join(f"{name} of sha256 {code[:8]}" for code, name in codes.items())
-        raise CompareError(
-            f"one group of several programs, {said}: run all its seeds with one train_gpt.py, or "
-            "give two groups"
-        )
-    if score and not all(same_tokens(runs[0], run, score) for run in runs[1:]):
-        raise CompareError(f"two tokenizers in one group, {runs[0].name}; split it")
+    With `score`, they must have been scored on the same tokens as well.
+    """
+    remedy = "runs of one group may differ in SEED only"
+    seeds = [run.seed for run in runs if run.seed is not None]
+    if len(set(seeds)) < len(seeds):
+        raise CompareError(f"a seed is twice in one group: {runs[0].name} has {seeds}")
+    for run in runs[1:]:
+        first, own = runs[0].choices, run.choices
+        for name in sorted({*first, *own}):
+            if first.get(name) != own.get(name):
+                values = f"{first.get(name)} in {runs[0].called}, {own.get(name)} in {run.called}"
+                raise CompareError(f"{name.upper()} is {values}: {remedy}")
+        if score and not same_tokens(runs[0], run, score):
+            raise CompareError(f"{runs[0].called} and {run.called} have two tokenizers: {remedy}")
+    programs = {run.code_sha256: run.called for run in reversed(runs) if run.code_sha256}
+    if len(programs) > 1:
+        found = ", ".join(f"{name} has sha256 {code[:8]}" for code, name in programs.items())
+        raise CompareError(f"several programs in one group, {found}: {remedy}")
 
 
 def same_tokens(x: Run, y: Run, score: str) -> bool:
-    """Whether both were scored on the same tokens; if not, it was on the same bytes at least."""
+    """Returns whether two runs were scored on the same tokens, or else on the same bytes only.
+
+    Raises CompareError if the validation text differs, or the stride of scoring on equal tokens.
+    """
     a, b = x.scores[score], y.scores[score]
-    # Scripts cut the end off the challenge's text; of any text a log's rounding loses a little.
-    within = 1e-4 if math.isclose(a.bytes, VAL_BYTES, rel_tol=1e-4) else 1e-7
-    bytes_agree = a.bytes > 0 and math.isclose(a.bytes, b.bytes, rel_tol=within)
-    same = bytes_agree and math.isclose(a.tokens, b.tokens, rel_tol=within)
-    hashes = {run.val_sha256 for run in (x, y)}
-    if not bytes_agree or ("" not in hashes and same != (len(hashes) == 1)):
-        texts = (
-            f"{run.called}: {of.tokens:,} tokens, {of.bytes:,} bytes, sha256 "
-            f"{run.val_sha256[:8] or 0}"
-            for run, of in ((x, a), (y, b))
-        )
+    # Other scripts leave out the end of the challenge's text; logs round the score.
+    tolerance = 1e-4 if math.isclose(a.bytes, VAL_BYTES, rel_tol=1e-4) else 1e-7
+    same_bytes = a.bytes > 0 and math.isclose(a.bytes, b.bytes, rel_tol=tolerance)
+    same = same_bytes and math.isclose(a.tokens, b.tokens, rel_tol=tolerance)
+    hashes_known = x.val_sha256 and y.val_sha256
+    if not same_bytes or (hashes_known and same != (x.val_sha256 == y.val_sha256)):
+        texts = [
+            f"{run.called}: {s.tokens:,} tokens, {s.bytes:,} bytes, sha256 "
+            f"{run.val_sha256[:8] or 'unknown'}"
+            for run, s in ((x, a), (y, b))
+        ]
         raise CompareError(
-            f"different validation data (0: not said): {'; '.join(texts)}; score both on one text"
+            f"different or unknown validation data: {'; '.join(texts)}; score both on one text"
         )
     if same and a.stride and b.stride and a.stride != b.stride:
         raise CompareError(
-            f"{x.called} was scored at stride {a.stride}, {y.called} at {b.stride}, so with "
-            "other context; score both with one EVAL_STRIDE, or choose another --score"
+            f"{x.called} was scored at stride {a.stride}, {y.called} at {b.stride}; score both "
+            "with one EVAL_STRIDE, or choose another --score"
         )
     return same
 
 
-def has_bar(score: Score) -> bool:
-    """Whether its nats a token are those of the challenge's rule: of its text, in its tokens."""
-    pairs = (score.bytes, VAL_BYTES), (score.tokens, VAL_TOKENS)
-    return all(math.isclose(*pair, rel_tol=1e-4) for pair in pairs)
+def check_no_copies(runs: Sequence[Run], score: str) -> None:
+    """Raises CompareError if two runs have the same score to the last digit."""
+    seen: dict[tuple[float, float], str] = {}
+    for run in runs:
+        exact = run.scores[score].val_loss, run.scores[score].val_bpb
+        if exact in seen:
+            raise CompareError(
+                f"{seen[exact]} and {run.called} have the same score to the last digit, "
+                f"{exact[1]}: they are copies, or their settings have no effect on this score"
+            )
+        seen[exact] = run.called
 
 
-def cautions(runs: Sequence[Run], score: str) -> list[str]:
-    """What speaks against the runs, or differs between them beside settings."""
+def record_rule_applies(score: Score) -> bool:
+    """Returns whether a score is of the challenge's validation text and tokens."""
+    found = (score.bytes, VAL_BYTES), (score.tokens, VAL_TOKENS)
+    return all(math.isclose(*pair, rel_tol=1e-4) for pair in found)
+
+
+def warnings_of(runs: Sequence[Run], score: str) -> list[str]:
+    """Returns what weakens a comparison of these runs."""
     found = []
     for run in runs:
-        if failed := [name for name, verdict in run.verdicts.items() if verdict == "FAIL"]:
+        failed = [name for name, verdict in run.verdicts.items() if verdict == "FAIL"]
+        if failed:
             found.append(f"{run.called} is over a limit: {', '.join(failed)}")
-    for name in ("machine", "ranks"):
-        if len({str(value) for run in runs if (value := getattr(run, name))}) > 1:
-            found.append(f"not all runs have the same {name}")
-    if ends := {run.final for run in runs} - {score}:
-        found.append(f"compared by {score}, though some runs end with {', '.join(sorted(ends))}")
+    for name, title in COMMON.items():
+        if len({str(getattr(run, name)) for run in runs if getattr(run, name)}) > 1:
+            found.append(f"not all runs have the same {title}")
+    later = {str(run.final) for run in runs} - {score}
+    if later:
+        found.append(f"compared by {score}, but some runs have {', '.join(sorted(later))} as well")
     return found
 
 
@@ -222,281 +232,228 @@ def cautions(runs: Sequence[Run], score: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Group a against group b. Differences are a - b: below 0 group a is the better one.
-
-    Where two tokenizers leave only bits per byte, what is of nats is None; on another text than the
-    challenge's, or in other tokens, what is of the bar.
-    """
+    """Group a compared with group b. Differences are a - b; below 0 group a is better."""
 
     score: str
     method: str  # paired t, or Welch t
     n_a: int
     n_b: int
-    df: float
-    bpb_diff: float
-    bpb_se: float
-    low: float  # 95 % interval, bpb
-    high: float
-    detectable: float  # the smallest difference to be seen, bpb: see detectable()
-    p: float  # two-sided
-    p_holm: float  # the same, adjusted for the other rows of a table
-    nats_diff: float | None  # a token
-    nats_se: float | None
-    nats_detectable: float | None
-    bar_p: float | None  # one-sided; the null: a is better by 0.005 nats a token or less
-    bar_met: bool | None  # bar_p < 0.01
-    settings: dict[str, tuple[Any, Any]]  # those that differ: of a, of b
+    bpb: Difference
+    nats: Difference | None  # a token; None for two tokenizers
+    p_holm: float  # bpb.p, corrected for the other rows of a table
+    record_p: float | None  # one-sided p that a is better by 0.005 nats; None on another text
+    settings: dict[str, tuple[Any, Any]]  # those that differ: value of a, value of b
     notes: list[str]
 
 
 def compare(group_a: Sequence[Run], group_b: Sequence[Run], score: str | None = None) -> Comparison:
-    """Compare two groups of seeds; CompareError where that would mean nothing."""
+    """Returns the comparison of two groups of seeds by a score; see common_score().
+
+    Seeds that only one group has are left out of a paired test, whatever the reason, so that a
+    failed run does not change the method. Raises CompareError if a comparison means nothing.
+    """
     both = [*group_a, *group_b]
     score = common_score(both, score)
-    a, b = counted(group_a, score), counted(group_b, score)
-    seen: dict[tuple[float, float], Run] = {}
-    for run in (*a, *b):
-        exact = run.scores[score].val_loss, run.scores[score].val_bpb
-        if exact in seen:
-            raise CompareError(
-                f"{seen[exact].called} and {run.called} have the same score to the last digit, "
-                f"{exact[1]}: two seeds that do are one run, two settings that do are one; "
-                "leave one out"
-            )
-        seen[exact] = run
-    in_nats = same_tokens(a[0], b[0], score)
-    notes = [*lost(both, score), *cautions([*a, *b], score)]
-    if not in_nats:
-        notes.append("two tokenizers on a text of as many bytes: only bits per byte compare")
-    codes = [next((x for run in side if (x := run.code_sha256)), "") for side in (a, b)]
-    if all(codes) and codes[0] != codes[1]:
-        said = (f"{side[0].name} has {code[:8]}" for side, code in zip((a, b), codes, strict=True))
-        notes.append(f"two programs, by sha256: {', '.join(said)}")
-    one, two = a[0].choices, b[0].choices
-    names = sorted({*one, *two}) if one and two else []
-    if not names:
-        notes.append("a log without settings: what differs between the groups is not known")
+    a, b = scored_group(group_a, score), scored_group(group_b, score)
+    check_no_copies([*a, *b], score)
+    one_tokenizer = same_tokens(a[0], b[0], score)
+    notes = [*failures(both, score), *warnings_of([*a, *b], score)]
+    if not one_tokenizer:
+        notes.append("two tokenizers: only bits per byte can be compared")
+    of_a, of_b = a[0].choices, b[0].choices
+    if not (of_a and of_b):
+        notes.append("a log has no settings, so what differs between the groups is unknown")
+    names = sorted({*of_a, *of_b}) if of_a and of_b else []
 
-    of_a, of_b = {run.seed: run for run in a}, {run.seed: run for run in b}
-    shared, lone = [seed for seed in of_a if seed in of_b], set(of_a) ^ set(of_b)
-    # A seed that one side lacks is left out, whatever the reason: that must not choose the test.
-    paired = len(shared) >= 2 and None not in {*of_a, *of_b}
+    seeds_a, seeds_b = {run.seed: run for run in a}, {run.seed: run for run in b}
+    shared = [seed for seed in seeds_a if seed in seeds_b]
+    paired = len(shared) >= 2 and None not in {*seeds_a, *seeds_b}
     if paired:
-        a, b = [of_a[seed] for seed in shared], [of_b[seed] for seed in shared]
-        pair = f"{a[0].name} and {b[0].name}"
-        notes += [f"the pairs of {pair} are without seed {seed}" for seed in sorted(lone)]
+        unpaired = sorted({*seeds_a} ^ {*seeds_b}, key=str)
+        notes += [f"seed {x} is in one of {a[0].name} and {b[0].name} only" for x in unpaired]
+        a, b = [seeds_a[seed] for seed in shared], [seeds_b[seed] for seed in shared]
 
-    def test(unit: str, null: float = 0.0) -> list[float]:
-        sides = ([getattr(run.scores[score], unit) for run in side] for side in (a, b))
-        return [float(x) for x in t_test(*map(np.array, sides), paired, null)]
-
-    diff, se, df, p, _ = test("val_bpb")
-    if se < 1e-12:
-        raise CompareError(
-            "every seed differs by the same, so chance has no size; are these copies?"
-        )
-    half = stats.t.isf(ALPHA / 2, df) * se
-    nats, nats_se, nats_df, _, bar_p = test("val_loss", -BAR) if in_nats else [None] * 5
-    bar_p = bar_p if in_nats and has_bar(a[0].scores[score]) else None
+    bpb_a, bpb_b = (np.array([x.scores[score].val_bpb for x in side]) for side in (a, b))
+    nats_a, nats_b = (np.array([x.scores[score].val_loss for x in side]) for side in (a, b))
+    bpb, nats, record_p = difference(bpb_a, bpb_b, paired), None, None
+    if one_tokenizer:
+        nats = difference(nats_a, nats_b, paired)
+        if record_rule_applies(a[0].scores[score]):
+            record_p = float(t_test(nats_a + RECORD_GAIN, nats_b, paired, "less").pvalue)
     return Comparison(
         score=score,
         method="paired t" if paired else "Welch t",
         n_a=len(a),
         n_b=len(b),
-        df=df,
-        bpb_diff=diff,
-        bpb_se=se,
-        low=diff - half,
-        high=diff + half,
-        detectable=detectable(se, df),
-        p=p,
-        p_holm=p,
-        nats_diff=nats,
-        nats_se=nats_se,
-        nats_detectable=detectable(nats_se, nats_df) if in_nats else None,
-        bar_p=bar_p,
-        bar_met=None if bar_p is None else bar_p < BAR_P,
-        settings={k: (one.get(k), two.get(k)) for k in names if one.get(k) != two.get(k)},
+        bpb=bpb,
+        nats=nats,
+        p_holm=bpb.p,
+        record_p=record_p,
+        settings={k: (of_a.get(k), of_b.get(k)) for k in names if of_a.get(k) != of_b.get(k)},
         notes=notes,
     )
 
 
-# ---- Tables ----
-
-
 @dataclass
 class Row:
-    """A trial: its runs, and how it compares with the base; the base has no comparison."""
+    """A trial and its comparison with the base; the base has none."""
 
     name: str
     runs: list[Run]
-    score: str  # by name
+    score: str
     comparison: Comparison | None = None
-    refusal: str = ""
-
-    @property
-    def settings(self) -> dict[str, tuple[Any, Any]]:
-        """The settings that differ: its own, the base's."""
-        return self.comparison.settings if self.comparison else {}
+    refusal: str = ""  # why it was not compared
 
 
 def compare_all(groups: dict[str, list[Run]], base: str | None, score: str | None) -> list[Row]:
-    """A row for each group, the base first; CompareError if none can be compared with it.
+    """Returns a row for each group, the base first.
 
-    A group alone is a row, if its runs are seeds of one thing.
+    Raises CompareError if no group can be compared with the base, or a single group is none.
     """
     base = base or next((name for name in BASES if name in groups), next(iter(groups)))
     if base not in groups:
         raise CompareError(
-            f"base {base} of trials {', '.join(groups)}: it takes a --base among them, or a second "
+            f"no trial is named {base}; choose --base among {', '.join(groups)}, or give a second "
             "group after --against"
         )
     score = common_score([run for group in groups.values() for run in group], score)
     rows = [Row(name, groups[name], score) for name in [base, *(n for n in groups if n != base)]]
     if len(rows) == 1:
-        one_thing([run for run in groups[base] if counts(run, score)], score)
+        check_group([run for run in groups[base] if has_score(run, score)], score)
         return rows
+    comparisons = []
     for row in rows[1:]:
         try:
             row.comparison = compare(row.runs, groups[base], score)
+            comparisons.append(row.comparison)
         except CompareError as error:
             row.refusal = str(error)
-    done = [row for row in rows if row.comparison]
-    if not done:
+    if not comparisons:
         refused = [f"{row.name} cannot be compared with {base}: {row.refusal}" for row in rows[1:]]
         raise CompareError(
-            "\n".join([*refused, *(x for row in rows for x in lost(row.runs, score))])
+            "\n".join([*refused, *(x for r in rows for x in failures(r.runs, score))])
         )
-    for row, p in zip(done, holm([row.comparison.p for row in done]), strict=True):
-        row.comparison = replace(row.comparison, p_holm=p)
+    corrected = iter(multipletests([c.bpb.p for c in comparisons], method="holm")[1])
+    for row in rows:
+        if row.comparison:
+            row.comparison = replace(row.comparison, p_holm=float(next(corrected)))
     return rows
 
 
+# ---- Tables ----
+
+
 def score_table(rows: list[Row]) -> Table:
-    """What each trial scores, how far that is from the base, and what such data can show."""
-    score, several = rows[0].score, sum(bool(row.comparison) for row in rows) > 1
+    """Returns the score of each trial and its difference to the base, in bits per byte and nats."""
+    score, has_records = rows[0].score, has_record_column(rows)
     table = [["trial", "seeds", f"bpb, {score}"]]
     if len(rows) > 1:
-        table[0] += [f"less {rows[0].name}", "95 % interval", "p"]
-        table[0] += [*["p (Holm)"] * several, "visible", "test"]
+        table[0] += [f"difference to {rows[0].name}", "95 % interval", "p", "p (Holm)"]
+        table[0] += ["detectable", "test", "difference in nats"] + ["record"] * has_records
     for row in rows:
-        values = [run.scores[score].val_bpb for run in row.runs if counts(run, score)]
+        values = [run.scores[score].val_bpb for run in row.runs if has_score(run, score)]
         missing = f" of {len(row.runs)}" if len(values) < len(row.runs) else ""
         spread = f" +- {stdev(values):.5f}" if len(values) > 1 else ""
         cells = [row.name, f"{len(values)}{missing}", f"{fmean(values or [math.nan]):.5f}{spread}"]
-        if c := row.comparison:
-            cells.append(f"{c.bpb_diff:+.5f} +- {c.bpb_se:.5f}")
-            cells += [f"{c.low:+.5f} to {c.high:+.5f}", f"{c.p:.2g}"]
-            cells += [*[f"{c.p_holm:.2g}"] * several, f"{c.detectable:.5f}", c.method]
+        c = row.comparison
+        if c:
+            cells += [f"{c.bpb.mean:+.5f} +- {c.bpb.se:.5f}"]
+            cells += [f"{c.bpb.low:+.5f} to {c.bpb.high:+.5f}", f"{c.bpb.p:.2g}"]
+            cells += [f"{c.p_holm:.2g}", f"{c.bpb.detectable:.5f}", c.method]
+            cells += [f"{c.nats.mean:+.5f} +- {c.nats.se:.5f}" if c.nats else "not comparable"]
+        if c and c.record_p is not None:
+            cells += [f"{'yes' if c.record_p < RECORD_P else 'no'}, p = {c.record_p:.2g}"]
         table.append(cells + [""] * (len(table[0]) - len(cells)))
     return table
 
 
-def barred(rows: list[Row]) -> bool:
-    """Whether the bar of a record applies."""
-    return any(row.comparison and row.comparison.bar_met is not None for row in rows)
-
-
-def nats_table(rows: list[Row]) -> Table:
-    """The differences in nats a token, and whether a trial would be a record over the base."""
-    table = [["trial", f"nats less {rows[0].name}", "visible"]]
-    if bar := barred(rows):
-        table[0] += [f"better by {BAR}", "p"]
-    for row in rows[1:]:
-        cells, met = ["not comparable", ""], ["", ""]
-        if (c := row.comparison) and c.nats_diff is not None:
-            cells = [f"{c.nats_diff:+.5f} +- {c.nats_se:.5f}", f"{c.nats_detectable:.5f}"]
-            if bar:
-                met = ["met" if c.bar_met else "not met", f"{c.bar_p:.2g}"]
-        table.append([row.name, *cells, *met * bar])
-    return table
+def has_record_column(rows: list[Row]) -> bool:
+    """Returns whether the challenge's rule for records applies to one of the rows."""
+    return any(row.comparison and row.comparison.record_p is not None for row in rows)
 
 
 def context_table(rows: list[Row]) -> Table:
-    """What differs in settings, and what it costs: means over the finished seeds."""
-    differ: dict[str, Any] = {}
-    for row in rows[1:]:
-        differ |= {k: of_base for k, (_, of_base) in row.settings.items()}
-    table = [["trial", "settings", "parameters", "bytes", "ms/step", "training s"]]
-
-    def mean(runs: Sequence[Run], value: Callable[[Run], float]) -> str:
-        said = [x for run in runs if run.finished and (x := value(run)) and math.isfinite(x)]
-        return f"{fmean(said):,.{0 if fmean(said) >= 1000 else 1}f}" if said else ""
-
+    """Returns the settings that differ, and the mean size and time of the finished runs."""
+    settings = {row.name: row.comparison.settings for row in rows if row.comparison}
+    own = {name: {k: pair[0] for k, pair in of.items()} for name, of in settings.items()}
+    own[rows[0].name] = {k: pair[1] for of in settings.values() for k, pair in of.items()}
+    table = [["trial", "settings", "bytes", "ms/step"]]
     for row in rows:
-        own = differ if row is rows[0] else {k: mine for k, (mine, _) in row.settings.items()}
-        values = " ".join(f"{key.upper()}={own[key]}" for key in sorted(own))
-        cells = [row.name, values, mean(row.runs, lambda run: run.parameters)]
-        cells.append(mean(row.runs, lambda run: run.sizes.get("total", 0)))
-        cells.append(mean(row.runs, lambda run: run.step_ms))
-        table.append([*cells, mean(row.runs, lambda run: run.seconds.get("train", 0))])
+        texts = [f"{name.upper()}={value}" for name, value in own.get(row.name, {}).items()]
+        finished = [run for run in row.runs if run.finished]
+        sizes = [run.sizes["total"] for run in finished if "total" in run.sizes]
+        times = [run.step_ms for run in finished if run.step_ms > 0]
+        cells = [row.name, " ".join(sorted(texts)), f"{fmean(sizes):,.0f}" if sizes else ""]
+        table.append([*cells, f"{fmean(times):,.1f}" if times else ""])
     return table
 
 
-def notes_on(rows: list[Row]) -> list[str]:
-    """What must be known to trust the tables."""
-    missing = [note for row in rows for note in lost(row.runs, row.score)]
-    refused = [f"NOT COMPARED: {row.name}: {row.refusal}" for row in rows if row.refusal]
-    found = [note for row in rows if row.comparison for note in row.comparison.notes]
-    return list(dict.fromkeys([*missing, *refused, *found]))
-
-
 def markdown(table: Table) -> str:
-    """A table as Markdown."""
+    """Returns a table as Markdown."""
     head, *body = [[cell.replace("|", r"\|") for cell in cells] for cells in table]
     rule = ["---" if title in ("trial", "settings") else "--:" for title in head]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *body))
 
 
 def document(rows: list[Row], *more: str) -> str:
-    """As Markdown: the table of scores, its legend, what is given, and the notes."""
-    notes = "\n".join("- " + re.sub(r"([<`*\[\]])", r"\\\1", note) for note in notes_on(rows))
-    legend = LEGEND if len(rows) > 1 else ALONE
-    return "\n\n".join(filter(None, [markdown(score_table(rows)), legend, *more, notes])) + "\n"
+    """Returns Markdown: the table of scores, its legend, the parts in `more`, and the notes."""
+    notes = [note for row in rows for note in failures(row.runs, row.score)]
+    notes += [f"NOT COMPARED: {row.name}: {row.refusal}" for row in rows if row.refusal]
+    notes += [note for row in rows if row.comparison for note in row.comparison.notes]
+    lines = ["- " + re.sub(r"([<`*\[\]])", r"\\\1", note) for note in dict.fromkeys(notes)]
+    legend = LEGEND if len(rows) > 1 else ONE_TRIAL
+    if has_record_column(rows):
+        legend += f"\n{RECORD_LEGEND}"
+    parts = [markdown(score_table(rows)), legend, *more, "\n".join(lines)]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def markdown_table(runs: Sequence[Run], base: str | None = None, score: str | None = None) -> str:
-    """One row a trial: its score, the difference to the base, how sure that is; and notes."""
+    """Returns the table of scores of the trials among `runs`, with its legend and notes."""
     return document(compare_all(by_name(runs), base, score))
 
 
 # ---- Command line ----
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The program; its exit status."""
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Returns the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUNS", help="trials to compare; with --against one group")
-    add("--against", nargs="+", metavar="RUNS", help="the group to compare with")
-    add("--base", metavar="NAME", help="the trial to compare with: base, none, or else the first")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--against", nargs="+", metavar="RUNS", help="the group to compare with")
+    other.add_argument("--base", metavar="NAME", help="the trial to compare with (default: base)")
     add("--score", choices=list(SCORE_LINES), help="default: the last that all runs have")
     add("--json", action="store_true", help="print JSON")
-    args = parser.parse_args(argv)
-    if args.against and args.base:
-        parser.error("--base names a trial, --against gives another group; take one of them")
+    return parser.parse_args(argv)
+
+
+def as_json(value: Run | Comparison) -> Any:
+    """Returns what JSON has for a run, its path, or for a comparison."""
+    return str(value.path) if isinstance(value, Run) else asdict(value)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program; returns its exit status."""
+    args = parse(argv)
     try:
-        groups = by_name(read_runs(args.runs))
+        groups, base = by_name(read_runs(args.runs)), args.base
         if args.against:
-            sides = args.runs, args.against
-            firsts = apart(*(Path(side[0]) for side in sides))
-            name, args.base = (f + "..." * (len(s) > 1) for f, s in zip(firsts, sides, strict=True))
-            if name == args.base:
-                parser.error(f"{name} is on both sides; give a second group after --against")
-            groups = {name: read_runs(args.runs), args.base: read_runs(args.against)}
-        rows = compare_all(groups, args.base, args.score)
+            name, base = args.runs[0], args.against[0]
+            groups = {base: read_runs(args.against), name: read_runs(args.runs)}
+        rows = compare_all(groups, base, args.score)
     except (RunError, CompareError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.json:
-        told = [asdict(replace(row, runs=[str(run.path) for run in row.runs])) for row in rows]
-        print(json.dumps(told, indent=2))
+        print(json.dumps([vars(row) for row in rows], indent=2, default=as_json))
+    elif sys.stdout.isatty():
+        Console().print(Markdown(document(rows, markdown(context_table(rows)))))
     else:
-        in_nats = [markdown(nats_table(rows)), BAR_LEGEND if barred(rows) else NO_BAR]
-        text = document(rows, *in_nats * (len(rows) > 1), markdown(context_table(rows)))
-        print(text, end="") if not sys.stdout.isatty() else Console().print(Markdown(text))
+        print(document(rows, markdown(context_table(rows))), end="")
     return int(any(row.refusal for row in rows))
 
 

@@ -1,6 +1,7 @@
-"""What a submission says of its runs, by its train logs alone; who writes and who checks use it.
+"""The figures of a submission, computed from its train logs alone.
 
-`submission` gives the figures of submission.json, `block` the part of README.md that holds figures.
+submit.py writes them and check.py computes them again: `submission` returns those of
+submission.json, `block` the part of README.md that holds figures.
 """
 
 import hashlib
@@ -16,7 +17,8 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
-from runs import Run, RunError, Score, by_name, command, read_run, train_gpt
+from runs import Run, RunError, by_name, command, read_run, train_gpt
+from train_gpt import Score
 
 TRAIN_SECONDS_LIMIT = 600.0  # the challenge's
 RECORD, NON_RECORD = "track_10min_16mb", "track_non_record_16mb"
@@ -29,168 +31,178 @@ COLUMNS = (
     *("arm", "seed", "bpb", "nats", "bpb before int6", "bpb plain", "steps", "ms/step"),
     *("training s", "scoring s", "model bytes", "all bytes"),
 )
-SCORED = {
-    "plain": "in windows side by side",
-    "sliding": "by a sliding window of stride {}",
-    "window": "in one pass with windowed attention, in sequences {} apart",
-    "ttt": "by a sliding window of stride {}, learning from text once it is scored",
+METHODS = {  # of scoring
+    "plain": "in windows that do not overlap",
+    "sliding": "with a sliding window of stride {}",
+    "window": "in one pass with windowed attention, in sequences that start {} tokens apart",
+    "ttt": "with a sliding window of stride {} and training on text that has been scored",
 }
 
 
 def read_logs(folder: Path) -> tuple[list[Run], list[str]]:
-    """The runs of a folder's train logs, named by arm ("" of a lone one); faults of other logs."""
+    """Returns the runs of a folder's train logs and the faults of logs that cannot be read.
+
+    A run has the name of its arm, "" if the folder has one arm only.
+    """
     runs, faults = [], []
     for path in sorted(folder.glob("train*.log")):
         named = LOG_NAME.fullmatch(path.name)
+        arm = named["arm"] if named else None
         try:
-            run = read_run(path)
+            runs.append(replace(read_run(path), name=arm or ""))
         except RunError as error:
-            faults.append(
-                f"{path.name}: {str(error).removeprefix(f'{path}: ')}; needed: a train log"
-            )
-            continue
-        runs.append(replace(run, name=(named and named["arm"]) or ""))
+            reason = str(error).removeprefix(f"{path}: ")
+            faults.append(f"{path.name}: {reason}; needed: a train log")
     return sorted(runs, key=lambda run: (run.name, run.seed or 0)), faults
 
 
 def scored(runs: Iterable[Run]) -> list[Run]:
-    """Those that came to a score of the artifact."""
+    """Returns the runs that have a score of the artifact."""
     return [run for run in runs if run.finished and run.scores.keys() - {"float"}]
 
 
 def why(run: Run) -> str:
-    """The line that tells best why a run has no score."""
+    """Returns the line that tells best why a run has no score."""
     lines = [line for line in run.reason.splitlines() if line.strip()] or ["its log ends too early"]
     return lines[-1 if lines[0].startswith("Traceback") else 0].strip()[:200]
 
 
 def train_seconds(run: Run) -> float:
-    """Seconds of training."""
+    """Returns the seconds of training."""
     return run.seconds.get("train", run.steps * run.step_ms / 1000)
 
 
 def eval_seconds(run: Run) -> float:
-    """Seconds of scoring the artifact."""
+    """Returns the seconds of scoring the artifact."""
     scores = [score.seconds for name, score in run.scores.items() if name != "float"]
     return run.seconds.get("eval", sum(scores))
 
 
 def hardware(run: Run) -> str | None:
-    """What it ran on, as 8x NVIDIA H100; None where it does not tell."""
+    """Returns the ranks and their device, for example 8x NVIDIA H100; None if it is unknown."""
     device = run.machine.get("device", "")
-    cpu = " CPU" * (device in ("x86_64", "AMD64", "aarch64", "arm64"))
-    return f"{run.ranks}x {device}{cpu}" if device else None
+    is_cpu = device in ("x86_64", "AMD64", "aarch64", "arm64")
+    return f"{run.ranks}x {device}{' CPU' if is_cpu else ''}" if device else None
 
 
-def over(values: Iterable[float | None], of: Callable[..., float] = statistics.fmean) -> Any:
-    """Their mean, or what else `of` gives, to eight decimals; None where that is no number."""
-    values = [value for value in values if value is not None]
-    value = of(values) if values else math.nan
-    return round(value, 8) if math.isfinite(value) else None
+def rounded(values: Iterable[Any], of: Callable[[list[Any]], float] = statistics.fmean) -> Any:
+    """Returns the mean of values, or what `of` computes, to eight decimals.
+
+    None is left out. Returns None if nothing remains or the result is not finite.
+    """
+    known = [value for value in values if value is not None]
+    result = of(known) if known else math.nan
+    return round(result, 8) if math.isfinite(result) else None
 
 
 def score_figures(scores: list[Score]) -> dict[str, Any]:
-    """Both forms of some runs' scores: their means."""
+    """Returns the means of scores in both units."""
     return {
-        "val_loss": over(s.val_loss for s in scores),
-        "val_bpb": over(s.val_bpb for s in scores),
+        "val_loss": rounded(s.val_loss for s in scores),
+        "val_bpb": rounded(s.val_bpb for s in scores),
     }
 
 
 def run_figures(run: Run) -> dict[str, Any]:
-    """What submission.json says of one run."""
-    if run not in scored([run]):
+    """Returns the figures of one run."""
+    if not scored([run]):
         return {"status": run.status, "reason": why(run)}
     sizes = {"artifact_bytes": run.sizes.get("total"), "steps": run.steps}
-    return {**score_figures([run.scores[run.final]]), **sizes, "step_avg_ms": over([run.step_ms])}
+    step_ms = {"step_avg_ms": rounded([run.step_ms])}
+    return score_figures([run.scores[run.final]]) | sizes | step_ms
 
 
 def submission(runs: list[Run], main: str, base: str) -> dict[str, Any]:
-    """The figures of submission.json: means for scores of the main arm, the most for all else."""
+    """Returns the figures of submission.json: means of the main arm's scores, maxima of the rest.
+
+    Raises ValueError if no run of the main arm has a score.
+    """
     arms = {name: {str(r.seed): run_figures(r) for r in arm} for name, arm in by_name(runs).items()}
-    done = scored(run for run in runs if run.name == main)
+    of_main = [run for run in runs if run.name == main]
+    done = scored(of_main)
     if not done:
-        reasons = [f"{run.path.name}: {run.status}: {why(run)}" for run in runs if run.name == main]
-        raise ValueError(f"no log tells a score: {'; '.join(reasons)}")
-    largest = max(done, key=lambda run: run.sizes.get("total", 0))
+        reasons = [f"{run.path.name}: {run.status}: {why(run)}" for run in of_main]
+        raise ValueError(f"no log has a score: {'; '.join(reasons)}")
+    sizes = max(done, key=lambda run: run.sizes.get("total", 0)).sizes
     finals = [run.scores[run.final] for run in done]
-    before, plain = ([r.scores[s] for r in done if s in r.scores] for s in ("float", "plain"))
-    spread = {}
+    unquantized, plain = ([r.scores[s] for r in done if s in r.scores] for s in ("float", "plain"))
+    figures = score_figures(finals)
     if len(finals) > 1:
-        spread["val_loss_std"] = over((s.val_loss for s in finals), statistics.stdev)
-        spread["val_bpb_std"] = over((s.val_bpb for s in finals), statistics.stdev)
-    return {
-        **score_figures(finals),
-        **spread,
-        "pre_quant_val_loss": over(s.val_loss for s in before),
-        "pre_quant_val_bpb": over(s.val_bpb for s in before),
-        "int6_zstd_val_loss": over(s.val_loss for s in plain),
-        "int6_zstd_val_bpb": over(s.val_bpb for s in plain),
-        "bytes_total": largest.sizes.get("total"),
-        "bytes_code": largest.sizes.get("code"),
-        "bytes_model_int6_zstd": largest.sizes.get("model"),
-        "artifact_bytes_mean": over(run.sizes.get("total") for run in done),
-        "artifact_bytes_max": largest.sizes.get("total"),
+        figures["val_loss_std"] = rounded((s.val_loss for s in finals), statistics.stdev)
+        figures["val_bpb_std"] = rounded((s.val_bpb for s in finals), statistics.stdev)
+    figures |= {f"pre_quant_{key}": x for key, x in score_figures(unquantized).items()}
+    figures |= {f"int6_zstd_{key}": x for key, x in score_figures(plain).items()}
+    figures |= {
+        "bytes_total": sizes.get("total"),
+        "bytes_code": sizes.get("code"),
+        "bytes_model_int6_zstd": sizes.get("model"),
+        "artifact_bytes_mean": rounded(run.sizes.get("total") for run in done),
+        "artifact_bytes_max": sizes.get("total"),
         "step_stop": max(run.steps for run in done),
-        "wallclock_seconds": over(map(train_seconds, done), max),
-        "eval_time_seconds": over(map(eval_seconds, done), max),
+        "wallclock_seconds": rounded(map(train_seconds, done), max),
+        "eval_time_seconds": rounded(map(eval_seconds, done), max),
         "hardware": hardware(done[0]),
         "pytorch_version": done[0].machine.get("torch"),
-        "seeds": [*map(int, arms[main])],
+        "seeds": [int(seed) for seed in arms[main]],
         "seed_results": arms[main],
-        **({"main": main, "base": base, "arms": arms} if len(arms) > 1 else {}),
     }
+    if len(arms) > 1:
+        figures |= {"main": main, "base": base, "arms": arms}
+    return figures
 
 
 def block(runs: list[Run], main: str, base: str) -> str:
-    """The part of README that holds all figures, marks included."""
-    arms, told = by_name(runs), submission(runs, main, base)
+    """Returns the part of README.md that holds all figures, with its marks."""
+    arms, figures = by_name(runs), submission(runs, main, base)
     done = scored(arms[main])
-    score = done[0].scores[done[0].final]
-    of = f"mean of {len(done)} seeds" if len(done) > 1 else "one seed"
-    if "val_bpb_std" in told:
-        of += f", standard deviation {told['val_bpb_std']:.5f}"
-    text = f"**{told['val_bpb']:.5f} bits per byte** ({of}), {told['val_loss']:.5f} nats a token: "
-    text += f"the score of the artifact over {score.tokens:,} tokens, {score.bytes / 1e6:.3f} MB, "
-    text += SCORED[done[0].final].format(score.stride) + f"; the arm is `{main}`" * bool(main)
-    lines = [BEGIN, "## Results", "", *textwrap.wrap(f"{text}.", 100), ""]
+    final = done[0].final
+    score = done[0].scores[final]
+    seeds = f"mean of {len(done)} seeds" if len(done) > 1 else "one seed"
+    if "val_bpb_std" in figures:
+        seeds += f", standard deviation {figures['val_bpb_std']:.5f}"
+    headline = (
+        f"**{figures['val_bpb']:.5f} bits per byte** ({seeds}), {figures['val_loss']:.5f} nats a "
+        f"token: the score of the artifact on {score.tokens:,} tokens, {score.bytes / 1e6:.3f} MB, "
+        f"{METHODS[final].format(score.stride)}{f'; the arm is `{main}`' if main else ''}."
+    )
+    lines = [BEGIN, "## Results", "", *textwrap.wrap(headline, 100), ""]
     if len(arms) > 1:
-        from compare import markdown_table
+        from compare import CompareError, markdown_table
 
         try:
-            lines += [markdown_table(runs, base, done[0].final).strip(), ""]
-        except ValueError as error:  # as where an arm has one seed
+            lines += [markdown_table(runs, base, final).strip(), ""]
+        except CompareError as error:
             lines += [f"The arms are not compared: {str(error).splitlines()[0]}.", ""]
     lines += [*runs_table(runs), "", *limits_table(done), "", "## Commands", ""]
-    seeds = "Each seed of the table takes its place in SEED."
+    lines += ["SEED is the seed of the run; the table lists them."]
     if any(run.repacked for run in runs):
-        seeds += " `final_model_seed<N>.safetensors` is the `final_model.safetensors` of the run"
-        seeds += " of seed N that was trained to the same bpb before int6."
-    lines += [seeds, ""]
+        lines += ["", "`final_model_seed<N>.safetensors` is the `final_model.safetensors` of the"]
+        lines += ["run that trained seed N, with the same bpb before int6."]
+    lines += [""]
     for name, arm in arms.items():
         first = (scored(arm) or arm)[0]
-        lines += [*[f"`{name}`:", ""] * bool(name), f"    {command(first)}", ""]
-    lines += ["## Machines", ""]
-    lines += dict.fromkeys(f"- {machine_of(run)}" for run in runs if run.machine)
-    return "\n".join([*lines, "", END])
+        lines += [f"`{name}`:", ""] if name else []
+        lines += [f"    {command(first)}", ""]
+    machines = dict.fromkeys(machine(run) for run in runs if run.machine)
+    return "\n".join([*lines, "## Machines", "", *(f"- {text}" for text in machines), "", END])
 
 
-def machine_of(run: Run) -> str:
-    """Hardware, choices and versions."""
+def machine(run: Run) -> str:
+    """Returns hardware, back ends and versions in one line."""
     others = [f"{name} {value}" for name, value in run.machine.items() if name != "device"]
     return ", ".join([str(hardware(run)), *others])
 
 
 def runs_table(runs: list[Run]) -> list[str]:
-    """A row for every run; of one without a score, the reason."""
+    """Returns the lines of a table with a row for every run; one without a score has its reason."""
     rows = [f"| {' | '.join(COLUMNS)} |", "|---|" + "--:|" * (len(COLUMNS) - 1)]
     for run in runs:
         cells = [run.name or "all", str(run.seed)]
-        if run in scored([run]):
+        if scored([run]):
             score, sizes = run.scores[run.final], run.sizes
-            plain = [run.scores.get(name) for name in ("float", "plain")]
+            others = [run.scores.get(name) for name in ("float", "plain")]
             cells += [f"{score.val_bpb:.5f}", f"{score.val_loss:.5f}"]
-            cells += [f"{s.val_bpb:.5f}" if s else "" for s in plain]
+            cells += [f"{other.val_bpb:.5f}" if other else "" for other in others]
             cells += [str(run.steps), f"{run.step_ms:.2f}", f"{train_seconds(run):.1f}"]
             cells += [f"{eval_seconds(run):.1f}"]
             cells += [f"{sizes.get(name, math.nan):,}" for name in ("model", "total")]
@@ -201,7 +213,7 @@ def runs_table(runs: list[Run]) -> list[str]:
 
 
 def limits_of(runs: list[Run]) -> dict[str, tuple[float, float]]:
-    """The most of these runs, and what the challenge allows, of all that it limits."""
+    """Returns the largest value of these runs, and the challenge's limit, by what is limited."""
     sizes = [run.sizes.get("total", math.nan) for run in runs]
     return {
         "training seconds": (max(map(train_seconds, runs)), TRAIN_SECONDS_LIMIT),
@@ -211,11 +223,11 @@ def limits_of(runs: list[Run]) -> dict[str, tuple[float, float]]:
 
 
 def limits_table(runs: list[Run]) -> list[str]:
-    """A row for each limit."""
-    rows = ["| limit of the challenge | most here | allowed | |", "|---|--:|--:|---|"]
-    for name, (most, allowed) in limits_of(runs).items():
-        verdict = "PASS" if most <= allowed else "FAIL"
-        rows.append(f"| {name} | {round(most, 1):,} | {allowed:,} | {verdict} |")
+    """Returns the lines of a table with a row for each limit."""
+    rows = ["| limit of the challenge | largest value | allowed | |", "|---|--:|--:|---|"]
+    for name, (value, allowed) in limits_of(runs).items():
+        verdict = "PASS" if value <= allowed else "FAIL"
+        rows.append(f"| {name} | {round(value, 1):,} | {allowed:,} | {verdict} |")
     return rows
 
 

@@ -117,7 +117,7 @@ def test_a_sweep_killed_half_way_ends_in_table_comparison_and_plot(byte_corpus, 
         }
         base = "XSA_LAST_N=0+MUON_WD=0"
         pairs = [x - scores[base, seed] for (n, seed), x in scores.items() if n == name]
-        assert c["bpb_diff"] == pytest.approx(sum(pairs) / len(pairs), abs=1e-12)
+        assert c["bpb"]["mean"] == pytest.approx(sum(pairs) / len(pairs), abs=1e-12)
     shown = tool("compare", out, "--base", "XSA_LAST_N=0+MUON_WD=0").stdout
     assert f"NOT COUNTED: {victim.parent.name} seed 1: failed: killed by signal 9" in shown
 
@@ -132,7 +132,6 @@ def test_a_sweep_killed_half_way_ends_in_table_comparison_and_plot(byte_corpus, 
     )
     assert drawn.returncode == 0, drawn.stderr
     assert (tmp_path / "plots/scores.png").read_bytes()[:4] == b"\x89PNG"
-    assert "<svg" in (tmp_path / "plots/scores.svg").read_text()
     assert victim.parent.name in drawn.stdout  # the trial that failed is named
 
 
