@@ -103,7 +103,7 @@ for name in $parts; do
 	case $name in
 	tests)
 		part tests 180 tests.log \
-			"$PYTHON" -m pytest -v -m gpu --durations=5 $(grep -l mark.gpu tests/test_*.py)
+			"$PYTHON" -m pytest -o addopts= -v -m gpu --durations=5 $(grep -l mark.gpu tests/test_*.py)
 		;;
 	v9) part v9 150 v9.log bash -c "train v9 $short $v9" ;;
 	byte_jepa) part byte_jepa 120 byte_jepa.log bash -c "train byte_jepa $short $byte_jepa" ;;

@@ -1,319 +1,229 @@
-"""Training: the clock, the loop, no trace of the warm-up, the same bytes from the same seed."""
+"""Training: the loop, its clock and log, the warm-up, and the choice of attention and compiler."""
 
-import itertools
 import json
 import math
 import sys
+import time
 import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, load, score, settings, trainer
+from conftest import load, score, settings, trainer
+from torch.nn import functional
 
 import train_gpt as tg
 
 
-def trained(h: tg.Hyperparameters, device: tg.Device, **options: object) -> tg.Trainer:
-    """A tiny model of seed 0 after its training."""
+def make_trainer(
+    h: tg.Hyperparameters, device: tg.Device, attend: tg.Attend = tg.attend_sdpa
+) -> tg.Trainer:
+    """A trainer of a tiny model of seed 0, with the settings' own deadline."""
     torch.manual_seed(0)
-    steps = trainer(tg.GPT(h), load(h), h, device, **options)
-    steps.train()
-    return steps
+    return trainer(tg.GPT(h, attend), load(h), h, device, deadline=h.training_deadline)
 
 
-def test_the_loss_falls(byte_corpus: Path, cpu):
-    run = trained(settings(data_path=byte_corpus, iterations=60, warmdown_iters=30), cpu)
+def trained(
+    h: tg.Hyperparameters, device: tg.Device, attend: tg.Attend = tg.attend_sdpa
+) -> tg.Trainer:
+    """The trainer after its training."""
+    run = make_trainer(h, device, attend)
+    run.train()
+    return run
+
+
+# ---- Steps ----
+
+
+def test_the_loss_falls_and_the_ema_follows(byte_corpus: Path, cpu):
+    """With a constant decay of 0.997 the average would score near ln 260 after so few steps."""
+    run = trained(settings(data_path=byte_corpus, iterations=30), cpu)
     assert run.average.copy_to_model(tg.Log()) == "ema"
     losses = run.step_log.losses
-    assert len(losses) == 60
+    assert len(losses) == 30
     assert losses[0] == pytest.approx(math.log(260), abs=0.2)
-    assert losses[-1] < losses[0] - 2
-
-
-def test_training_alone_may_round_the_inputs_of_products(byte_corpus, tmp_path, monkeypatch):
-    """Validation, GPTQ and scores are of full precision, whatever training leaves behind."""
-    found = {}
-
-    def noting(owner, name):
-        function = getattr(owner, name)
-
-        def noted(*arguments, **options):
-            found.setdefault(name, set()).add(torch.get_float32_matmul_precision())
-            return function(*arguments, **options)
-
-        monkeypatch.setattr(owner, name, noted)
-
-    noting(tg.Trainer, "take_step")
-    noting(tg.WindowScorer, "sums_of")
-    noting(tg, "collect_hessians")
-    env = {**TINY, "DATA_PATH": str(byte_corpus), "RUN_DIR": str(tmp_path / "run")}
-    env |= {"ITERATIONS": "3", "VAL_LOSS_EVERY": "1", "GPTQ_ENABLED": "1", "EVAL_STRIDE": "0"}
-    assert tg.main([], {**env, "GPTQ_CALIB_TOKENS": "128"}) == 0
-    assert found == {
-        "take_step": {"medium"},
-        "sums_of": {"highest"},
-        "collect_hessians": {"highest"},
-    }
-
-
-def test_ema_of_30_steps_is_far_from_the_start(byte_corpus: Path, cpu):
-    """With a constant decay of 0.997 it would be 91 % initialisation and score near ln 260."""
-    run = trained(settings(data_path=byte_corpus, iterations=30), cpu)
-    run.average.copy_to_model(tg.Log())
+    assert losses[-1] < losses[0] - 1.5
     scoring_pass = tg.plain_pass(run.model.eval().forward_logits, run.h)
     assert score(scoring_pass, run.val, cpu).val_loss < math.log(260) - 1.5
 
 
-class WeightsOfSteps:
-    """The learning-rate scale of each step, and all weights after it."""
+def test_training_alone_may_round_the_inputs_of_products(byte_corpus: Path, cpu):
+    """Validation is of full precision, and what follows training has that of before."""
+    found = set()
 
-    def __init__(self, monkeypatch) -> None:
-        take_step, self.lr_scales, self.weights = tg.Trainer.take_step, [], []
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, window: int) -> torch.Tensor:
+        found.add((torch.is_grad_enabled(), torch.get_float32_matmul_precision()))
+        return tg.attend_sdpa(q, k, v, window=window)
 
-        def recorded(steps, phase, *batch):
-            terms = take_step(steps, phase, *batch)
-            self.lr_scales.append(phase.lr_scale)
-            self.weights.append({n: p.clone() for n, p in steps.average.params.items()})
-            return terms
-
-        monkeypatch.setattr(tg.Trainer, "take_step", recorded)
+    trained(settings(data_path=byte_corpus, iterations=2, val_loss_every=1), cpu, attend)
+    assert found == {(True, "medium"), (False, "highest")}
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
-@pytest.mark.parametrize(
-    ("every", "start_frac", "count"), [(5, 0.2, 1), (5, 0.7, 2), (3, 1.0, 3), (1, 0.8, 7)]
-)
-def test_swa_is_the_equal_average_of_the_weights_at_its_steps(
-    byte_corpus, cpu, monkeypatch, every, start_frac, count, capsys
-):
-    """Multiples of SWA_EVERY at which the learning rate is below SWA_START_FRAC of its peak."""
-    h = settings(
-        data_path=byte_corpus,
-        iterations=20,
-        warmdown_iters=10,
-        swa_enabled=1,
-        swa_every=every,
-        swa_start_frac=start_frac,
-    )
-    recorded = WeightsOfSteps(monkeypatch)
-    run = trained(h, cpu)
-    steps = zip(recorded.lr_scales, recorded.weights, strict=True)
-    due = [
-        weights
-        for step, (lr_scale, weights) in enumerate(steps, 1)
-        if lr_scale < start_frac and step % every == 0
-    ]
-    assert len(due) == run.average.count == count
-    assert run.average.copy_to_model(tg.Log()) == "swa"
-    for name, p in run.model.named_parameters():
-        want = sum(weights[name].double() for weights in due) / len(due)
-        torch.testing.assert_close(p.detach().double(), want, atol=1e-6, rtol=1e-5, msg=name)
-    assert f"swa:applying averaged {len(due)} checkpoints" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("changes", [{"swa_every": 50}, {"swa_start_frac": 0}])
-def test_swa_without_a_step_that_is_due_ends_with_the_last_weights(
-    byte_corpus, cpu, monkeypatch, changes, capsys
-):
-    h = settings(data_path=byte_corpus, iterations=8, warmdown_iters=4, swa_enabled=1, **changes)
-    recorded = WeightsOfSteps(monkeypatch)
-    run = trained(h, cpu)
-    assert run.average.count == 0
-    for name, weight in run.average.weights.items():
-        assert torch.equal(weight, recorded.weights[-1][name])
-    assert run.average.copy_to_model(tg.Log()) == "raw"
-    for name, p in run.model.named_parameters():
-        assert torch.equal(p, recorded.weights[-1][name])
-    assert "weights:applying the last weights" in capsys.readouterr().out
-
-
-def test_micro_batches_change_nothing_but_rounding(byte_corpus: Path, cpu):
-    grads = []
-    for micro in (1024, 128):
-        h = settings(data_path=byte_corpus, micro_batch_tokens=micro)
-        torch.manual_seed(0)
-        steps = trainer(tg.GPT(h), load(h), h, cpu)
-        steps.optimizers.step = lambda *_: None
-        steps.take_step(tg.programs(h)[0], *steps.batches.batch(0))
-        assert steps.model.blocks[0].mlp.down.weight.grad.any()
-        grads.append([p.grad for p in steps.model.parameters()])
-    for one, eight in zip(*grads, strict=True):
-        torch.testing.assert_close(one, eight, atol=1e-6, rtol=1e-4)
+@pytest.mark.parametrize("features", [{}, {"tie_embeddings": 0, "stp_enabled": 1}])
+def test_micro_batches_change_nothing_but_rounding(byte_corpus: Path, cpu, features):
+    """After one step the optimizers' state is the gradient times constants."""
+    states = []
+    for micro, parts in ((1024, 1), (128, 8)):
+        h = settings(data_path=byte_corpus, micro_batch_tokens=micro, **features)
+        run = make_trainer(h, cpu)
+        assert run.grad_accum == parts
+        run.take_step(tg.programs(h)[0], *run.batches.batch(0))
+        states.append(run.optimizers.state())
+    assert states[0]["muon/blocks.0.mlp.down.weight"].any()
+    for name, one in states[0].items():
+        torch.testing.assert_close(one, states[1][name], atol=1e-6, rtol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("features", [{}, {"jepa_chunk_size": 4, "stp_enabled": 1}])
-def test_warm_up_leaves_no_trace(byte_corpus: Path, cpu, monkeypatch, features):
-    """Training after it is as without it, and it takes a step of each program."""
+def test_warm_up_leaves_no_trace(byte_corpus: Path, cpu, monkeypatch, capsys, features):
+    """Losses and random numbers are as without it; here compiling does nothing."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     h = settings(data_path=byte_corpus, warmup_steps=3, iterations=4, **features)
-    phases, losses = [], {}
+    losses, draws = [], []
     for compiled in (False, True):
-        # Say that something is compiled, so that the warm-up takes its steps; nothing is.
-        device = tg.replace(cpu, compiled=compiled)
-        monkeypatch.setattr(tg.Device, "compile", lambda _, function: function)
-        torch.manual_seed(0)
-        steps = trainer(tg.GPT(h), load(h), h, device)
-        random_state = torch.get_rng_state()
-        take_step = steps.take_step
-        steps.take_step = lambda phase, *batch, take=take_step: (
-            phases.append(phase) or take(phase, *batch)
-        )
-        steps.warm_up()
-        assert torch.equal(random_state, torch.get_rng_state())
-        assert not any(p.grad.any() for p in steps.model.parameters())
-        assert len(phases) == 3 * compiled
-        steps.take_step = take_step
-        steps.loop(tg.StopSignal())
-        losses[compiled] = steps.step_log.losses
-    assert losses[True] == losses[False]
-    assert {*phases} == {*tg.programs(h)}
+        run = trained(h, tg.replace(cpu, compiled=compiled))
+        losses.append(run.step_log.losses)
+        draws.append(torch.get_rng_state())
+        assert ("warmup_step:3/3" in capsys.readouterr().out) is compiled
+    assert losses[0] == losses[1]
+    assert torch.equal(*draws)
 
 
-LOSS = {"train_loss": torch.tensor(1.0)}
-
-
-def step_log(device: tg.Device) -> tg.StepLog:
-    """The log of steps of a single rank, with its clock."""
-    clock = tg.TrainingClock(device, tg.Ranks())
-    return tg.StepLog(clock, tg.Log(silent=True), tg.Ranks(), 100, 0)
+# ---- Clock and log ----
 
 
 class FakeTime:
     """A monotonic clock that a test moves."""
 
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def perf_counter(self) -> float:
-        return self.now
+    now = 0.0
 
 
 @pytest.fixture
-def fake_time(monkeypatch):
+def fake_time(monkeypatch) -> FakeTime:
     clock = FakeTime()
-    monkeypatch.setattr(tg.time, "perf_counter", clock.perf_counter)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
     return clock
 
 
-def test_the_clock_stands_still_when_paused_and_knows_its_slowest_step(fake_time, cpu):
-    steps = step_log(cpu)
-    clock = steps.clock
-    for seconds in (1.0, 3.0, 1.0):
-        fake_time.now += seconds
-        steps.launched(LOSS)
-    clock.count()
-    fake_time.now += 100
-    clock.resume()
-    assert (clock.elapsed, clock.slowest) == (5.0, 3.0)
-    fake_time.now += 2.0
-    steps.launched(LOSS)
-    assert clock.elapsed == 7.0
-    assert steps.times == [1.0, 4.0, 5.0, 7.0]
+def slow_attention(clock: FakeTime, seconds: Callable[[bool], float]) -> tg.Attend:
+    """Attention that takes so many seconds, told whether it is part of a training step."""
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, window: int) -> torch.Tensor:
+        clock.now += seconds(torch.is_grad_enabled())
+        return tg.attend_sdpa(q, k, v, window=window)
+
+    return attend
+
+
+ONE_PASS = {"num_layers": 1, "micro_batch_tokens": 1024}  # a step calls attention once
+
+
+def make_step_log(device: tg.Device) -> tg.StepLog:
+    """The log of steps of a single rank, with its clock."""
+    clock = tg.TrainingClock(device, tg.Ranks())
+    return tg.StepLog(clock, tg.Log(silent=True), tg.Ranks(), 100, 0)
 
 
 @pytest.mark.fault(25)
-def test_time_between_steps_belongs_to_training(fake_time, cpu):
-    steps = step_log(cpu)
-    fake_time.now += 1
-    steps.launched(LOSS)
-    fake_time.now += 5  # a slow batch, say
-    assert steps.clock.seconds() == 6.0
-    steps.clock.count()
-    assert steps.clock.elapsed == 6.0
+def test_the_clock_stands_still_when_paused_and_knows_its_slowest_step(fake_time, cpu):
+    steps = make_step_log(cpu)
+    clock, terms = steps.clock, {"train_loss": torch.tensor(1.0)}
+    for seconds in (1.0, 3.0, 1.0):
+        fake_time.now += seconds
+        steps.launched(terms)
+    fake_time.now += 2.0  # time between steps belongs to training
+    assert clock.seconds() == 7.0
+    clock.count()
+    fake_time.now += 100
+    clock.resume()
+    assert (clock.elapsed, clock.slowest) == (7.0, 3.0)
+    fake_time.now += 2.0
+    steps.launched(terms)
+    assert clock.elapsed == 9.0
+    assert steps.times == [1.0, 4.0, 5.0, 9.0]
 
 
 @pytest.mark.fault(25)
 @pytest.mark.parametrize(("cap", "steps"), [(0.001, 1), (10.0, 7), (30.0, 28)])
-def test_training_stops_before_the_cap(
-    byte_corpus: Path, cpu, cap: float, steps: int, capsys, fake_time, monkeypatch
-):
+def test_training_stops_before_the_cap(byte_corpus: Path, cpu, capsys, fake_time, cap, steps):
     """Steps take 1 s, the third 2 s: the run leaves room for one as slow as any recent one."""
-    take_step, taken = tg.Trainer.take_step, []
-
-    def timed(*arguments):
-        taken.append(0)
-        fake_time.now += 2.0 if len(taken) == 3 else 1.0
-        return take_step(*arguments)
-
-    monkeypatch.setattr(tg.Trainer, "take_step", timed)
-    h = settings(
-        data_path=byte_corpus, iterations=100_000, max_wallclock_seconds=cap, warmdown_iters=20
-    )
-    run = trained(h, cpu, deadline=h.training_deadline)
+    calls = iter([1.0, 1.0, 2.0] + [1.0] * 100)
+    attend = slow_attention(fake_time, lambda trains: next(calls) if trains else 0.0)
+    limits = {"iterations": 100_000, "max_wallclock_seconds": cap, "warmdown_iters": 20}
+    run = trained(settings(data_path=byte_corpus, **ONE_PASS, **limits), cpu, attend)
     assert "stopping_early: wallclock_cap" in capsys.readouterr().out
     assert run.step == len(run.step_log.losses) == steps  # before the first step nothing is known
     assert run.clock.elapsed < cap or steps == 1
 
 
-@pytest.mark.fault(20)
-def test_no_steps_are_a_defined_result(byte_corpus: Path, cpu):
-    run = trained(settings(data_path=byte_corpus, iterations=0), cpu)
-    assert (run.step, run.step_log.losses, run.step_log.times) == (0, [], [])
-    before = {name: p.clone() for name, p in run.average.params.items()}
-    assert run.average.copy_to_model(tg.Log()) == "ema"  # of nothing: the initial weights
-    assert all(torch.equal(p, before[name]) for name, p in run.average.params.items())
-
-
-@pytest.mark.fault(34)
-@pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_stops_the_run_by_step(cpu, loss):
-    steps = step_log(cpu)
-    steps.launched({"train_loss": torch.tensor(2.0)})
-    with pytest.raises(tg.DivergenceError, match=f"step 2: the loss is {loss}; lower MATRIX_LR"):
-        steps.launched({"train_loss": torch.tensor(loss)})
-
-
 @pytest.mark.parametrize(("iterations", "validated"), [(5, [0, 2, 4, 5]), (4, [0, 2, 4])])
 def test_validation_is_at_its_steps_and_outside_the_clock(
-    byte_corpus: Path, cpu, capsys, fake_time, monkeypatch, iterations, validated
+    byte_corpus: Path, cpu, capsys, fake_time, iterations, validated
 ):
-    score_once = tg.score
-
-    def slow(*arguments):
-        fake_time.now += 100.0
-        return score_once(*arguments)
-
-    monkeypatch.setattr(tg, "score", slow)
-    h = settings(data_path=byte_corpus, iterations=iterations, val_loss_every=2, train_log_every=0)
-    assert trained(h, cpu).clock.elapsed == 0
+    attend = slow_attention(fake_time, lambda trains: 1.0 if trains else 100.0)
+    every = {"iterations": iterations, "val_loss_every": 2, "train_log_every": 0}
+    run = trained(settings(data_path=byte_corpus, **ONE_PASS, **every), cpu, attend)
+    assert run.clock.elapsed == iterations
     lines = capsys.readouterr().out.splitlines()
     steps = [line.split()[0] for line in lines if "val_bpb" in line and "step_avg" in line]
     assert steps == [f"step:{step}/{iterations}" for step in validated]
 
 
-def test_every_step_is_logged_though_it_is_known_late(byte_corpus: Path, cpu, capsys, monkeypatch):
-    """As on CUDA, where a step's loss is read after the next one's launch."""
+class LateStepLog(tg.StepLog):
+    """A log that reads the loss of a step after the launch of the next one, as on CUDA."""
 
-    def launched(steps, terms):
-        steps.running.append((None, list(terms), torch.stack(list(terms.values()))))
-        steps.finish(keep=1)
-
-    monkeypatch.setattr(tg.StepLog, "launched", launched)
-    run = trained(settings(data_path=byte_corpus, iterations=6, val_loss_every=3), cpu)
-    steps = [
-        line.split()[:2] for line in capsys.readouterr().out.splitlines() if "step_avg" in line
-    ]
-    told = [(step, value.split(":")[0]) for step, value in steps]
-    assert told == [
-        ("step:0/6", "val_loss"),
-        ("step:1/6", "train_loss"),
-        ("step:2/6", "train_loss"),
-        ("step:3/6", "train_loss"),
-        ("step:3/6", "val_loss"),
-        *((f"step:{n}/6", "train_loss") for n in (4, 5, 6)),
-        ("step:6/6", "val_loss"),
-    ]
-    assert run.step_log.times == sorted(run.step_log.times)
-    assert run.clock.elapsed >= run.step_log.times[-1]
+    def launched(self, terms: dict[str, torch.Tensor]) -> None:
+        self.running.append((None, list(terms), torch.stack(list(terms.values()))))
+        self.finish(keep=1)
 
 
-def test_log_files_hold_what_was_said(tmp_path: Path, capsys):
+def test_steps_that_are_known_late_are_logged_and_have_time(
+    byte_corpus: Path, cpu, capsys, fake_time
+):
+    """One step still runs when the next could be launched: both must end before the cap."""
+    attend = slow_attention(fake_time, lambda trains: 1.0 if trains else 0.0)
+    limits = {"iterations": 1000, "max_wallclock_seconds": 10, "val_loss_every": 3}
+    run = make_trainer(settings(data_path=byte_corpus, **ONE_PASS, **limits), cpu, attend)
+    run.step_log = LateStepLog(run.clock, run.log, tg.Ranks(), 1000, 1)
+    run.train()
+    # The slowest step took 2 s. After 6 s one step still runs: it and one more could end at 10 s.
+    assert run.step == len(run.step_log.losses) == 6
+    lines = [x.split()[:2] for x in capsys.readouterr().out.splitlines() if "step_avg" in x]
+    logged = [(step.split("/")[0], value.split(":")[0]) for step, value in lines]
+    expected = [("step:0", "val_loss")]
+    for n in range(1, 7):
+        expected.append((f"step:{n}", "train_loss"))
+        if n % 3 == 0:
+            expected.append((f"step:{n}", "val_loss"))
+    assert logged[: len(expected)] == expected
+
+
+@pytest.mark.fault(34)
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run_by_step(cpu, loss):
+    steps = make_step_log(cpu)
+    steps.launched({"train_loss": torch.tensor(2.0)})
+    with pytest.raises(tg.DivergenceError, match=f"step 2: the loss is {loss}"):
+        steps.launched({"train_loss": torch.tensor(loss)})
+
+
+def test_log_files_hold_what_was_shown(tmp_path: Path, capsys, monkeypatch):
+    """A full disk or a closed pipe ends no run."""
     log = tg.Log(tmp_path)
     log("step:1/2 train_loss:3.0000")
     log.event("step", step=1, train_loss=3.0)
-    log.progress("not watched, not shown")
+    log.progress("on a terminal only")
     assert (tmp_path / "train.log").read_text() == "step:1/2 train_loss:3.0000\n"
     assert json.loads((tmp_path / "events.jsonl").read_text())["train_loss"] == 3.0
     assert capsys.readouterr().out == "step:1/2 train_loss:3.0000\n"
+
+    def closed(*_: object, **__: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", closed)
+    tg.Log(tmp_path / "gone")("to a folder that is not there, and to nobody")
 
 
 @pytest.mark.fault(44, 45)
@@ -321,38 +231,36 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch):
     path = tmp_path / "final_model.safetensors"
     path.write_bytes(b"old")
 
-    def full(_):
+    def full(_: int) -> None:
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tg.os, "fsync", full)
+        patch.setattr("os.fsync", full)
         with pytest.raises(OSError, match="no space"):
             tg.write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
     tg.write_atomically(path, b"new")
-    assert path.read_bytes() == b"new"
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"new"]
 
 
-def test_a_full_disk_or_a_closed_pipe_ends_no_run(tmp_path: Path, monkeypatch):
-    log = tg.Log(tmp_path / "gone")
-    log("to a folder that is not there")
-
-    def closed(*_, **__):
-        raise BrokenPipeError
-
-    monkeypatch.setattr("builtins.print", closed)
-    log("to nobody")
+# ---- The device, its attention and its compiler ----
 
 
 @pytest.fixture
-def no_gpu(monkeypatch):
-    """A machine without one, whatever is here."""
+def no_gpu(monkeypatch) -> Iterator[None]:
+    """A machine without one, whatever is here; which back ends are enabled is restored."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    names = ("flash", "math", "mem_efficient", "cudnn")
+    before = {n: getattr(torch.backends.cuda, f"{n}_sdp_enabled")() for n in names}
+    yield
+    for name, enabled in before.items():
+        getattr(torch.backends.cuda, f"enable_{name}_sdp")(enabled)
 
 
-def chosen(h: tg.Hyperparameters) -> tuple[tg.Attention, tg.Device, list[str]]:
+def choose(**changes: object) -> tuple[tg.Attention, tg.Device, list[str]]:
     """What a single rank chooses: attention, device, and all notes."""
-    device, notes = tg.start_device(h.compile)
+    h = settings(**changes)
+    device, notes = tg.start_device(h.compile, gpus_hidden=True)
     attention, device, more = tg.choose_attention(h, device, tg.Ranks())
     return attention, device, notes + more
 
@@ -360,47 +268,42 @@ def chosen(h: tg.Hyperparameters) -> tuple[tg.Attention, tg.Device, list[str]]:
 @pytest.mark.usefixtures("no_gpu")
 @pytest.mark.parametrize("attn", ["flash", "math"])
 def test_each_attention_back_end_of_a_cpu_is_the_definition(attn):
-    flags = ("flash", "math", "mem_efficient", "cudnn")
-    before = [getattr(torch.backends.cuda, f"{f}_sdp_enabled")() for f in flags]
-    try:
-        attention, device = chosen(settings(attn=attn))[:2]
-        q, k, v = (torch.randn(2, 24, heads, 8) for heads in (4, 2, 2))
-        keys, values = (x.repeat_interleave(2, dim=2) for x in (k, v))
-        scores = torch.einsum("bqhd,bkhd->bhqk", q, keys) / math.sqrt(8)
-        scores = scores.masked_fill(torch.ones(24, 24).triu(1).bool(), -math.inf)
-        want = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), values)
-        assert (attention.name, device.compiled) == (attn, False)
-        torch.testing.assert_close(attention.attend(q, k, v), want, atol=1e-5, rtol=1e-5)
-    finally:
-        for flag, on in zip(flags, before, strict=True):
-            getattr(torch.backends.cuda, f"enable_{flag}_sdp")(on)
+    attention, device, _ = choose(attn=attn)
+    q, k, v = (torch.randn(2, 24, heads, 8) for heads in (4, 2, 2))
+    keys, values = (x.repeat_interleave(2, dim=2) for x in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, keys) / math.sqrt(8)
+    scores = scores.masked_fill(torch.ones(24, 24).triu(1).bool(), -math.inf)
+    expected = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), values)
+    assert (attention.name, device.compiled) == (attn, False)
+    torch.testing.assert_close(attention.attend(q, k, v), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.fault(27)
 @pytest.mark.usefixtures("no_gpu")
 @pytest.mark.parametrize("kind", ["missing", "only FA4", "of another GPU"])
 def test_a_named_attention_that_cannot_run_is_an_error(monkeypatch, kind):
-    def refuses(*_, **__):
+    def refuses(*_: object, **__: object) -> None:
         raise RuntimeError("FlashAttention only supports Hopper GPUs")
 
     fa4, fa3 = types.ModuleType("flash_attn"), types.ModuleType("flash_attn_interface")
     fa4.cute, fa3.flash_attn_func = types.ModuleType("flash_attn.cute"), refuses
     monkeypatch.setitem(sys.modules, "flash_attn", fa4 if kind == "only FA4" else None)
-    there = fa3 if kind == "of another GPU" else None
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", there)
+    module = fa3 if kind == "of another GPU" else None
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
     with pytest.raises(tg.SettingsError, match="ATTN=fa3 COMPILE=auto: cannot run here") as error:
-        chosen(settings(attn="fa3"))
-    assert ("only supports Hopper" if there else "flash_attn_interface") in str(error.value)
+        choose(attn="fa3")
+    assert ("only supports Hopper" if module else "flash_attn_interface") in str(error.value)
 
 
-def raises(q, k, v, **_):
+def no_kernel(y: torch.Tensor) -> torch.Tensor:
     raise RuntimeError("no kernel image")
 
 
 BROKEN = {
-    "no kernel image": raises,
-    "it gave NaN": lambda q, k, v, **_: q * math.nan,
-    "gave NaN": lambda q, k, v, **_: (q * 0).sqrt(),  # in its gradient alone
+    "no kernel image": no_kernel,
+    "it gave NaN": lambda y: y * math.nan,
+    "gave NaN": lambda y: y + (y * 0).sqrt(),  # in its gradient alone
+    "its output differs from the math back end's": lambda y: 1.1 * y,
 }
 
 
@@ -408,13 +311,16 @@ BROKEN = {
 @pytest.mark.usefixtures("no_gpu")
 @pytest.mark.parametrize("why", BROKEN)
 def test_an_attention_that_fails_its_probe_is_left_for_the_next(monkeypatch, why):
-    def load_attention(name):
-        return BROKEN[why] if name == "flash" else tg.attend_sdpa
+    attend = functional.scaled_dot_product_attention
 
-    monkeypatch.setattr(tg, "load_attention", load_attention)
-    attention, device, notes = chosen(settings())
-    assert (attention.name, device.compiled) == ("cudnn", False)  # next in the order
-    (note,) = [note for note in notes if note.startswith("attention:")]
+    def broken(*arguments: torch.Tensor, **options: object) -> torch.Tensor:
+        y = attend(*arguments, **options)
+        return BROKEN[why](y) if torch.backends.cuda.flash_sdp_enabled() else y
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", broken)
+    attention, _, notes = choose()
+    assert attention.name != "flash"
+    (note,) = [note for note in notes if note.startswith("attention:flash")]
     assert note.startswith("attention:flash compiled:False not used: ")
     assert why in note
 
@@ -424,7 +330,7 @@ def test_an_attention_that_fails_its_probe_is_left_for_the_next(monkeypatch, why
     ("capability", "dtype"),
     [((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)],
 )
-def test_a_gpu_without_bf16_computes_in_fp32_and_says_so(monkeypatch, capability, dtype):
+def test_a_gpu_without_bf16_computes_in_float32_and_says_so(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
@@ -433,26 +339,27 @@ def test_a_gpu_without_bf16_computes_in_fp32_and_says_so(monkeypatch, capability
     assert ("dtype:fp32, this GPU has no bf16" in notes) == (capability < (8, 0))
 
 
+@pytest.mark.usefixtures("no_gpu")
+def test_a_gpu_that_torch_cannot_use_is_an_error_unless_it_is_hidden(tmp_path, monkeypatch):
+    node = tmp_path / "nvidia0"
+    node.touch()
+    monkeypatch.setattr(tg, "GPU_NODE", str(node))
+    with pytest.raises(tg.SettingsError, match=f"{node}: this machine has a GPU that torch"):
+        tg.start_device("auto")
+    assert not tg.start_device("auto", gpus_hidden=True)[0].is_cuda
+
+
 @pytest.mark.fault(29)
 @pytest.mark.usefixtures("no_gpu")
-def test_a_compiler_that_fails_is_an_error_where_asked_for(monkeypatch):
-    def fails(*_, **__):
+def test_a_compiler_that_fails_is_left_or_an_error_where_asked_for(cpu, monkeypatch):
+    """With COMPILE=auto, as on CUDA, every attention is tried compiled, then one without."""
+
+    def fails(*_: object, **__: object) -> None:
         raise RuntimeError("no C++ compiler")
 
     monkeypatch.setattr(torch, "compile", fails)
     with pytest.raises(tg.SettingsError, match=r"COMPILE=1.*\n(.*\n)*.*no C\+\+ compiler"):
-        chosen(settings(compile=1))
-
-
-@pytest.mark.fault(29)
-@pytest.mark.usefixtures("no_gpu")
-def test_a_compiler_that_fails_is_left_with_the_reason(cpu, monkeypatch):
-    """As on CUDA with COMPILE=auto: every attention is tried compiled, then not compiled."""
-
-    def fails(*_, **__):
-        raise RuntimeError("no C++ compiler")
-
-    monkeypatch.setattr(torch, "compile", fails)
+        choose(compile=1)
     device = tg.replace(cpu, compiled=True)
     attention, device, notes = tg.choose_attention(settings(), device, tg.Ranks())
     assert (attention.name, device.compiled) == ("flash", False)
@@ -464,9 +371,9 @@ def test_a_compiler_that_fails_is_left_with_the_reason(cpu, monkeypatch):
 
 @pytest.mark.slow
 def test_compiled_is_the_same_function(byte_corpus: Path):
-    h = settings(data_path=byte_corpus, compile=1, num_layers=2)
-    attention, device, _ = chosen(h)
+    attention, device, _ = choose(compile=1, num_layers=2)
     assert device.compiled
+    h = settings(data_path=byte_corpus, compile=1, num_layers=2)
     torch.manual_seed(0)
     model = tg.GPT(h, attention.attend)
     ids, targets = torch.randint(4, 260, (2, 4, 64))
@@ -478,30 +385,3 @@ def test_compiled_is_the_same_function(byte_corpus: Path):
     ]
     assert scores[0].nats == pytest.approx(scores[1].nats, rel=1e-6)
     assert not torch._dynamo.utils.counters["graph_break"]
-
-
-def test_the_loop_leaves_room_for_the_steps_that_still_run(
-    byte_corpus, cpu, fake_time, monkeypatch
-):
-    """As on CUDA, where one step still runs when the next could be launched."""
-
-    def launched(steps, terms):
-        steps.running.append((None, list(terms), torch.stack(list(terms.values()))))
-        fake_time.now += 1.0
-        steps.finish(keep=1)
-
-    monkeypatch.setattr(tg.StepLog, "launched", launched)
-    h = settings(data_path=byte_corpus, iterations=1000, max_wallclock_seconds=10)
-    run = trained(h, cpu, deadline=h.training_deadline)
-    # The slowest step took 2 s. After 6 s one step still runs: it and one more could end at 10 s.
-    assert run.step == len(run.step_log.losses) == 6
-
-
-def test_steps_see_every_token_once(byte_corpus: Path):
-    h = settings(data_path=byte_corpus)
-    stream = tg.TokenStream(byte_corpus, "train", 260)
-    batches = tg.TrainingBatches(stream, h.train_batch_tokens, h.train_seq_len, tg.Ranks())
-    seen = [batches.batch(step)[1].flatten() for step in range(8)]
-    assert torch.equal(torch.cat(seen), stream.read(1, 8 * h.train_batch_tokens))
-    for a, b in itertools.pairwise(batches.batch(s) for s in range(4)):
-        assert a[1][-1, -1] == b[0][0, 0]

@@ -23,13 +23,9 @@ import torch
 
 import train_gpt as tg
 
-from .attention import attention
 from .harness import SCALES, Machine, Row, Scale, Table, start_machine
-from .muon import muon
+from .parts import attention, gptq, muon, packing, scoring, startup
 from .ranks import ranks
-from .scoring import scoring
-from .shrinking import gptq, packing
-from .startup import startup
 from .step import loop, step, step_of_bytes
 from .tables import fill, markdown, show
 
@@ -82,6 +78,7 @@ def run(names: list[str], scale: Scale, quick: bool, out: Path) -> dict:
     report = {**surroundings(scale, machine, quick), "benchmarks": {}}
     for name in names:
         torch.compiler.reset()
+        tg.load_attention(machine.attention.name)  # the benchmark before may have changed it
         began, told = time.perf_counter(), {}
         try:
             with tg.matmul_precision("highest"):

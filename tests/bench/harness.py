@@ -32,7 +32,6 @@ class Row(NamedTuple):
     high: float
     rounds: int
     ratio: list[float] | None = None  # to a first variant, by round: median, lowest, highest
-    note: str = ""
 
 
 class Table(NamedTuple):
@@ -159,26 +158,20 @@ def in_turns(
     return seconds
 
 
-def row(
-    what: str,
-    unit: str,
-    values: Sequence[float],
-    base: Sequence[float] | None = None,
-    note: str = "",
-) -> Row:
+def row(what: str, unit: str, values: Sequence[float], base: Sequence[float] | None = None) -> Row:
     """Returns the row of values by round, with their ratios to the values of a base."""
-    ratios = [value / other for value, other in zip(values, base, strict=True)] if base else []
-    ratio = [f(ratios) for f in (statistics.median, min, max)] if ratios else None
+    ratio = None
+    if base:
+        ratios = [value / other for value, other in zip(values, base, strict=True)]
+        ratio = [statistics.median(ratios), min(ratios), max(ratios)]
     middle = statistics.median(values)
-    return Row(what, unit, middle, min(values), max(values), len(values), ratio, note)
+    return Row(what, unit, middle, min(values), max(values), len(values), ratio)
 
 
-def rows_of(
-    seconds: Mapping[str, Sequence[float]], notes: Mapping[str, str] | None = None
-) -> list[Row]:
+def rows_of(seconds: Mapping[str, Sequence[float]]) -> list[Row]:
     """Returns a row of each way's seconds, with its ratio to the first way."""
-    first, notes = next(iter(seconds.values())), notes or {}
-    return [row(name, "s", times, first, notes.get(name, "")) for name, times in seconds.items()]
+    first = next(iter(seconds.values()))
+    return [row(name, "s", times, first) for name, times in seconds.items()]
 
 
 def equal(one: object, other: object, tolerance: float, what: str) -> None:
@@ -217,7 +210,7 @@ def random_data(h: tg.Hyperparameters, val_tokens: int = 0) -> tg.Data:
     return tg.Data(tg.Validation(val, tg.ByteTable(size, 0 * size), canonical=False), train)
 
 
-def random_batches(h: tg.Hyperparameters) -> Sequence[torch.Tensor]:
+def calibration_batches(h: tg.Hyperparameters) -> Sequence[torch.Tensor]:
     """Returns the batches of random tokens, int64 [n, T], that calibrate GPTQ in a run."""
     length = h.train_seq_len
     count, rows = max(h.gptq_calib_tokens // length, 1), max(h.micro_batch_tokens // length, 1)

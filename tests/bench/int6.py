@@ -27,9 +27,9 @@ def window_nats(model: tg.GPT, val: torch.Tensor, length: int) -> torch.Tensor:
     inputs, targets = (val[i:][: count * length].long().view(count, -1) for i in (0, 1))
     nats = []
     for x, y in zip(inputs.split(16), targets.split(16), strict=True):
-        logits = model.forward_logits(x).flatten(0, 1)
-        nats.append(F.cross_entropy(logits, y.flatten(), reduction="none").double().view(x.shape))
-    return torch.cat(nats).sum(1)
+        logits = model.forward_logits(x).mT
+        nats.append(F.cross_entropy(logits, y, reduction="none").double().sum(1))
+    return torch.cat(nats)
 
 
 def main(path: str) -> None:
@@ -37,7 +37,6 @@ def main(path: str) -> None:
     h, weights, _ = tg.load_checkpoint(Path(path), tg.Hyperparameters.from_env(os.environ))
     ranks, length = tg.Ranks(), h.train_seq_len
     val, train = tg.load_data(h, ranks, tg.Log(), steps=0)
-    assert train is not None
     model = tg.GPT(h).eval()
     model.load_state_dict(weights)
     roles, base = tg.parameter_roles(model), window_nats(model, val.tokens, length)
@@ -51,17 +50,16 @@ def main(path: str) -> None:
     }
     print(f"float32: {base.sum() / per_bpb:.6f} bpb, {len(base)} windows of {length}")
     for name, sequences in calibration.items():
-        began = time.perf_counter()
-        hessians: dict[str, torch.Tensor] = {}
+        model.load_state_dict(weights)
+        began, hessians = time.perf_counter(), {}
         if sequences is not None:
             hessians, _ = tg.collect_hessians(model, sequences.split(rows), ranks)
         arrays, _ = tg.quantize_model(model, hessians, ranks)
         seconds, stored = time.perf_counter() - began, tg.dequantize(arrays)
         alone = {n: stored[n] if roles[n] == "matrix" else w for n, w in weights.items()}
         for what, changed in (("all", stored), ("matrices alone", alone)):
-            other = tg.GPT(h).eval()
-            other.load_state_dict(changed)
-            lost = (window_nats(other, val.tokens, length) - base) / per_bpb
+            model.load_state_dict(changed)
+            lost = (window_nats(model, val.tokens, length) - base) / per_bpb
             error = lost.std() * len(lost) ** 0.5
             print(f"{name:14} {what:15} {lost.sum():.6f} +- {error:.6f} bpb, {seconds:.1f} s")
 

@@ -5,7 +5,6 @@
 SCALE is a `harness.Scale` as JSON. Nothing is imported before the clock runs.
 """
 
-import itertools
 import json
 import shlex
 import sys
@@ -30,12 +29,14 @@ def peak_mib() -> float:
 
 def main(stage: str, scale: str) -> None:
     """Runs the stage twice; prints seconds and memory."""
-    marks = []
+    seconds, last = {}, time.perf_counter()
 
-    def mark(name: str) -> None:  # the time since the last mark is of this name
-        marks.append((name, time.perf_counter()))
+    def mark(name: str) -> None:
+        """Names the time since the last mark."""
+        nonlocal last
+        now = time.perf_counter()
+        seconds[name], last = now - last, now
 
-    mark("")
     import numpy  # noqa: F401
     import torch  # noqa: F401
 
@@ -46,10 +47,9 @@ def main(stage: str, scale: str) -> None:
 
     mark("import of train_gpt.py")
     settings = json.loads(scale)["settings"]
-    env = dict(word.split("=", 1) for word in shlex.split(settings))
-    h = tg.Hyperparameters.from_env(env)
+    h = tg.Hyperparameters.from_env(dict(word.split("=", 1) for word in shlex.split(settings)))
     mark("settings")
-    from bench.harness import Scale, random_batches, random_data, random_model, start_machine
+    from bench.harness import Scale, calibration_batches, random_data, random_model, start_machine
     from bench.step import Ours
 
     sizes = Scale(**json.loads(scale))
@@ -57,7 +57,7 @@ def main(stage: str, scale: str) -> None:
     device = machine.device
     mark("the device, with a trial of attention")
     if stage == "step":
-        once = Ours(h, machine, random_data(h))
+        once = Ours(h, machine, random_data(h))  # with a model of its own
     else:
         model = random_model(h, machine).eval()
     if stage == "score":
@@ -71,7 +71,7 @@ def main(stage: str, scale: str) -> None:
     if stage == "quantize":
 
         def once() -> None:
-            hessians, _ = tg.collect_hessians(model, random_batches(h), ranks)
+            hessians, _ = tg.collect_hessians(model, calibration_batches(h), ranks)
             tg.pack_artifact(h, tg.quantize_model(model, hessians, ranks)[0], h.compressor)
 
     mark("model, data and optimizers" if stage == "step" else "model and data")
@@ -79,7 +79,6 @@ def main(stage: str, scale: str) -> None:
         once()
         device.now()
         mark(name)
-    seconds = {name: at - before for (_, before), (name, at) in itertools.pairwise(marks)}
     print(json.dumps({"seconds": seconds, "peak_mib": peak_mib()}))
 
 

@@ -22,22 +22,18 @@ import train_gpt as tg
 
 from . import ROOT
 from .harness import SCALES, Machine, Row, Scale, Table, in_turns, rows_of
+from .tables import show
 
 
 def ranks(scale: Scale, machine: Machine) -> Table:
     """Averaging gradients over ranks: one all-reduce against DDP's buckets."""
     count = torch.cuda.device_count() if machine.device.is_cuda else 2
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-    told = ["--rounds", str(scale.rounds), "--settings", scale.ranks, "--json"]
-    told += ["--device", machine.device.device.type]
-    done = subprocess.run(
-        [sys.executable, *launch, "-m", "bench.ranks", *told],
-        cwd=ROOT / "tests",
-        env={"OMP_NUM_THREADS": "1", **os.environ},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    arguments = ["--rounds", str(scale.rounds), "--settings", scale.ranks, "--json"]
+    arguments += ["--device", machine.device.device.type]
+    command = [sys.executable, *launch, "-m", "tests.bench.ranks", *arguments]
+    env = {"OMP_NUM_THREADS": "1", **os.environ}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr[-500:])
     sizes, rows = json.loads(done.stdout.splitlines()[-1])
@@ -53,8 +49,8 @@ def measure(h: tg.Hyperparameters, device: torch.device, rounds: int, compiled: 
     ddp = DistributedDataParallel(theirs)
     if compiled:
         ours, ddp = (torch.compile(model, dynamic=False) for model in (ours, ddp))
-    ids = torch.randint(h.vocab_size, (h.train_batch_tokens // h.train_seq_len, h.train_seq_len))
-    ids = ids.to(device)
+    shape = (h.train_batch_tokens // h.train_seq_len, h.train_seq_len)
+    ids = torch.randint(h.vocab_size, shape).to(device)
 
     def flat() -> None:
         ours(ids, ids).backward()
@@ -86,20 +82,16 @@ def main() -> None:
     parser.add_argument("--settings", help="of the model and its batch, as one would type them")
     parser.add_argument("--json", action="store_true", help="print sizes and rows as JSON")
     args = parser.parse_args()
-    cuda = args.device == "cuda"
-    if cuda:
+    if args.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if cuda else "gloo")
-    device = torch.device(args.device)
+    dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     scale = SCALES[args.device, False]
     h = scale.h(scale.ranks if args.settings is None else args.settings)
-    table = measure(h, device, args.rounds, args.compile)
+    table = measure(h, torch.device(args.device), args.rounds, args.compile)
     if dist.get_rank() == 0:
         if args.json:
             print(json.dumps(table))
         else:
-            from .tables import show
-
             show("ranks", table)
     dist.destroy_process_group()
 

@@ -1,9 +1,10 @@
 """A training step: its stages, its speed against the device's matrix products and a plain loop."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from typing import Any
 from unittest import mock
 
 import torch
@@ -52,58 +53,56 @@ def flops_per_token(model: tg.GPT, h: tg.Hyperparameters) -> float:
 
 
 class Steps:
-    """Training steps on random text, one at a call; a subclass takes them."""
+    """Training steps on random text, one at a call; a subclass takes them.
+
+    At full rates, with auxiliary losses at their peak. `precision` is that of float32 products.
+    """
 
     def __init__(
         self, h: tg.Hyperparameters, machine: Machine, data: tg.Data, precision: str = "medium"
     ) -> None:
-        # Of float32 products; "medium" as the trainer sets it.
         self.h, self.device, self.data, self.precision = h, machine.device, data, precision
-        self.phase = tg.programs(h)[-1]  # full rates, auxiliary losses at their peak
-        self.number = 0
+        self.phase = tg.programs(h)[-1]
         self.losses: list[torch.Tensor | float] = []
         self.model = random_model(h, machine).train()
 
     def __call__(self) -> None:
-        """Takes a step."""
+        """Takes a step and keeps its loss."""
         with tg.matmul_precision(self.precision):
-            self.losses.append(self.take())
-        self.number += 1
+            self.losses.append(self.take(len(self.losses)))
 
-    def take(self) -> torch.Tensor | float:
+    def take(self, number: int) -> torch.Tensor | float:
         """Takes step `number`; returns its cross-entropy."""
         raise NotImplementedError
 
 
 class Ours(Steps):
-    """The steps of train_gpt.py."""
+    """The steps of train_gpt.py, as `Trainer.loop` takes them."""
 
     def __init__(self, h: tg.Hyperparameters, machine: Machine, data: tg.Data) -> None:
         super().__init__(h, machine, data)
         log = tg.Log(silent=True)
         self.trainer = tg.Trainer(self.model, data, h, tg.Ranks(), self.device, log)
 
-    def take(self) -> torch.Tensor:
-        """Takes a step as `Trainer.loop` does."""
+    def take(self, number: int) -> torch.Tensor:
+        """Takes a step and updates the average."""
         trainer = self.trainer
-        trainer.step = self.number
-        terms = trainer.take_step(self.phase, *trainer.batches.batch(self.number))
-        trainer.average.update(self.number, self.phase.lr_scale)
+        trainer.step = number
+        terms = trainer.take_step(self.phase, *trainer.batches.batch(number))
+        trainer.average.update(number, self.phase.lr_scale)
         return terms["train_loss"]
 
 
 class Plain(Steps):
-    """The steps of the reference loop."""
+    """The same steps by the reference loop."""
 
-    def __init__(
-        self, h: tg.Hyperparameters, machine: Machine, data: tg.Data, precision: str = "medium"
-    ) -> None:
-        super().__init__(h, machine, data, precision)
-        self.loop = reference.Loop(self.model, h)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.loop = reference.Loop(self.model, self.h)
 
-    def take(self) -> float:
-        """Takes the same step."""
-        device, number = self.device.device, self.number
+    def take(self, number: int) -> float:
+        """Takes a step."""
+        device = self.device.device
         ids, targets = (x.to(device) for x in self.data.train.batch(number))
         auxiliary = tg.auxiliary_inputs(self.phase, self.h, number, device, tg.Ranks())
         return self.loop.step(number, self.phase.lr_scale, ids, targets, auxiliary)
@@ -122,11 +121,8 @@ class Cut:
         self.times[-1][stage] += now - self.mark
         self.mark = now
 
-    def around(
-        self, owner: object, name: str, before: str, stage: str
-    ) -> AbstractContextManager[object]:
-        """Returns a patch of the owner's function that cuts before and after each call."""
-        function: Callable[..., object] = getattr(owner, name)
+    def wrap(self, function: Callable[..., object], before: str, stage: str) -> object:
+        """Returns the function with a cut before and after each call."""
 
         def cut_off(*args: object) -> object:
             self.cut(before)
@@ -134,20 +130,24 @@ class Cut:
             self.cut(stage)
             return result
 
-        return mock.patch.object(owner, name, cut_off)
+        return cut_off
 
     def __call__(self) -> None:
         """Takes a step."""
         trainer, rest = self.steps.trainer, "clip and clear"
+        calls: list[tuple[object, str, str, str]] = [  # of frozen dataclasses the class is patched
+            (tg.TrainingBatches, "batch", "data read", "data read"),
+            (trainer, "loss_fn", "to the device", "forward"),
+            (tg.Ranks, "all_reduce_", "backward", "gradient reduction"),
+            (trainer.optimizers.muon, "step", rest, "Muon"),
+            (trainer.optimizers.adamw, "step", rest, "AdamW"),
+            (trainer.average, "update", rest, "EMA"),
+        ]
         self.times.append(dict.fromkeys(STAGES, 0.0))
-        with (  # of frozen dataclasses the class is patched
-            self.around(tg.TrainingBatches, "batch", "data read", "data read"),
-            self.around(trainer, "loss_fn", "to the device", "forward"),
-            self.around(tg.Ranks, "all_reduce_", "backward", "gradient reduction"),
-            self.around(trainer.optimizers.muon, "step", rest, "Muon"),
-            self.around(trainer.optimizers.adamw, "step", rest, "AdamW"),
-            self.around(trainer.average, "update", rest, "EMA"),
-        ):
+        with ExitStack() as stack:
+            for owner, name, before, stage in calls:
+                wrapped = self.wrap(getattr(owner, name), before, stage)
+                stack.enter_context(mock.patch.object(owner, name, wrapped))
             self.mark = self.steps.device.now()
             self.steps()
 
