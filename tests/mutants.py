@@ -154,9 +154,13 @@ class Recorder:
             self.failed.add(report.nodeid)
 
     def pytest_sessionfinish(self) -> None:
-        """Writes everything to the file that the command names."""
+        """Writes everything to files of this process, which may be a worker of pytest-xdist."""
+        measured = coverage.Coverage.current()
+        measured.stop()
+        measured.save()
         facts = {"fixtures": self.fixtures, "seconds": self.seconds, "failed": sorted(self.failed)}
-        Path(os.environ["COVERAGE_FACTS"]).write_text(json.dumps(facts), encoding="utf-8")
+        path = Path(os.environ["COVERAGE_FACTS"], f"facts-{os.getpid()}.part")
+        path.write_text(json.dumps(facts), encoding="utf-8")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -187,7 +191,7 @@ def run_pytest(
             return None
 
 
-def run_coverage(tree: Path, out: Path) -> None:
+def run_coverage(tree: Path, out: Path, jobs: int) -> None:
     """Runs the default suite in a clone; writes out/coverage.db and out/facts.json."""
     program = tree / PROGRAM
     source = program.read_text(encoding="utf-8")
@@ -197,14 +201,25 @@ def run_coverage(tree: Path, out: Path) -> None:
         f"[run]\nparallel = true\ndata_file = {out}/coverage.db\ninclude = */{PROGRAM}\n"
         "context = ${COVERAGE_CONTEXT-}\n"
     )
-    env = {"COVERAGE_PROCESS_START": str(config), "COVERAGE_FACTS": str(out / "facts.part")}
+    env = {"COVERAGE_PROCESS_START": str(config), "COVERAGE_FACTS": str(out)}
     arguments = ["-p", "tests.mutants", "--tb=short", "--ignore=tests/test_style.py"]
+    arguments += ["-m", "not gpu and not slow", "-n", str(jobs if jobs > 1 else 0)]
     print(f"running the default suite under coverage, see {out}/coverage.log", file=sys.stderr)
-    run_pytest([*arguments, "-m", "not gpu and not slow"], tree, 3600, out / "coverage.log", env)
+    if run_pytest(arguments, tree, 3600, out / "coverage.log", env) not in (0, 1):
+        raise SystemExit(f"the default suite cannot be run: {out}/coverage.log")
     measured = coverage.Coverage(config_file=str(config))
     measured.combine()
     measured.save()
-    (out / "facts.part").replace(out / "facts.json")
+    facts: dict[str, dict] = {"fixtures": {}, "seconds": {}, "failed": {}}
+    for path in out.glob("facts-*.part"):
+        part = json.loads(path.read_text(encoding="utf-8"))
+        facts["fixtures"].update(part["fixtures"])
+        facts["failed"].update(dict.fromkeys(part["failed"]))
+        for context, seconds in part["seconds"].items():
+            facts["seconds"][context] = max(seconds, facts["seconds"].get(context, 0.0))
+        path.unlink()
+    print("left out, as they failed:", *facts["failed"], sep="\n  ", file=sys.stderr)
+    (out / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
 class Coverage:
@@ -335,7 +350,7 @@ def main(argv: list[str], root: Path = ROOT) -> int:
         source = (tree / PROGRAM).read_text(encoding="utf-8")
         check_stamp(out / "stamp.txt", source, args)
         if not (out / "facts.json").exists():
-            run_coverage(tree, out)
+            run_coverage(tree, out, args.jobs)
         facts, candidates = Coverage(out, source), sample(source, args.count, args.seed)
         results = read_results(out / "mutants.jsonl")
 
