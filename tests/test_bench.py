@@ -13,6 +13,7 @@ from bench import __main__ as program
 from bench import harness, int6, parts, probe, reference, step, tables
 from bench.harness import Row, Scale, Table
 from conftest import TINY, randomize, settings, trainer
+from safetensors.torch import save_file
 
 import train_gpt as tg
 
@@ -94,33 +95,6 @@ def test_the_plain_loop_takes_the_steps_of_the_trainer(changes, machine):
     weights = torch.cat([w.flatten() for w in ours.average.weights.values()])
     same = torch.cat([w.flatten() for w in loop.average])
     torch.testing.assert_close(same, weights, atol=2e-4, rtol=0)
-
-
-def test_plain_newton_schulz_is_the_polynomial_on_the_singular_values():
-    matrix = torch.randn(48, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
-    s = s / s.norm()
-    for _ in range(5):
-        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-    torch.testing.assert_close(reference.newton_schulz(matrix, 5), u @ s.diag() @ vt)
-
-
-@pytest.mark.parametrize(("total", "stride"), [(64, 64), (100, 7), (200, 64)])
-def test_plain_scores_take_each_token_once(total, stride):
-    """The model's loss tells how many tokens precede a token in its window."""
-    lengths = []
-
-    def forward_logits(ids: torch.Tensor) -> torch.Tensor:
-        lengths.append(ids.size(1))
-        certain = 10.0 * torch.nn.functional.one_hot(ids[:, 1:].roll(0, 1), 4)
-        return torch.cat((certain, torch.zeros(1, 1, 4)), 1).float()
-
-    tokens = torch.arange(total + 1) % 4
-    nats = reference.score(forward_logits, tokens, 64, stride)
-    windows = 1 + math.ceil((total - 64) / stride)
-    sure = math.log(1 + 3 * math.exp(-10))  # the model knows every token but a window's last
-    assert lengths == [64] * windows
-    assert nats == pytest.approx(windows * math.log(4) + (total - windows) * sure, rel=1e-5)
 
 
 def test_flops_a_token_are_those_counted_by_hand():
@@ -311,7 +285,8 @@ def test_unknown_names_are_refused(argv, capsys):
 def test_int6_prints_the_cost_of_each_quantizer(tmp_path, byte_corpus, monkeypatch, capsys):
     h = settings(gptq_calib_tokens=256)
     weights = randomize(tg.GPT(h)).state_dict()
-    tg.save_tensors(tg.Log(tmp_path), "model.safetensors", weights, h)
+    stated = {"settings": json.dumps(tg.model_settings(h))}
+    save_file(weights, tmp_path / "model.safetensors", stated)
     for name, value in {**TINY, "GPTQ_CALIB_TOKENS": "256", "DATA_PATH": str(byte_corpus)}.items():
         monkeypatch.setenv(name, value)
     capsys.readouterr()

@@ -195,6 +195,15 @@ def late(): ...
     assert found == [(2, "late"), *in_f, (5, "Late"), (6, "Late"), (7, "LATE"), (7, "Late")]
 
 
+def test_every_setting_is_read():
+    """By its name as an attribute or, after the settings, as a string."""
+    later = section_starts(SOURCE)["Runtime"]
+    nodes = [*ast.walk(ast.parse(SOURCE))]
+    read = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    read |= {n.value for n in nodes if isinstance(n, ast.Constant) and n.lineno > later}
+    assert set(tg.Hyperparameters.__dataclass_fields__) <= read
+
+
 # ---- Importing ----
 
 IMPORT = """

@@ -200,15 +200,6 @@ def test_steps_that_are_known_late_are_logged_and_have_time(
     assert logged[: len(expected)] == expected
 
 
-@pytest.mark.fault(34)
-@pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_stops_the_run_by_step(cpu, loss):
-    steps = make_step_log(cpu)
-    steps.launched({"train_loss": torch.tensor(2.0)})
-    with pytest.raises(tg.DivergenceError, match=f"step 2: the loss is {loss}"):
-        steps.launched({"train_loss": torch.tensor(loss)})
-
-
 def test_log_files_hold_what_was_shown(tmp_path: Path, capsys, monkeypatch):
     """A full disk or a closed pipe ends no run."""
     log = tg.Log(tmp_path)
