@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -35,14 +35,13 @@ SCALE = Scale(
     codes=4096,
     square=32,
 )
-PLAIN_LOOPS = {"plain loop", "plain loop, products as ours", "train_gpt.py, eager"}
 # Rows that each benchmark must have.
 ROWS = {
     "step": {"step", "step, cut", "  forward", "  Muon", "speed", "model FLOP utilisation"},
     "attention": {"1 x 16, forward: flash", "1 x 16, forward and backward: math"},
     "muon": {"step, stacked", "step, matrix by matrix", "Newton-Schulz, stacked"},
     "gptq": {"rounding", "GPTQ, collecting Hessians", "GPTQ, solving"},
-    "loop": PLAIN_LOOPS | {"train_gpt.py, compiled"},
+    "loop": {"plain loop", "train_gpt.py, eager", "train_gpt.py, compiled"},
     "scoring": {"sliding, a window at a time", "plain, scored", "one pass", "one pass, scored"},
     "packing": {"zstd", "lzma", "zlib", "order-0 entropy", "the artifact"},
     "bytes": {"step", "  backward", "speed"},
@@ -100,17 +99,11 @@ def test_the_plain_loop_takes_the_steps_of_the_trainer(changes, machine):
 def test_flops_a_token_are_those_counted_by_hand():
     block = 2 * 512 * 512 + 2 * 512 * 256 + 2 * 512 * 1536
     n = 11 * block + 1024 * 512 + 128 * 512 + 128 * 256
-    expected = {"": 6 * n + 6 * 11 * 2048 * 512}
-    assert expected[""] == 228_655_104
-    expected["TIE_EMBEDDINGS=0"] = expected[""]
-    block = 2 * 512 * 512 + 2 * 512 * 256 + 2 * 512 * 1024
-    head = (512 * 256 + 256 * 256 + 2 * 256 * 256 + 256 * 512) / 8
-    n = 13 * block + 260 * 512 + 32 * 512 + head
-    expected["PRESET=byte_jepa"] = 6 * n + 6 * 13 * 4096 * 512
-    for text, flops in expected.items():
+    for text in ("", "TIE_EMBEDDINGS=0"):
         h = SCALE.h(text)
         with torch.device("meta"):
-            assert step.flops_per_token(tg.GPT(h), h) == flops
+            flops = step.flops_per_token(tg.GPT(h), h)
+        assert flops == 6 * n + 6 * 11 * 2048 * 512 == 228_655_104
 
 
 # ---- The benchmarks ----
@@ -163,16 +156,6 @@ def test_stages_are_parts_of_an_unchanged_step(machine):
         step.step(SCALE, machine, f"{SCALE.settings} {SCALE.eager}")
 
 
-def test_without_a_compiler_the_other_rows_remain(machine, monkeypatch):
-    def fails(*_: object, **__: object) -> None:
-        raise RuntimeError("no compiler")
-
-    monkeypatch.setattr(torch, "compile", fails)
-    table = step.loop(SCALE, machine)
-    assert {row.what for row in table.rows} == PLAIN_LOOPS
-    assert "not here: RuntimeError('no compiler')" in table.sizes
-
-
 def test_unequal_results_are_refused(machine, monkeypatch):
     harness.equal([1.0, 2.0], [1.0, 2.0 + 1e-6], 1e-5, "x")
     for one, other in (([1.0, 2.0], [1.0, 2.1]), ([math.nan], [1.0])):
@@ -186,35 +169,25 @@ def test_unequal_results_are_refused(machine, monkeypatch):
 def test_variants_take_turns_and_the_first_rounds_are_not_counted():
     clock, turns = [0.0], []
 
-    def way(name: str, seconds: float) -> Callable[[], None]:
-        def act() -> None:
-            turns.append(name)
-            clock[0] += seconds * len(turns)
+    def act(name: str, seconds: float) -> None:
+        turns.append(name)
+        clock[0] += seconds * len(turns)
 
-        return act
-
-    ways = {"a": way("a", 1.0), "b": way("b", 10.0)}
+    ways = {"a": partial(act, "a", 1.0), "b": partial(act, "b", 10.0)}
     seconds = harness.in_turns(ways, 2, lambda: clock[0], warm=1)
     assert turns == ["a", "b", "b", "a", "a", "b"]
     assert seconds == {"a": [4.0, 5.0], "b": [30.0, 60.0]}
-    assert harness.in_turns({"a": way("a", 1.0)}, 1, lambda: clock[0], 0, calls=2) == {"a": [7.5]}
     first, second = harness.rows_of(seconds)
     assert first == Row("a", "s", 4.5, 4.0, 5.0, 2, [1.0, 1.0, 1.0])
     assert second == Row("b", "s", 45.0, 30.0, 60.0, 2, [9.75, 7.5, 12.0])
 
 
-def test_the_sizes_are_legal_and_on_a_gpu_the_published_ones():
+def test_the_sizes_are_legal():
     for (device, _), scale in harness.SCALES.items():
         assert scale.device == device
         for text in (scale.settings, scale.byte_settings, scale.matrices, scale.ranks):
             scale.h(text)
         assert scale.val_tokens > scale.h(scale.settings).train_seq_len
-    for quick in (False, True):
-        scale = harness.SCALES["cuda", quick]
-        h, byte = scale.h(scale.settings), scale.h(scale.byte_settings)
-        assert (h.num_layers, h.model_dim, h.train_batch_tokens) == (11, 512, 98_304)
-        assert h.train_batch_tokens <= h.micro_batch_tokens  # one pass
-        assert (byte.num_layers, byte.train_seq_len, byte.jepa_chunk_size) == (13, 4096, 8)
 
 
 # ---- Reports ----

@@ -108,19 +108,6 @@ def test_heads_too_wide_for_flash_get_another_attention():
     assert any("attention:flash" in note for note in notes) or attention.name == "cudnn"
 
 
-@pytest.mark.fault(29)
-def test_a_compiler_that_fails_leaves_all_eager(monkeypatch):
-    def fails(*_: object, **__: object) -> None:
-        raise RuntimeError("no Triton here")
-
-    monkeypatch.setattr(torch, "compile", fails)
-    device, _, notes = start(settings())
-    assert (device.device.type, device.compiled) == ("cuda", False)
-    assert any("compiled:True not used" in note and "no Triton" in note for note in notes)
-    with pytest.raises(tg.SettingsError, match=r"COMPILE=1.*\n(.*\n)*.*no Triton"):
-        start(settings(compile=1))
-
-
 def test_newton_schulz_in_bf16_stays_in_its_band():
     stack = torch.randn(22, 512, 512, device=GPU)
     ends = torch.linalg.svdvals(tg.newton_schulz(stack.bfloat16(), 5).float())
