@@ -1,15 +1,12 @@
 """The program's source: its size, the order of its sections, and that importing it does nothing."""
 
 import ast
-import dis
 import io
 import json
 import re
 import subprocess
 import sys
 import tokenize
-import types
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -123,76 +120,28 @@ def test_python_3_10_parses_all(tmp_path: Path):
 # ---- Order ----
 
 
-def uses_of_globals(code: types.CodeType) -> Iterator[tuple[str, int]]:
-    """Names of the module that its code reads, and their lines.
-
-    Annotations that Python evaluates, defaults, decorators and bases are among them; names that a
-    function binds, and annotations in quotes, are not.
-    """
-    line = code.co_firstlineno
-    for instruction in dis.get_instructions(code):
-        line = getattr(instruction, "line_number", instruction.starts_line) or line
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"):
-            yield instruction.argval, line
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from uses_of_globals(constant)
-
-
-def definitions(tree: ast.Module) -> dict[str, int]:
-    """The line at which each name of the module is first defined, imports excepted."""
-    defined: dict[str, int] = {}
-    for node in tree.body:
-        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-            defined.setdefault(node.name, node.lineno)
-        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            for name in ast.walk(node):
-                if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store):
-                    defined.setdefault(name.id, node.lineno)
-    return defined
-
-
-def uses_of_later_sections(source: str) -> list[tuple[int, str]]:
-    """Line and name of every use of a name that is defined after the section of the use."""
-    starts, defined = section_starts(source), definitions(ast.parse(source))
-    ends = [*starts.values(), len(source.splitlines()) + 1]
-    uses = uses_of_globals(compile(source, "train_gpt.py", "exec"))
-    return [
-        (line, name)
-        for name, line in uses
-        if defined.get(name, 0) >= next(end for end in ends if line < end)
-    ]
-
-
 def test_the_docstring_lists_the_sections_in_order():
     assert tuple(section_starts(SOURCE)) == SECTIONS
     listed = re.findall(r"^    ([A-Z][a-z ]+?)  +\S", tg.__doc__, re.MULTILINE)
     assert tuple(listed) == SECTIONS
 
 
-def test_sections_use_earlier_sections_only():
-    assert uses_of_later_sections(SOURCE) == []
+def undefined_names(folder: Path, lines: list[str]) -> str:
+    """What the linter says of each section together with the earlier ones, without the later."""
+    starts = section_starts("".join(lines)).values()
+    for number, end in enumerate([*starts, len(lines) + 1][1:]):
+        (folder / f"until_section_{number:02}.py").write_text("".join(lines[: end - 1]))
+    return ruff("--no-cache", "--isolated", "--select=F821", folder).stdout
 
 
-def test_a_use_of_a_later_section_is_found():
-    source = """# ---- Early: begins ----
-@late
-def f(x: Late, y=LATE) -> list[Late]:
-    return g(lambda: late())
-class C(Late):
-    x: Late
-X: Late = LATE
-def g(x: 'Late'):
-    late = X
-    return late
-# ---- Late: ends ----
-LATE: int = 1
-class Late: ...
-def late(): ...
-"""
-    found = sorted(uses_of_later_sections(source))
-    in_f = [(3, "LATE"), (3, "Late"), (3, "Late"), (4, "late")]
-    assert found == [(2, "late"), *in_f, (5, "Late"), (6, "Late"), (7, "LATE"), (7, "Late")]
+def test_sections_use_earlier_sections_only(tmp_path: Path):
+    lines = SOURCE.splitlines(keepends=True)
+    assert undefined_names(tmp_path, lines) == "All checks passed!\n"
+    wrong = "def late(x: 'GPT' = None) -> None:\n    x.main = main\n\n\n"
+    lines.insert(section_starts(SOURCE)["Model"] - 1, wrong)
+    found = undefined_names(tmp_path, lines)
+    assert "Undefined name `main`" in found
+    assert "Undefined name `GPT`" in found
 
 
 def test_every_setting_is_read():
