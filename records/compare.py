@@ -37,10 +37,9 @@ BASES = ("base", "none")  # usual names of the trial that changes nothing
 ONE_TRIAL = "Bits per byte (bpb): mean +- standard deviation over all seeds that have a score."
 LEGEND = f"""\
 {ONE_TRIAL}
-Differences to the base: mean +- standard error; a trial below 0 is better. Paired t test over the
-seeds that both have; Welch's t test if they share fewer than two. p: two-sided; p (Holm): corrected
-for the number of trials. Detectable: the true difference that the test finds at p < {ALPHA} with a
-probability of {POWER:.0%}, if the standard error is the true one."""
+Differences to the base: mean +- standard error; below 0 is better. Paired t test over the seeds of
+both, or Welch's t test if they share fewer than two. p: two-sided; (Holm): corrected for all rows.
+Detectable: true difference found at p < {ALPHA} with probability {POWER} at this standard error."""
 RECORD_LEGEND = f"""\
 Record: whether the trial is better than the base by {RECORD_GAIN} nats a token at p < {RECORD_P}
 (one-sided, not corrected)."""
@@ -443,6 +442,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         groups, base = by_name(read_runs(args.runs)), args.base
         if args.against:
             name, base = args.runs[0], args.against[0]
+            if name == base:
+                raise CompareError(f"{name} is on both sides; give another group after --against")
             groups = {base: read_runs(args.against), name: read_runs(args.runs)}
         rows = compare_all(groups, base, args.score)
     except (RunError, CompareError) as error:
