@@ -7,7 +7,7 @@
 # It needs Python with torch, and no network: documents, tokenizer and packages that are missing
 # come from .gpu/, which tests/gpu_prepare.py fills; without documents the embedded corpus is used.
 # OUT gets summary.txt, each part's log, v9.json, byte_jepa.json and bench.json, each as soon as
-# there is something to tell. In the environment:
+# it exists. In the environment:
 #     DEVICE=cpu    try all of it without a GPU, at small sizes
 #     LIMIT=500     seconds in all; a part that takes too long is ended, the others still run
 #     BENCH=--quick arguments of the benchmarks
@@ -116,9 +116,9 @@ done
 
 echo "== summary"
 cd "$out"
-told='^(device:|attention:|step:.* val_bpb|size:|seconds:|final_int6_[a-z_]+ |limit:|error:)'
+wanted='^(device:|attention:|step:.* val_bpb|size:|seconds:|final_int6_[a-z_]+ |limit:|error:)'
 for name in v9 byte_jepa; do
-	[ -f "$name.log" ] && grep -E "$told" "$name.log" | sed "s/^/$name  /"
+	[ -f "$name.log" ] && grep -E "$wanted" "$name.log" | sed "s/^/$name  /"
 done
 [ -f tests.log ] && tail -n 1 tests.log
 grep -E '^(tests|setup|v9|byte_jepa|bench): ' summary.txt

@@ -153,12 +153,12 @@ def test_a_run_without_a_gpu_says_so(done):
 
 
 def test_eval_scores_the_artifact_without_model_variables(done, byte_corpus, env, capsys):
-    """Nor does it need the training split, or write a file."""
+    """Nor does it need the training split, or write a file. A run's folder means its artifact."""
     shard = "fineweb_val_000000.bin"
     Path(shard).symlink_to(byte_corpus / shard)
     variables = {"DATA_PATH": ".", "EVAL_STRIDE": "32", "VAL_BATCH_SIZE": "8192"}
     variables["EVAL_STRIDEE"] = "9"
-    assert tg.main(["--eval", str(done.folder / ARTIFACT)], variables) == 0
+    assert tg.main(["--eval", str(done.folder)], variables) == 0
     lines = capsys.readouterr().out.splitlines()
     exact = [line for line in done.lines if "final" in line and "exact" in line]
     assert exact == [line for line in lines if "exact" in line]
@@ -172,6 +172,13 @@ def test_a_file_that_is_no_artifact_is_not_scored(env, capsys):
     for path in ("model.ptz", "none.ptz"):
         assert tg.main(["--eval", path], {}) == 2
         assert f"error: {path}: cannot be read as an artifact" in capsys.readouterr().out
+
+
+def test_an_unknown_argument_is_refused_with_the_place_of_settings(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        tg.main(["NUM_LAYERS=3"], {})
+    says = "unknown arguments: NUM_LAYERS=3. Settings are environment variables and stand before"
+    assert says in " ".join(capsys.readouterr().err.split())
 
 
 def test_help_lists_every_setting():

@@ -182,7 +182,7 @@ def test_a_damaged_literal_is_a_value_error():
 
 
 def kilobytes(name: str) -> int:
-    """A figure of this process's memory, as Linux tells it."""
+    """A figure of this process's memory, as Linux reports it."""
     return int(Path("/proc/self/status").read_text().partition(f"{name}:")[2].split()[0])
 
 

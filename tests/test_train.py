@@ -108,7 +108,7 @@ def fake_time(monkeypatch) -> FakeTime:
 
 
 def slow_attention(clock: FakeTime, seconds: Callable[[bool], float]) -> tg.Attend:
-    """Attention that takes so many seconds, told whether it is part of a training step."""
+    """Attention that takes so many seconds, given whether it is part of a training step."""
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, window: int) -> torch.Tensor:
         clock.now += seconds(torch.is_grad_enabled())

@@ -79,17 +79,17 @@ def run(names: list[str], scale: Scale, quick: bool, out: Path) -> dict:
     for name in names:
         torch.compiler.reset()
         tg.load_attention(machine.attention.name)  # the benchmark before may have changed it
-        began, told = time.perf_counter(), {}
+        began, entry = time.perf_counter(), {}
         try:
             with tg.matmul_precision("highest"):
                 table = BENCHMARKS[name](scale, machine)
-            show(name, table)
-            told = {"sizes": table.sizes, "rows": [row._asdict() for row in table.rows]}
+            show(markdown(name, about(name), table))
+            entry = {"sizes": table.sizes, "rows": [row._asdict() for row in table.rows]}
         except Exception:  # the others may run
-            told = {"error": traceback.format_exc()}
-            print(f"\n{name}: failed\n{told['error']}")
-        told["seconds"] = time.perf_counter() - began
-        report["benchmarks"][name] = told
+            entry = {"error": traceback.format_exc()}
+            print(f"\n{name}: failed\n{entry['error']}")
+        entry["seconds"] = time.perf_counter() - began
+        report["benchmarks"][name] = entry
         tg.write_atomically(out, json.dumps(report, indent=1).encode())
     return report
 
@@ -104,12 +104,12 @@ def write_markdown(path: Path, readme: Path) -> None:
         f"{report['load'][0]:.1f} at the start; {report['date'][:10]}.\n",
         f"    {report['command']}\n",
     ]
-    for name, told in report["benchmarks"].items():
-        if "error" in told:
+    for name, entry in report["benchmarks"].items():
+        if "error" in entry:
             lines.append(f"### {name}: failed\n")
             continue
-        rows = [Row(**values) for values in told["rows"]]
-        lines.append(markdown(name, about(name), Table(told["sizes"], rows)))
+        rows = [Row(**values) for values in entry["rows"]]
+        lines.append(markdown(name, about(name), Table(entry["sizes"], rows)))
     readme.write_text(fill(readme.read_text(), report["kind"], "\n".join(lines)))
 
 
@@ -143,7 +143,7 @@ def main(argv: list[str]) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     report = run(names, SCALES[args.device, args.quick], args.quick, out)
     print(f"written: {out}")
-    return int(any("error" in told for told in report["benchmarks"].values()))
+    return int(any("error" in entry for entry in report["benchmarks"].values()))
 
 
 if __name__ == "__main__":

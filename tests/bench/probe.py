@@ -18,13 +18,8 @@ def peak_mib() -> float:
 
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status")
-    if not status.exists():  # no Linux
-        import resource
-
-        unit = 2**20 if sys.platform == "darwin" else 2**10
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**10
+    status = Path("/proc/self/status").read_text()  # of Linux
+    return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
 
 
 def main(stage: str, scale: str) -> None:

@@ -22,7 +22,7 @@ import train_gpt as tg
 
 from . import ROOT
 from .harness import SCALES, Machine, Row, Scale, Table, in_turns, rows_of
-from .tables import show
+from .tables import markdown, show
 
 
 def ranks(scale: Scale, machine: Machine) -> Table:
@@ -92,7 +92,7 @@ def main() -> None:
         if args.json:
             print(json.dumps(table))
         else:
-            show("ranks", table)
+            show(markdown("ranks", "one all-reduce against DDP's buckets", table))
     dist.destroy_process_group()
 
 

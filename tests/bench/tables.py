@@ -1,8 +1,7 @@
-"""How rows are shown: on the screen, and as Markdown in README.md."""
+"""How rows are shown: as Markdown, on the screen and in README.md."""
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table as Grid
+from rich.markdown import Markdown
 
 from .harness import Row, Table
 
@@ -21,26 +20,13 @@ def figure(value: float, unit: str) -> str:
 def cells(row: Row) -> tuple[str, ...]:
     """Returns the five texts of a row."""
     (low, unit), (high, also) = (figure(x, row.unit).split() for x in (row.low, row.high))
-    told = f"{low} to {high} {also}" if unit == also else f"{low} {unit} to {high} {also}"
+    spread = f"{low} to {high} {also}" if unit == also else f"{low} {unit} to {high} {also}"
     ratio = ""
     if row.ratio:
         middle, low, high = row.ratio
         ratio = f"{middle:.3f}" if low == high else f"{middle:.3f} ({low:.3f} to {high:.3f})"
-    told = told if row.low < row.high else ""
-    return row.what, figure(row.median, row.unit), told, ratio, str(row.rounds)
-
-
-def show(name: str, table: Table) -> None:
-    """Prints a table."""
-    console = Console()
-    console.width = max(console.width, 110)  # in a log too
-    console.print(f"\n[bold]{name}[/bold]: {table.sizes}", highlight=False)
-    grid = Grid(*HEADS[:1], box=SIMPLE_HEAD)
-    for head in HEADS[1:]:
-        grid.add_column(head, justify="right")
-    for row in table.rows:
-        grid.add_row(*cells(row))
-    console.print(grid)
+    spread = spread if row.low < row.high else ""
+    return row.what, figure(row.median, row.unit), spread, ratio, str(row.rounds)
 
 
 def markdown(name: str, about: str, table: Table) -> str:
@@ -52,6 +38,11 @@ def markdown(name: str, about: str, table: Table) -> str:
         indented = "&ensp;" * (len(what) - len(what.lstrip())) + what.lstrip()
         lines.append("| " + " | ".join([indented, *rest]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def show(text: str) -> None:
+    """Prints Markdown, at least 110 columns wide, in a log too."""
+    Console(width=max(Console().width, 110)).print(Markdown(text))
 
 
 def fill(text: str, kind: str, block: str) -> str:
