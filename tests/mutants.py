@@ -284,7 +284,7 @@ def try_mutant(
         if outcome == "killed":
             said = output.read_text(encoding="utf-8").splitlines()
             failures = [line for line in said if line.startswith(("FAILED ", "ERROR "))]
-            killer = [*said, *failures][-1]
+            killer = [*failures, *said[-1:]][0]
     lines = difflib.unified_diff(
         source.splitlines(), changed.splitlines(), PROGRAM, PROGRAM, "", "", 1, ""
     )
