@@ -31,27 +31,13 @@ OPTIONAL = {"brotli", "flash_attn_interface"}  # packages that a program runs wi
 REQUIREMENT = re.compile(r"[A-Za-z][\w.-]*(?:,?(?:[=~]=|[<>]=?)\d[\w.+]*)+")
 
 # A model small enough that a whole run takes seconds: bytes, so that no tokenizer is needed.
-TINY = {
-    "VOCAB_SIZE": "260",
-    "NUM_LAYERS": "3",
-    "MODEL_DIM": "32",
-    "NUM_HEADS": "4",
-    "NUM_KV_HEADS": "2",
-    "ROPE_DIMS": "4",
-    "BIGRAM_VOCAB_SIZE": "64",
-    "BIGRAM_DIM": "8",
-    "VE_ENABLED": "1",
-    "VE_DIM": "8",
-    "TRAIN_SEQ_LEN": "64",
-    "TRAIN_BATCH_TOKENS": "1024",
-    "MICRO_BATCH_TOKENS": "512",
-    "ITERATIONS": "30",
-    "WARMDOWN_ITERS": "15",
-    "MAX_WALLCLOCK_SECONDS": "0",
-    "VAL_LOSS_EVERY": "0",
-    "VAL_BATCH_SIZE": "8192",
-    "EVAL_STRIDE": "32",
-}
+TINY_SETTINGS = (
+    "VOCAB_SIZE=260 NUM_LAYERS=3 MODEL_DIM=32 NUM_HEADS=4 NUM_KV_HEADS=2 ROPE_DIMS=4 "
+    "BIGRAM_VOCAB_SIZE=64 BIGRAM_DIM=8 VE_ENABLED=1 VE_DIM=8 TRAIN_SEQ_LEN=64 "
+    "TRAIN_BATCH_TOKENS=1024 MICRO_BATCH_TOKENS=512 ITERATIONS=30 WARMDOWN_ITERS=15 "
+    "MAX_WALLCLOCK_SECONDS=0 VAL_LOSS_EVERY=0 VAL_BATCH_SIZE=8192 EVAL_STRIDE=32"
+)
+TINY: dict[str, str] = dict(pair.split("=") for pair in TINY_SETTINGS.split())
 KEPT = "PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH", "SYSTEMROOT"  # of the environment
 SECONDS = 300  # time limit of a process
 IMPORT_SECONDS = 1.0  # of processor time, without torch's own import
@@ -139,7 +125,10 @@ def read_source(expect: Expect, folder: Path) -> Source | None:
             readable = shown.read_bytes()
     except OSError as error:
         expect(
-            False, Path(error.filename).name, error.strerror, "the program, its source if packed"
+            False,
+            Path(error.filename).name,
+            error.strerror,
+            "the program, its source if it is packed",
         )
         return None
     except ValueError as error:

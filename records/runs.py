@@ -144,18 +144,11 @@ def parse_changed_settings(log: str) -> dict[str, str] | None:
 def parse_setting(name: str, text: str) -> Any:
     """Returns the value of a setting from its text in a log.
 
-    Its type is that of train_gpt.py. A setting that train_gpt.py does not have gets the type that
-    its text looks like.
+    A setting that train_gpt.py does not have stays a text, unless it is True or False.
     """
-    known = SETTING_TYPES.get(name)
-    if text in ("True", "False") and known in (bool, None):
+    if text in ("True", "False"):
         return text == "True"
-    if known:
-        return train_gpt.parse_value(text, known)
-    for kind in (int, float):
-        with suppress(ValueError):
-            return kind(text)
-    return text
+    return train_gpt.parse_value(text, SETTING_TYPES.get(name, str))
 
 
 def read_run(path: str | Path) -> Run:

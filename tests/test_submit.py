@@ -24,6 +24,7 @@ import submit
 from runs import Run, read_run
 
 DAY = "2026-03-25"
+SMALL = b"import numpy\nimport torch\nimport zstandard\n\nRATE = 0.025\n"
 
 
 def arguments(out, *runs, **options):
@@ -73,6 +74,38 @@ def load(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def set_program(runs, program, source):
+    """Replaces the program of finished runs, and what their logs and results state of it."""
+    for path in runs.rglob("result.json"):
+        folder, result = path.parent, load(path)
+        (folder / "train_gpt.py").write_bytes(program)
+        (folder / "train_gpt_readable.py").unlink()
+        if program != source:
+            (folder / "train_gpt_readable.py").write_bytes(source)
+        if "bytes" not in result:
+            continue
+        total = len(program) + result["bytes"]["model"]
+        result["bytes"] |= {"code": len(program), "total": total}
+        result["code_sha256"] = figures.sha256(source)
+        path.write_text(json.dumps(result, indent=2), encoding="utf-8")
+        edit(folder / "train.log", r"^Code size: \d+", f"Code size: {len(program)}")
+        edit(folder / "train.log", r"^(Total .*:) \d+", rf"\1 {total}")
+        edit(folder / "train.log", r"^limit:total_bytes \S+", f"limit:total_bytes {total:,}")
+
+
+def with_small_program(runs, to):
+    """Copies finished runs with a program of a few lines, which is checked fast."""
+    shutil.copytree(runs, to)
+    set_program(to, tg.packed_source(SMALL), SMALL)
+    return to
+
+
+@pytest.fixture(scope="session")
+def small(finished, tmp_path_factory):
+    """The finished runs with a small program."""
+    return with_small_program(finished, tmp_path_factory.mktemp("small") / "runs")
+
+
 # ---- What it makes ----
 
 
@@ -115,10 +148,10 @@ def test_the_figures_are_those_of_the_runs(finished, tmp_path, capsys):
     assert packages == {"torch", "numpy", "sentencepiece", "zstandard", "safetensors", "brotli"}
 
 
-def test_the_readme_has_text_figures_and_command(finished, tmp_path):
+def test_the_readme_has_text_figures_and_command(small, tmp_path):
     prose = tmp_path / "prose.md"
     prose.write_text("## Why\n\nBecause {braces} stay.\n", encoding="utf-8")
-    folder = make_entry(tmp_path / "out", finished / "tiny", text=prose)
+    folder = make_entry(tmp_path / "out", small / "tiny", text=prose)
     text = (folder / "README.md").read_text(encoding="utf-8")
     assert text.startswith("# Tiny\n\nAs small as can be.\n")
     assert "Because {braces} stay." in text
@@ -130,16 +163,16 @@ def test_the_readme_has_text_figures_and_command(finished, tmp_path):
     assert text.count("PASS") == 3
 
 
-def test_logs_are_unchanged_but_for_paths(finished, tmp_path):
-    folder = make_entry(tmp_path, finished / "tiny")
-    before = (finished / "tiny/seed42/train.log").read_text(encoding="utf-8").splitlines()
+def test_logs_are_unchanged_but_for_paths(small, tmp_path):
+    folder = make_entry(tmp_path, small / "tiny")
+    before = (small / "tiny/seed42/train.log").read_text(encoding="utf-8").splitlines()
     after = (folder / "train_seed42.log").read_text(encoding="utf-8").splitlines()
     changed = [new for old, new in zip(before, after, strict=True) if old != new]
     lines = ["logs/tiny/seed42/train.log", "val_loader", "corpus", "changed_settings"]
     assert [line.partition(":")[0] for line in changed] == lines
     assert "run_dir:logs/tiny/seed42 " in changed[2]
     assert "RUN_DIR=logs/tiny/seed42 " in changed[3]
-    assert not any("/tmp" in line or str(finished) in line for line in after)
+    assert not any("/tmp" in line or str(small) in line for line in after)
 
 
 @pytest.mark.parametrize(
@@ -163,8 +196,8 @@ def test_paths_of_a_machine_are_hidden(line, shown):
     assert submit.hide_paths(line, run) == (line if shown is None else shown)
 
 
-def test_a_study_includes_the_arm_that_failed(finished, tmp_path):
-    folder = make_entry(tmp_path, finished, main="tiny", base="plain")
+def test_a_study_includes_the_arm_that_failed(small, tmp_path):
+    folder = make_entry(tmp_path, small, main="tiny", base="plain")
     seeds = ["lost_seed42", "plain_seed1337", "plain_seed42"]
     seeds += ["tiny_seed1337", "tiny_seed42", "tiny_seed7"]
     assert sorted(path.stem for path in folder.glob("*.log")) == [f"train_{x}" for x in seeds]
@@ -181,9 +214,9 @@ def test_a_study_includes_the_arm_that_failed(finished, tmp_path):
     assert "The arms are not compared" not in text
 
 
-def test_a_trial_that_failed_before_its_log(finished, tmp_path, capsys):
+def test_a_trial_that_failed_before_its_log(small, tmp_path, capsys):
     """Its screen is its log. A trial that never ran, and one put aside, are no runs."""
-    runs = shutil.copytree(finished, tmp_path / "runs")
+    runs = shutil.copytree(small, tmp_path / "runs")
     shutil.copytree(runs / "tiny/seed7", runs / "tiny/seed7.cut1")
     early = runs / "early" / "seed5"
     early.mkdir(parents=True)
@@ -197,15 +230,15 @@ def test_a_trial_that_failed_before_its_log(finished, tmp_path, capsys):
     assert len([*folder.glob("train_tiny_*.log")]) == 3
 
 
-def test_runs_by_any_name_are_one_arm(finished, tmp_path):
+def test_runs_by_any_name_are_one_arm(small, tmp_path):
     for seed, name in ((42, "first"), (7, "second")):
-        shutil.copytree(finished / f"tiny/seed{seed}", tmp_path / name)
+        shutil.copytree(small / f"tiny/seed{seed}", tmp_path / name)
     folder = make_entry(tmp_path / "out", tmp_path / "first", tmp_path / "second")
     log = (folder / "train_seed42.log").read_text(encoding="utf-8")
     assert log.startswith("logs/first/train.log\n")
 
 
-def test_plots_are_png_only(finished, tmp_path, monkeypatch):
+def test_plots_are_png_only(small, tmp_path, monkeypatch):
     plot = types.ModuleType("plot")
 
     def draw(runs, kind, out, base):
@@ -215,7 +248,7 @@ def test_plots_are_png_only(finished, tmp_path, monkeypatch):
 
     plot.draw = draw
     monkeypatch.setitem(sys.modules, "plot", plot)
-    command = arguments(tmp_path, finished, main="tiny")
+    command = arguments(tmp_path, small, main="tiny")
     assert submit.main([*command, "--plots"]) == 0
     text = next(tmp_path.rglob("README.md")).read_text(encoding="utf-8")
     assert "![loss](loss.png)" in text and "![scores](scores.png)" in text
@@ -226,17 +259,7 @@ def test_a_program_that_is_not_packed_ships_alone(finished, tmp_path):
     """Runs of older programs have one file, whose bytes count as they are."""
     runs = shutil.copytree(finished / "tiny", tmp_path / "tiny")
     source = b"import numpy\nimport torch\n"
-    for folder in runs.iterdir():
-        (folder / "train_gpt_readable.py").unlink()
-        (folder / "train_gpt.py").write_bytes(source)
-        result = load(folder / "result.json")
-        total = len(source) + result["bytes"]["model"]
-        result["bytes"] |= {"code": len(source), "total": total}
-        result["code_sha256"] = figures.sha256(source)
-        (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
-        edit(folder / "train.log", r"^Code size: \d+", f"Code size: {len(source)}")
-        edit(folder / "train.log", r"^(Total .*:) \d+", rf"\1 {total}")
-        edit(folder / "train.log", r"^limit:total_bytes \S+", f"limit:total_bytes {total:,}")
+    set_program(runs, source, source)
     folder = make_entry(tmp_path / "out", runs)
     assert (folder / "train_gpt.py").read_bytes() == source
     assert not (folder / "train_gpt_readable.py").exists()
@@ -285,17 +308,17 @@ def test_a_resumed_run_has_each_step_once(finished, byte_corpus, tmp_path):
 # ---- The record track ----
 
 
-def test_what_is_missing_for_a_record_is_listed(finished, tmp_path, capsys):
-    reasons = refusal(capsys, tmp_path, finished / "tiny/seed42", track="track_10min_16mb")
+def test_what_is_missing_for_a_record_is_listed(small, tmp_path, capsys):
+    reasons = refusal(capsys, tmp_path, small / "tiny/seed42", track="track_10min_16mb")
     assert len(reasons) == 3
     for text in ("1 seeds; needed: 3", "CPU; needed: 8xH100", "3783 bytes scored"):
         assert any(text in reason for reason in reasons), text
-    assert make_entry(tmp_path, finished / "tiny/seed42").exists()  # the other track takes it
+    assert make_entry(tmp_path, small / "tiny/seed42").exists()  # the other track takes it
 
 
 @pytest.mark.parametrize(("size", "verdict"), [(16_000_000, "PASS"), (16_000_001, "FAIL")])
-def test_the_size_limit_of_a_record_is_exact(finished, tmp_path, size, verdict):
-    runs = as_record(finished / "tiny", tmp_path / "tiny")
+def test_the_size_limit_of_a_record_is_exact(small, tmp_path, size, verdict):
+    runs = as_record(small / "tiny", tmp_path / "tiny")
     log, path = runs / "seed7/train.log", runs / "seed7/result.json"
     result = load(path)
     model = size - result["bytes"]["code"]
@@ -331,58 +354,23 @@ def change_data(runs):
     edit(runs / "seed7/result.json", r'"val_sha256": "....', '"val_sha256": "beef')
 
 
-def change_settings(runs):
-    edit(runs / "seed42/train.log", " matrix_lr:0.025 ", " matrix_lr:0.02 ")
-
-
 def cut_log(runs):
     (runs / "seed7/result.json").unlink()
-    log = runs / "seed7/train.log"
-    log.write_text(log.read_text(encoding="utf-8").partition("Serialized model")[0])
-
-
-def cut_scores(runs):
-    for log in runs.rglob("train.log"):
-        log.write_text(log.read_text(encoding="utf-8").partition("DIAGNOSTIC")[0])
-
-
-def change_result(runs):
-    edit(runs / "seed7/result.json", r'^  "steps": 6', '  "steps": 7')
-
-
-def damage_result(runs):
-    (runs / "seed7/result.json").write_text('{"status": "o', encoding="utf-8")
-
-
-def remove_log(runs):
-    (runs / "seed7/train.log").unlink()
+    edit(runs / "seed7/train.log", r"(?s)Serialized model.*\Z", "")
 
 
 def fail_run(runs):
     result = load(runs / "seed7/result.json") | {"status": "oom", "reason": "out of memory"}
     (runs / "seed7/result.json").write_text(json.dumps(result))
-    with open(runs / "seed7/train.log", "a") as log:
-        log.write("error: out of memory\n")
+    edit(runs / "seed7/train.log", r"\Z", "error: out of memory\n")
 
 
-def copy_seed(runs):
-    shutil.copytree(runs / "seed7", runs / "again" / "tiny" / "seed7")
-
-
-def keep_cut_run(runs):
+def end_run(runs, name, text):
+    """Leaves one run, which ended before its scores, and a file of the sweep that tells why."""
     cut_log(runs)
-    for seed in (42, 1337):
-        shutil.rmtree(runs / f"seed{seed}")
-
-
-def kill_run(runs):
-    keep_cut_run(runs)
-    (runs / "seed7/exit_status").write_text("137\n")
-
-
-def stop_run(runs):
-    keep_cut_run(runs)
-    (runs / "seed7/stopped").write_text("hopeless: loss 6.000")
+    (runs / f"seed7/{name}").write_text(text)
+    shutil.rmtree(runs / "seed42")
+    shutil.rmtree(runs / "seed1337")
 
 
 def lock_run(runs):
@@ -392,34 +380,59 @@ def lock_run(runs):
 
 
 REFUSED = {
-    change_code: r"train_gpt.py: 2 of them.*needed: the same",
-    damage_code: r"seed7/train_gpt.py: the packed source cannot be decoded: ",
-    change_data: r"validation data \['\w+', 'beef\w+'\].*needed: the same",
-    change_settings: r"train_seed42.log: \{'matrix_lr': \(0.02, 0.025\)\}; needed: the settings of",
-    cut_log: r"train_seed7.log: cut off: its log ends too early; needed: a score",
-    cut_scores: r"^error: no log (?:tells|has) a score: train_seed7.log: cut off: ",
-    change_result: r"seed7: result.json has 7, its log 6",
-    damage_result: r"seed7: result.json has failed, its log ok",
-    remove_log: r"seed7: ok; needed: runs that have ended, with their logs",
-    fail_run: r"train_seed7.log: failed: out of memory; needed: a score",
-    copy_seed: r"tiny: seeds \[7, 1337, 42, 7\]; needed: each once",
-    kill_run: r"seed7: failed: killed by signal 9; needed: a score",
-    stop_run: r"seed7: stopped: hopeless: loss 6.000; needed: a score",
-    lock_run: r"seed7: running; needed: runs that have ended",
+    "another program": (change_code, r"train_gpt.py: 2 of them.*needed: the same"),
+    "a damaged program": (damage_code, "seed7/train_gpt.py: the packed source cannot be decoded: "),
+    "another text": (change_data, r"validation data \['\w+', 'beef\w+'\].*needed: the same"),
+    "other settings": (
+        lambda runs: edit(runs / "seed42/train.log", " matrix_lr:0.025 ", " matrix_lr:0.02 "),
+        r"train_seed42.log: \{'matrix_lr': \(0.02, 0.025\)\}; needed: the settings of",
+    ),
+    "a log cut short": (cut_log, "seed7.log: cut off: its log ends too early; needed: a score"),
+    "logs without a score": (
+        lambda runs: [edit(x, r"(?s)DIAGNOSTIC.*\Z", "") for x in runs.rglob("train.log")],
+        "^error: no log has a score: train_seed7.log: cut off: ",
+    ),
+    "another result": (
+        lambda runs: edit(runs / "seed7/result.json", r'^  "steps": 6', '  "steps": 7'),
+        "seed7: result.json has 7, its log 6",
+    ),
+    "a damaged result": (
+        lambda runs: (runs / "seed7/result.json").write_text('{"status": "o'),
+        "seed7: result.json has failed, its log ok",
+    ),
+    "no log": (
+        lambda runs: (runs / "seed7/train.log").unlink(),
+        "seed7: ok; needed: runs that have ended, with their logs",
+    ),
+    "a failed run": (fail_run, "train_seed7.log: failed: out of memory; needed: a score"),
+    "a seed twice": (
+        lambda runs: shutil.copytree(runs / "seed7", runs / "again/tiny/seed7"),
+        r"tiny: seeds \[7, 1337, 42, 7\]; needed: each once",
+    ),
+    "a killed run": (
+        lambda runs: end_run(runs, "exit_status", "137\n"),
+        "seed7: failed: killed by signal 9; needed: a score",
+    ),
+    "a run that the sweep stopped": (
+        lambda runs: end_run(runs, "stopped", "hopeless: loss 6.000"),
+        "seed7: stopped: hopeless: loss 6.000; needed: a score",
+    ),
+    "a run in progress": (lock_run, "seed7: running; needed: runs that have ended"),
 }
 
 
-@pytest.mark.parametrize("plant", REFUSED, ids=lambda plant: plant.__name__)
-def test_runs_are_refused(finished, tmp_path, capsys, plant):
-    runs = shutil.copytree(finished / "tiny", tmp_path / "tiny")
-    held = plant(runs)
+@pytest.mark.parametrize("name", REFUSED)
+def test_runs_are_refused(small, tmp_path, capsys, name):
+    plant, pattern = REFUSED[name]
+    runs = shutil.copytree(small / "tiny", tmp_path / "tiny")
+    lock = plant(runs)  # held until the end of the test
     reasons = refusal(capsys, tmp_path / "out", runs)
-    assert any(re.search(REFUSED[plant], reason) for reason in reasons), reasons
-    del held
+    assert any(re.search(pattern, reason) for reason in reasons), reasons
+    del lock
 
 
-def test_all_reasons_are_listed_at_once(finished, tmp_path, capsys):
-    runs = shutil.copytree(finished / "tiny", tmp_path / "tiny")
+def test_all_reasons_are_listed_at_once(small, tmp_path, capsys):
+    runs = shutil.copytree(small / "tiny", tmp_path / "tiny")
     make_entry(tmp_path / "out", runs)
     change_code(runs)
     change_data(runs)
@@ -442,8 +455,8 @@ def test_all_reasons_are_listed_at_once(finished, tmp_path, capsys):
         ({"main": "tiny", "text": "nowhere.md"}, "nowhere.md"),
     ],
 )
-def test_options_are_refused(finished, tmp_path, capsys, options, reason):
-    assert any(reason in said for said in refusal(capsys, tmp_path, finished, **options))
+def test_options_are_refused(small, tmp_path, capsys, options, reason):
+    assert any(reason in said for said in refusal(capsys, tmp_path, small, **options))
 
 
 def test_a_folder_without_runs_is_refused(tmp_path, capsys):
