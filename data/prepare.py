@@ -533,11 +533,8 @@ def print_summary(folder: Path, vocabulary: Vocabulary, stats: dict[str, int], p
     """Prints the counts of a dataset and the command that trains on it."""
     print(f"\n{folder}")
     for split in SPLITS:
-        docs, size, tokens, files = (
-            stats[f"{k}_{split}"] for k in ("docs", "bytes", "tokens", "files")
-        )
-        counts = f"{docs:,} documents, {size:,} bytes, {tokens:,} tokens"
-        print(f"  {split:5} {counts}, {size / tokens:.4f} bytes per token, {files} files")
+        docs, size, tokens = (stats[f"{key}_{split}"] for key in ("docs", "bytes", "tokens"))
+        print(f"  {split:5} {docs:,} documents, {size:,} bytes, {tokens:,} tokens")
     settings: dict[str, Any] = {"PRESET": preset} if preset else {}
     settings |= {"DATA_PATH": folder, "VOCAB_SIZE": vocabulary.size}
     if vocabulary.model:
