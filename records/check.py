@@ -27,7 +27,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent)]
 import figures
 import program
 from figures import BEGIN, END, FIGURES, LOG_NAME, NEEDS, NON_RECORD, PROGRAM, RECORD, TEXT
-from runs import INCIDENTAL, Run, by_name, split_starts, train_gpt
+from runs import INCIDENTAL, Run, by_name, parse_setting, split_starts, train_gpt
 
 RECORD_SEEDS = 3
 RECORD_RANKS, RECORD_GPU = 8, "H100"
@@ -105,7 +105,9 @@ class Check:
             file, named = run.path.name, LOG_NAME.fullmatch(run.path.name)
             self.expect(named, file, "its name", f"{LOGS} or train_<arm>_seed<N>.log")
             of_name = {named["seed"]} if named and named["seed"] else {str(run.seed)}
-            seeds = set(re.findall(r"\bseed:(\d+)", text)) or {*["not stated"] * run.finished}
+            seeds = set(re.findall(r"\bseed:(\d+)", text))
+            if run.finished and not seeds:
+                seeds = {"not stated"}
             self.expect(seeds <= of_name, file, f"seed {' '.join(seeds)}", " ".join(of_name))
             if run not in figures.scored([run]):
                 found = f"{run.status}: {figures.why(run)}"
@@ -115,16 +117,19 @@ class Check:
             self.check_log(run, last)
             if "model_dim" in run.settings:  # a log of train_gpt.py
                 repacked = run.repacked and run.name != self.main  # the main arm must be trained
+                self.check_settings(run)
                 self.check_limits(run, last, repacked)
                 self.check_steps(run, last, text, repacked)
                 self.check_text(run, last)
                 if repacked:
                     self.check_weights(run)
         for (one, a), (other, b) in combinations(zip(self.runs, texts, strict=True), 2):
-            same = ["the text"] * (a == b)
+            same = ["the text"] if a == b else []
             if one.name == other.name:
-                same += ["the scores"] * (exact_scores(one) == exact_scores(other) != {})
-                same += ["the losses"] * (losses(one) == losses(other) != [])
+                if exact_scores(one) == exact_scores(other) != {}:
+                    same.append("the scores")
+                if losses(one) == losses(other) != []:
+                    same.append("the losses")
             found = f"{', '.join(same)} of {one.path.name}"
             self.expect(not same, other.path.name, found, "its own")
 
@@ -153,6 +158,13 @@ class Check:
         ):
             found, needed = f"{stated:.1f} s of {name}", f"{of_lines:.1f}, the sum of its lines"
             self.expect(of_lines <= stated + rounding, file, found, needed)
+
+    def check_settings(self, run: Run) -> None:
+        """Checks that the settings stated as changed are those of the run."""
+        for name, text in (run.changed or {}).items():
+            value = parse_setting(name, text)
+            found, needed = f"changed_settings: {name.upper()}={text}", run.settings.get(name)
+            self.expect(value == needed, run.path.name, found, f"{needed}, by its settings")
 
     def check_limits(self, run: Run, text: str, repacked: bool) -> None:
         """Checks that the verdicts on time and size are complete and right."""
@@ -394,7 +406,9 @@ def find_faults(folder: Path, run: bool = True) -> list[str]:
     check = Check(folder)
     parts = [check.check_files, check.check_logs, check.check_arms, check.check_one_text]
     parts += [check.check_record, check.check_submission, check.check_readme]
-    parts += [check.check_requirements, *[check.check_program] * run]
+    parts += [check.check_requirements]
+    if run:
+        parts += [check.check_program]
     for part in parts:
         try:
             part()

@@ -309,6 +309,7 @@ STUDY = {
     # Logs
     "another seed": (log(" seed:7 ", " seed:8 "), f"{SEED7}: seed 8; needed: 7"),
     "no seed": (log(" seed:7 ", " "), f"{SEED7}: seed not stated; needed: 7"),
+    "a changed setting": (log(" MODEL_DIM=32 ", " MODEL_DIM=64 "), "MODEL_DIM=64; needed: 32, by"),
     "a rounded score": (
         log(rf"^({SLIDING} val_loss:\S+ val_bpb:)\S+", r"\g<1>1.1000"),
         rf"{SLIDING} \[.*, 1.1\]; needed: .*, as of {SLIDING}",
@@ -357,7 +358,7 @@ STUDY = {
     ),
     "a wrong verdict": (
         log(r"^(limit:eval_seconds .*) PASS", r"\1 FAIL"),
-        r"limit:eval_seconds .* FAIL; needed: .* \['PASS'\]",
+        r"limit:eval_seconds .* FAIL; needed: .* of 600.0 PASS",
     ),
     "more steps": (log(" iterations:6 ", " iterations:9000 "), "steps of .6.; needed: 9000, by"),
     "an end too early": (log(r"^step:6/6 val", "step:5/6 val"), "5 steps; needed: 6, where it"),
@@ -589,16 +590,6 @@ def test_a_twin_without_end_takes_no_memory(tmp_path):
 # ---- What the program does ----
 
 
-def add_code(folder, text):
-    """Adds lines to both forms of the program, before it runs."""
-    guard = '\nif __name__ == "__main__":\n    signal'
-    source = (folder / READABLE).read_text(encoding="utf-8")
-    assert source.count(guard) == 1
-    source = source.replace(guard, f"\n{text}\n{guard}")
-    (folder / READABLE).write_text(source, encoding="utf-8")
-    (folder / PROGRAM).write_bytes(pack(source.encode()))
-
-
 def test_a_good_program_passes(whole, capsys):
     before = {path: path.read_bytes() for path in whole.rglob("*")}
     assert check.main([str(whole)]) == 0
@@ -615,9 +606,9 @@ def test_a_program_that_cannot_be_trusted_is_not_executed(study, copy, tmp_path)
     assert not made.exists()
 
 
-def test_an_import_that_does_something_is_found(whole, copy):
-    folder = copy(whole)
-    text = """
+BUSY = """
+import os, threading, time
+import torch
 began = time.process_time()
 open("made", "w").close()
 os.environ["MADE"] = "1"
@@ -625,65 +616,55 @@ torch.rand(1)
 threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
 while time.process_time() - began < 1.2:
     pass
-forward = GPT.forward
-GPT.forward = lambda self, *ids: forward(self, *ids) + 1
-"""
-    add_code(folder, text)
-    _, faults = collect(program.check_import, folder)
-    assert faults[0] == (
-        "train_gpt.py: import: writes made, changes files, changes threads, changes environment, "
-        "changes random state; needed: an import that does nothing"
-    )
-    assert re.match(r"train_gpt.py: import: [\d.]+ s; needed: below 1.0 s", faults[1])
-    assert re.match(r"train_gpt.py: loss 7\.\d+; needed: about 6.93 of random tokens", faults[2])
-    assert len(faults) == 3 and not (folder / "made").exists()
-
-
-WITHOUT_HEADS = """
-import torch
 class Hyperparameters:
     model_dim, num_layers, num_kv_heads, vocab_size = 8, 1, 1, 32
 class GPT(torch.nn.Module):
     def __init__(self, h): super().__init__()
-    def forward(self, ids, targets): return torch.tensor(3.5)
+    def forward(self, ids, targets): return torch.tensor(4.5)
 """
 
 
 @pytest.mark.parametrize(
-    ("text", "fault"),
+    ("text", "expected"),
     [
-        ("import torch\ntorch.zeros(1).cuda()", "import: RuntimeError: CUDA is asked for; needed"),
-        ("class GPT: pass", "GPT(Hyperparameters): AttributeError: "),
-        (WITHOUT_HEADS, "Hyperparameters without num_heads; needed: whole numbers"),
+        (
+            "import torch\ntorch.zeros(1).cuda()",
+            ["import: RuntimeError: CUDA is asked for; needed"],
+        ),
+        (
+            "class GPT: pass",
+            [r"GPT\(Hyperparameters\): AttributeError: .*; needed: a loss on a CPU"],
+        ),
+        (
+            BUSY,
+            [
+                "import: writes made, changes files, changes threads, changes environment, changes "
+                "random state; needed: an import that does nothing",
+                r"import: 1\.[\d]+ s; needed: below 1.0 s",
+                "Hyperparameters without num_heads; needed: whole numbers",
+                "loss 4.50; needed: about 3.47 of random tokens",
+            ],
+        ),
     ],
 )
-def test_an_import_that_fails_is_found(tmp_path, text, fault):
+def test_an_import_that_fails_or_does_something_is_found(tmp_path, text, expected):
     (tmp_path / PROGRAM).write_text(text, encoding="utf-8")
     _, faults = collect(program.check_import, tmp_path)
-    assert len(faults) == 1 and faults[0].startswith(f"train_gpt.py: {fault}"), faults
+    assert len(faults) == len(expected), faults
+    for fault, pattern in zip(faults, expected, strict=True):
+        assert re.match(f"train_gpt.py: {pattern}", fault), fault
+    assert not (tmp_path / "made").exists()
 
 
-def test_validation_text_must_change_the_score_and_not_the_artifact(whole, copy):
-    folder = copy(whole)
-    text = "getattr(self, 'v' + 'al').tokens"
-    shifted = rf"*(x.roll(int({text}.sum()) % 1009, 1) for x in \1)"
-    source(r"\*(self\.batches\.batch\(self\.step\))", shifted)(folder)
-    source(r"^    bpb = nats / .*", "    bpb = 1.0")(folder)
-    assert collect(program.check_run, folder)[1] == [
-        "train_gpt.py: another validation text gives another artifact; needed: the same: training "
-        "does not read it",
-        "train_gpt.py: another validation text gives the score 1.0; needed: another: scoring reads "
-        "it",
-    ]
-
-
-COUNTS = """
+# A program whose artifact is validation text, and whose score is always the same.
+CHEAT = """
 import json, os, pathlib
+val = pathlib.Path(os.environ["DATA_PATH"], "fineweb_val_000000.bin").read_bytes()
 folder = pathlib.Path("logs", os.environ["RUN_ID"])
 folder.mkdir(parents=True)
-(folder / "final_model.int6.ptz").write_bytes(b"1")
-score = {"plain": {"val_bpb": len(folder.name) + int(folder.name[-1])}}
-(folder / "result.json").write_text(json.dumps({"scores": score, "bytes": {"total": 1}}))
+(folder / "final_model.int6.ptz").write_bytes(val)
+result = {"scores": {"plain": {"val_bpb": 1.0}}, "bytes": {"total": 1}}
+(folder / "result.json").write_text(json.dumps(result))
 """
 
 
@@ -699,10 +680,17 @@ score = {"plain": {"val_bpb": len(folder.name) + int(folder.name[-1])}}
         ),
         ("import time\ntime.sleep(60)", ["a tiny run: status 124, it lasts longer than 2 s"]),
         ("print(open('weights.png').read())", ["a tiny run: status 1, FileNotFoundError"]),
-        (COUNTS, ["a run counts 1 bytes; needed: "] * 2),
+        (
+            CHEAT,
+            [
+                *["a run counts 1 bytes; needed: "] * 2,
+                "another validation text gives another artifact; needed: the same",
+                "another validation text gives the score 1.0; needed: another",
+            ],
+        ),
     ],
 )
-def test_a_tiny_run_that_fails_is_found(tmp_path, monkeypatch, text, expected):
+def test_a_tiny_run_that_fails_or_cheats_is_found(tmp_path, monkeypatch, text, expected):
     monkeypatch.setattr(program, "SECONDS", 2)
     (tmp_path / "weights.png").write_text("1.0", encoding="utf-8")
     (tmp_path / PROGRAM).write_text(text, encoding="utf-8")
