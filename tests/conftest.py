@@ -1,4 +1,4 @@
-"""Shared fixtures. OpenMP must be told to sleep at barriers before torch is imported."""
+"""Shared fixtures and helpers. OpenMP reads its variables when torch is imported."""
 
 import os
 
@@ -110,9 +110,9 @@ def score_artifact(
     path: Path, h: tg.Hyperparameters, val: tg.Validation, device: tg.Device, log: tg.Log
 ) -> dict[str, dict]:
     """All scores of an artifact by a single rank, with their fields by name."""
-    run = object.__new__(tg.Run)  # without a command line
-    run.h, run.ranks, run.device, run.log = h, tg.Ranks(), device, log
-    run.attention, run.data = tg.Attention("flash", tg.attend_sdpa), tg.Data(val, None)
+    run = tg.Run({}, log, {})
+    run.h, run.device, run.data = h, device, tg.Data(val, None)
+    run.attention = tg.Attention("flash", tg.attend_sdpa)
     scores: dict[str, dict] = {}
     run.score_artifact(path, scores)
     return scores
@@ -147,7 +147,7 @@ def compile_counted(function: Callable[..., Any]) -> tuple[Callable[..., Any], l
 
 @pytest.fixture(scope="session")
 def finished(byte_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs as a sweep leaves them: of three seeds, of two without bigrams, and one that failed."""
+    """Runs as a sweep leaves them: three seeds, two without bigrams, and one that failed."""
     folder = tmp_path_factory.mktemp("runs")
     base = {**TINY, "NUM_LAYERS": "2", "ITERATIONS": "6", "DATA_PATH": str(byte_corpus)}
     arms = {

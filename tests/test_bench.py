@@ -149,7 +149,7 @@ def test_stages_are_parts_of_an_unchanged_step(machine):
     assert [x.item() for x in one.losses] == [x.item() for x in other.losses]
     assert (tg.Ranks.all_reduce_, tg.TrainingBatches.batch) == functions  # nothing stays patched
     assert tuple(cut.times[-1]) == step.STAGES
-    assert 0.9 * took < sum(cut.times[-1].values()) <= took
+    assert 0.5 * took < sum(cut.times[-1].values()) <= took
     assert min(cut.times[-1].values()) > 0
     assert cut.times[-1]["backward"] > cut.times[-1]["gradient reduction"]
     with pytest.raises(ValueError, match="one micro-batch"):

@@ -167,6 +167,14 @@ def test_eval_scores_the_artifact_without_model_variables(done, byte_corpus, env
     assert [path.name for path in Path().iterdir()] == [shard]
 
 
+def test_check_trains_and_writes_nothing(env, capsys):
+    assert tg.main(["--check"], env) == 0
+    code = len(tg.packed_source(SOURCE))
+    assert f"check:ok code:{code} bytes" in capsys.readouterr().out
+    assert tg.main(["--check"], {**env, "DATA_PATH": "nowhere"}) == 2
+    assert not list(Path().iterdir())
+
+
 def test_a_file_that_is_no_artifact_is_not_scored(env, capsys):
     Path("model.ptz").write_bytes(b"\x80\x04pickle")
     for path in ("model.ptz", "none.ptz"):

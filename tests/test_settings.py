@@ -126,33 +126,60 @@ def test_a_bad_value_in_python_is_refused(name, value, says):
 # ---- What is refused ----
 
 
+def assert_refused(text: str, says: str) -> None:
+    """The message begins with the first setting and its value, and has the remedy."""
+    name, _, value = text.split()[0].partition("=")
+    said = message(dict(word.split("=") for word in text.split()))
+    assert re.match(rf"{name}='?{value}(\.0)?'?: ", said)
+    assert says in said
+
+
+@fault(18)
 @pytest.mark.parametrize(
-    ("setting", "says"),
+    ("text", "says"),
     [
-        *(
-            pytest.param(*x, marks=fault(18))
-            for x in (
-                ("NUM_LAYERS=eleven", "must be a whole number"),
-                ("NUM_LAYERS=", "must be a whole number"),
-                ("NUM_LAYERS=0", "must be from 1 to 200"),
-                ("SEED=1.0", "must be a whole number"),
-                ("MATRIX_LR=", "must be a number"),
-                ("MATRIX_LR=nan", "must be from 0 to 1e+18"),
-                ("MATRIX_LR=-0.1", "must be from 0 to 1e+18"),
-                ("SMEAR_GATE=true", "must be 0 or 1"),
-                ("SMEAR_GATE=2", "must be 0 or 1"),
-                ("PRESET=gpu", "must be one of cpu, "),
-                ("ATTN=fast", "must be one of auto, "),
-            )
-        ),
-        pytest.param("MAX_WALLCLOCK_SECONDS=inf", "must be from 0 to", marks=fault(25)),
-        pytest.param("MAX_WALLCLOCK_SECONDS=-1", "must be from 0 to", marks=fault(25)),
-        pytest.param("MODEL_DIM=500", "must be an even multiple of NUM_HEADS=8", marks=fault(21)),
-        pytest.param("MODEL_DIM=520", "must be an even multiple of NUM_HEADS=8", marks=fault(21)),
-        pytest.param("NUM_HEADS=0", "must be from 1 to 4096", marks=fault(21)),
-        pytest.param("NUM_KV_HEADS=3", "must divide NUM_HEADS=8", marks=fault(21)),
-        pytest.param("ROPE_DIMS=15", "must be even and at most 64", marks=fault(21)),
-        pytest.param("ROPE_DIMS=128", "must be even and at most 64", marks=fault(21)),
+        ("NUM_LAYERS=eleven", "must be a whole number"),
+        ("NUM_LAYERS=", "must be a whole number"),
+        ("NUM_LAYERS=0", "must be from 1 to 200"),
+        ("SEED=1.0", "must be a whole number"),
+        ("MATRIX_LR=", "must be a number"),
+        ("MATRIX_LR=nan", "must be from 0 to 1e+18"),
+        ("MATRIX_LR=-0.1", "must be from 0 to 1e+18"),
+        ("SMEAR_GATE=true", "must be 0 or 1"),
+        ("SMEAR_GATE=2", "must be 0 or 1"),
+        ("PRESET=gpu", "must be one of cpu, "),
+        ("ATTN=fast", "must be one of auto, "),
+    ],
+)
+def test_a_value_of_another_kind_is_refused(text, says):
+    assert_refused(text, says)
+
+
+@fault(25)
+@pytest.mark.parametrize("value", ["inf", "-1", "nan"])
+def test_the_cap_is_a_finite_number(value):
+    assert_refused(f"MAX_WALLCLOCK_SECONDS={value}", "must be from 0 to")
+
+
+@fault(21)
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("MODEL_DIM=500", "must be an even multiple of NUM_HEADS=8"),
+        ("MODEL_DIM=520", "must be an even multiple of NUM_HEADS=8"),
+        ("NUM_HEADS=0", "must be from 1 to 4096"),
+        ("NUM_KV_HEADS=3", "must divide NUM_HEADS=8"),
+        ("ROPE_DIMS=15", "must be even and at most 64"),
+        ("ROPE_DIMS=128", "must be even and at most 64"),
+    ],
+)
+def test_heads_that_do_not_fit_are_refused(text, says):
+    assert_refused(text, says)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
         ("BIGRAM_VOCAB_SIZE=1", "must be 0 (disabled) or at least 2"),
         ("VE_LAYERS=9,11", "must be layers below NUM_LAYERS=11, as 9,10"),
         ("VE_LAYERS=last", "must be layers below NUM_LAYERS=11, as 9,10"),
@@ -165,12 +192,8 @@ def test_a_bad_value_in_python_is_refused(name, value, says):
         ("GPTQ_RESERVE_SECONDS=600 GPTQ_CALIB=train", "must be below MAX_WALLCLOCK_SECONDS=600"),
     ],
 )
-def test_a_bad_value_is_named_with_its_remedy(setting, says):
-    """The message begins with the first setting and its value."""
-    name, _, value = setting.split()[0].partition("=")
-    said = message(dict(x.split("=") for x in setting.split()))
-    assert re.match(rf"{name}='?{value}(\.0)?'?: ", said)
-    assert says in said
+def test_settings_that_contradict_each_other_are_refused(text, says):
+    assert_refused(text, says)
 
 
 @fault(18)
