@@ -135,6 +135,23 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+# Settings of published scripts that this program does not have; the log warns of them.
+UNSUPPORTED_SETTINGS = frozenset(
+    """
+    WARMDOWN_FRAC VAL_BATCH_TOKENS SKIP_GATES_ENABLED NUM_LOOPS MIN_LR GPTQ_CALIBRATION_BATCHES
+    EMBED_WD MUON_ROW_NORMALIZE MUON_BETA2 MATRIX_CLIP_SIGMAS MATRIX_BITS LOOP_START LOOP_END
+    ENABLE_LOOPING_AT EMBED_CLIP_SIGMAS EMBED_BITS TTT_LORA_RANK TTT_LORA_LR TTT_EVAL_SEQ_LEN
+    TTT_CHUNK_SIZE TTT_BATCH_SIZE TTT_WEIGHT_DECAY TTT_OPTIMIZER TTT_GRAD_STEPS TTT_MOMENTUM
+    TTT_FREEZE_BLOCKS TTT_GRAD_CLIP TTT_BATCH_SEQS PARALLEL_START_LAYER PARALLEL_FINAL_LANE
+    VAL_DOC_FRACTION VAL_MAX_TOKENS ROPE_YARN PHASED_TTT_ENABLED GLOBAL_TTT_LR MLP_CLIP_SIGMAS
+    ATTN_CLIP_SIGMAS SLIDING_WINDOW_ENABLED QAT_ENABLED GATE_WINDOW GATED_ATTN_ENABLED
+    GATED_ATTENTION SPARSE_ATTN_GATE_ENABLED ATTN_OUT_GATE_ENABLED CASEOPS_ENABLED MTP_NUM_HEADS
+    MTP_LOSS_WEIGHT EMBEDDING_DIM LQER_ENABLED MLP_HIDDEN DTG_ENABLED VALUE_RESIDUAL QUANT_BITS
+    ZSTD_LEVEL JEPA_SIGREG JEPA_BACKBONE_GRAD
+    """.split()
+)
+
+
 class SettingsError(ValueError):
     """Settings that cannot be used; the message has one line per fault."""
 
@@ -260,6 +277,9 @@ class Hyperparameters(ModelSettings):
     tokenizer_path: str = setting(
         "", "SentencePiece model; empty takes ./data/tokenizers/<CORPUS>_<VOCAB_SIZE>_bpe.model."
     )
+    max_unknown_fraction: float = setting(
+        0.005, "Largest fraction of validation tokens that may be unknown to the tokenizer.", high=1
+    )
     train_batch_tokens: int = setting(786_432, "Tokens in a training step, over all ranks.", low=2)
     micro_batch_tokens: int = setting(
         98_304, "Largest number of tokens in one forward pass of a rank.", low=1
@@ -281,12 +301,6 @@ class Hyperparameters(ModelSettings):
         "Fraction of the run in which the weight of the JEPA losses rises; afterwards it is 0.",
         low=1e-9,
         high=1,
-    )
-    jepa_backbone_grad: bool = setting(False, "The JEPA losses also train the backbone.")
-    jepa_sigreg: str = setting(
-        "published",
-        "Form of SIGReg: as in PR #832, or as in LeJEPA.",
-        choices=("published", "lejepa"),
     )
     jepa_sigreg_weight: float = setting(0.02, "Weight of SIGReg relative to the prediction error.")
     stp_enabled: bool = setting(False, "Train with the Semantic Tube Prediction loss (STP).")
@@ -505,6 +519,19 @@ def rules(h: Hyperparameters, world_size: int) -> list[str]:
     return faults
 
 
+# Settings that a resumed run may change; all others must be those of the checkpoint. result.json
+# records the changes.
+FREE_ON_RESUME = frozenset(
+    """
+    preset run_id run_dir checkpoint_every resume attn compile data_path tokenizer_path
+    max_unknown_fraction micro_batch_tokens iterations max_wallclock_seconds warmup_steps
+    val_loss_every train_log_every eval_seq_len eval_stride eval_window val_batch_size ttt_enabled
+    ttt_chunk_tokens ttt_epochs ttt_lr gptq_enabled gptq_calib gptq_calib_tokens
+    gptq_reserve_seconds compressor
+    """.split()
+)
+
+
 def raise_faults(faults: list[str]) -> None:
     """Raises SettingsError with a line for each fault, if there are any."""
     if faults:
@@ -523,8 +550,15 @@ def settings_notes(h: Hyperparameters, env: Mapping[str, str]) -> list[str]:
         notes.append(f"rule: VOCAB_SIZE={BYTE_VOCAB} sets {env_form(BYTE_RULES)}, unless given")
     names = [f.name.upper() for f in fields(h)]
     for name in sorted(env.keys() - names):
-        for near in difflib.get_close_matches(name, names, n=1, cutoff=0.88):
+        for near in difflib.get_close_matches(name.upper(), names, n=1, cutoff=0.88):
             notes.append(f"warning: {name} is not a setting; did you mean {near}?")
+    for name in sorted(env.keys() & UNSUPPORTED_SETTINGS):
+        notes.append(f"warning: {name} is a setting of published scripts that is not built here")
+    if h.eval_stride >= h.window_tokens:
+        notes.append(
+            f"warning: EVAL_STRIDE={h.eval_stride} is not below the window of {h.window_tokens} "
+            "tokens, so there is no sliding score"
+        )
     late_qat = parse_value(env.get("LATE_QAT_THRESHOLD", "0"), float)
     if late_qat not in ("", 0.0):
         notes.append(
@@ -570,6 +604,8 @@ def model_settings(settings: ModelSettings) -> dict[str, Any]:
 
 
 # ---- Runtime: where it runs ----
+
+GPU_NODE = "/dev/nvidia0"  # exists where the NVIDIA driver has found a GPU
 
 
 @dataclass(frozen=True)
@@ -708,12 +744,19 @@ class Device:
         }
 
 
-def start_device(compile_mode: str) -> tuple[Device, list[str]]:
+def start_device(compile_mode: str, gpus_hidden: bool = False) -> tuple[Device, list[str]]:
     """Returns the device of this rank, and notes for the log.
 
     bf16 needs a GPU of compute capability 8; older ones emulate it slowly, so they take float32.
+    Raises SettingsError if there is a GPU that torch cannot use, unless `gpus_hidden` on purpose.
     """
     if not torch.cuda.is_available():
+        if Path(GPU_NODE).exists() and not gpus_hidden:
+            raise SettingsError(
+                f"{GPU_NODE}: this machine has a GPU that torch {torch.__version__} cannot use; "
+                "install the build of torch that fits its driver, or set CUDA_VISIBLE_DEVICES= to "
+                "run on the CPU"
+            )
         keep_freed_memory()
         device = Device(torch.device("cpu"), torch.float32, compiled=compile_mode == "1")
         return device, ["device:cpu, no CUDA GPU found: times are not comparable with the records"]
@@ -755,6 +798,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 # ---- Attention: the back ends, and one that works here ----
 
 Attend = Callable[..., Tensor]  # attend(q, k, v, *, window=0), see attend_sdpa
+MAX_ATTENTION_ERROR = 0.03  # of a back end in bf16, relative to float32; about 0.005 is rounding
 
 
 class Attention(NamedTuple):
@@ -817,23 +861,37 @@ def load_attention(name: str) -> Attend:
     return attend_sdpa
 
 
-def probe_attention(name: str, device: Device, h: Hyperparameters) -> tuple[Attend | None, str]:
-    """Loads a back end and runs it forward and backward on one training sequence.
+def probe_attention(
+    name: str, device: Device, h: Hyperparameters, rows: int
+) -> tuple[Attend | None, str]:
+    """Loads a back end, and runs it forward and backward on `rows` training sequences.
 
-    Returns it and "", or None and what went wrong.
+    Outputs and gradients of the first sequence are compared with PyTorch's math back end in
+    float32. Returns the back end and "", or None and what went wrong.
     """
     heads = (h.num_heads, h.num_kv_heads, h.num_kv_heads)
-    shape = (1, h.train_seq_len, sum(heads), h.head_dim)
+    length, compared = h.train_seq_len, min(h.train_seq_len, 1024)
+    draws = torch.Generator(device.device).manual_seed(0)
+    options: dict[str, Any] = {"generator": draws, "device": device.device, "dtype": device.dtype}
     try:
         attend = load_attention(name)
-        qkv = torch.linspace(-1, 1, math.prod(shape)).view(shape).to(device.device, device.dtype)
-        q, k, v = qkv.requires_grad_().split(heads, dim=2)
-        y = device.compile(lambda q, k, v: attend(q.sin(), k, v))(q, k, v)
-        (gradient,) = torch.autograd.grad(y.sum(), qkv)
+        qkv = torch.randn((rows, length, sum(heads), h.head_dim), **options).requires_grad_()
+        weights = torch.randn((rows, length, h.num_heads, h.head_dim), **options)
+        weights[0, compared:] = 0
+        y = device.compile(lambda *qkv: attend(*qkv))(*qkv.split(heads, dim=2))
+        (gradient,) = torch.autograd.grad(y, qkv, weights)
+        first = qkv[:1, :compared].detach().float().requires_grad_()
+        with sdpa_kernel(SDPBackend.MATH):
+            expected = attend_sdpa(*first.split(heads, dim=2))
+            needed = torch.autograd.grad(expected, first, weights[:1, :compared].float())[0]
     except Exception as error:  # the next back end may run
         return None, f"{error!r:.200}"
     if not (y.isfinite().all() and gradient.isfinite().all()):
         return None, "it gave NaN"
+    for what, a, b in (("output", y, expected), ("gradient", gradient, needed)):
+        difference = ((a[:1, :compared] - b).norm() / b.norm()).item()
+        if difference > MAX_ATTENTION_ERROR:
+            return None, f"its {what} differs from the math back end's by {difference:.1%}"
     return attend, ""
 
 
@@ -849,13 +907,15 @@ def choose_attention(
     names = ["fa3", "cudnn", "flash", "math"] if hopper else ["flash", "cudnn", "math"]
     if h.attn != "auto":
         names = [h.attn]
+    passed = min(h.micro_batch_tokens, h.train_batch_tokens // ranks.world_size)
+    rows = max(passed // h.train_seq_len, 1) if device.is_cuda else 1
     candidates = [device]
     if device.compiled and h.compile == "auto":
         candidates.append(replace(device, compiled=False))
     notes: list[str] = []
     for candidate in candidates:
         for name in names:
-            attend, fault = probe_attention(name, candidate, h)
+            attend, fault = probe_attention(name, candidate, h, rows)
             failed_anywhere = ranks.all_reduce_max(len(fault))[0] > 0
             if attend is not None and not failed_anywhere:
                 return Attention(name, attend), candidate, notes
@@ -941,6 +1001,8 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial_path.replace(path)
+    except OSError as error:  # a full disk has no name
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         partial_path.unlink(missing_ok=True)
 
@@ -960,7 +1022,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], settings: Mapping[s
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Returns the tensors, mapped from disk, and the settings of a file by write_tensors."""
+    """Returns the tensors of a safetensors file, mapped from disk, and the settings it states."""
     from safetensors import safe_open
 
     with open(path, "rb") as file:
@@ -968,9 +1030,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     check(header_bytes <= MAX_HEADER, f"its header has {header_bytes} bytes")
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
-        check("settings" in metadata, "it has no settings: this program did not write it")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return tensors, json.loads(metadata["settings"])
+    return tensors, json.loads(metadata.get("settings", "{}"))
 
 
 # ---- Data: shards, batches, bytes of text ----
@@ -1186,6 +1247,11 @@ def load_tokenizer(h: Hyperparameters, log: Log) -> Any:
         raise DataError(
             f"TOKENIZER_PATH={path}: it has {pieces} pieces, VOCAB_SIZE={h.vocab_size}; change one"
         )
+    if tokenizer.bos_id() != BOS_ID:
+        raise DataError(
+            f"TOKENIZER_PATH={path}: its BOS id is {tokenizer.bos_id()}; the shards begin each "
+            f"document with id {BOS_ID}, so train a tokenizer with --bos_id={BOS_ID}"
+        )
     log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={path}")
     return tokenizer
 
@@ -1193,7 +1259,8 @@ def load_tokenizer(h: Hyperparameters, log: Log) -> Any:
 def load_byte_table(h: Hyperparameters, folder: Path, tokens: Tensor, log: Log) -> ByteTable:
     """Returns the byte table of the vocabulary, verified on the validation tokens of a folder.
 
-    Warns of unknown tokens. Raises DataError if nothing could be verified.
+    Warns of unknown tokens. Raises DataError if nothing could be verified, or if more tokens than
+    MAX_UNKNOWN_FRACTION are unknown.
     """
     if h.vocab_size == BYTE_VOCAB:
         log(f"val_bpb:enabled tokenizer_kind=byte260 vocab_size={BYTE_VOCAB}")
@@ -1210,10 +1277,16 @@ def load_byte_table(h: Hyperparameters, folder: Path, tokens: Tensor, log: Log) 
         log(f"byte_table:proven against {proven} bytes of decoded text")
     unknown = int((tokens == unknown_id).sum())
     if unknown:
-        log(
-            f"warning: {unknown} of {len(tokens)} validation tokens are unknown to the tokenizer "
-            "and count 0 bytes: the tokenizer does not cover this text, and its bpb is not right"
+        fault = (
+            f"{unknown} of {len(tokens)} validation tokens are unknown to the tokenizer and count "
+            "0 bytes: the tokenizer does not cover this text, and its bpb is not right"
         )
+        if unknown > h.max_unknown_fraction * len(tokens):
+            raise DataError(
+                f"{folder}: {fault}; use a tokenizer with byte fallback, or raise "
+                f"MAX_UNKNOWN_FRACTION={h.max_unknown_fraction:g}"
+            )
+        log(f"warning: {fault}")
     return table
 
 
@@ -1233,12 +1306,25 @@ def load_validation(h: Hyperparameters, stream: TokenStream, log: Log) -> Valida
     if not text_bytes:
         raise DataError(f"{folder}: the validation tokens stand for no text")
     canonical = math.isclose(text_bytes, VAL_BYTES, rel_tol=1e-4)  # a last window may be cut
-    if h.corpus == "fineweb10B" and not canonical:
+    if not canonical:
         log(
             f"warning: {text_bytes} bytes of validation text, not the challenge's {VAL_BYTES}: "
             "scores are not comparable with the records"
         )
     return Validation(tokens, table, canonical)
+
+
+def refuse_duplicates(*streams: TokenStream) -> None:
+    """Raises DataError if two shards of some splits begin with the same 1,000 tokens."""
+    seen: dict[bytes, Path] = {}
+    for stream in streams:
+        for path, shard in zip(stream.paths, stream.shards):
+            first = seen.setdefault(shard[:1000].tobytes(), path)
+            if first != path:
+                raise DataError(
+                    f"{path}: the same tokens as {first}; remove one of them, because training "
+                    "text cannot be scored and no text counts twice"
+                )
 
 
 def load_data(h: Hyperparameters, ranks: Ranks, log: Log, steps: int | None) -> Data:
@@ -1249,17 +1335,13 @@ def load_data(h: Hyperparameters, ranks: Ranks, log: Log, steps: int | None) -> 
     folder = data_folder(h)
     val_stream = TokenStream(folder, "val", h.vocab_size)
     val = load_validation(h, val_stream, log)
+    refuse_duplicates(val_stream)
     if steps is None:
         return Data(val, None)
     train_stream = TokenStream(folder, "train", h.vocab_size)
     reach = steps * h.train_batch_tokens + h.gptq_calib_tokens + h.train_seq_len
     train_stream.check(log, reach, ranks)
-    for val_path, val_shard in zip(val_stream.paths, val_stream.shards):
-        for path, shard in zip(train_stream.paths, train_stream.shards):
-            if np.array_equal(val_shard[:1000], shard[:1000]):
-                raise DataError(
-                    f"{path}: the same tokens as {val_path}; training text cannot be scored"
-                )
+    refuse_duplicates(val_stream, train_stream)
     log(f"train_loader:dataset:{folder.name} train_shards:{len(train_stream.paths)}")
     return Data(val, TrainingBatches(train_stream, h.train_batch_tokens, h.train_seq_len, ranks))
 
@@ -1541,7 +1623,6 @@ class JepaInputs(NamedTuple):
 
     weight: Tensor  # [], lambda
     directions: Tensor  # [latent, P] unit columns, along which SIGReg looks
-    latents: Tensor  # [], the number of latents in the whole step, over all ranks
 
 
 class StpInputs(NamedTuple):
@@ -1567,24 +1648,18 @@ class AuxiliaryInputs(NamedTuple):
 NO_AUXILIARY = AuxiliaryInputs()
 
 
-def sigreg(z: Tensor, directions: Tensor, knots: int, form: str) -> Tensor:
+def sigreg(z: Tensor, directions: Tensor, knots: int) -> Tensor:
     """Returns how far the rows of z [N, n] are from samples of N(0, I): a float32 scalar.
 
     Along the columns of `directions` [n, P] the characteristic function of z is compared with
-    exp(-t^2/2) at `knots` points (Epps-Pulley test). Form "lejepa" (arXiv 2511.08544) integrates
-    the squared difference under that Gaussian; the paper's statistic is N times this. Form
-    "published" (PR #832) takes its mean after standardizing z, so that it sees neither the mean
-    nor the scale of the latents.
+    exp(-t^2/2) at `knots` points (Epps-Pulley test). As in PR #832, z is standardized first, so the
+    result depends neither on the mean nor on the scale of the latents.
     """
     z = z.float()
-    if form == "published":
-        z = (z - z.mean(0)) / z.var(0).clamp_min(1e-12).sqrt()
-    t = torch.linspace(0.2 if form == "published" else 0.0, 3.0, knots, device=z.device)
+    z = (z - z.mean(0)) / z.var(0).clamp_min(1e-12).sqrt()
+    t = torch.linspace(0.2, 3.0, knots, device=z.device)
     angles, normal = (z @ directions).unsqueeze(-1) * t, torch.exp(-t.square() / 2)
-    error = (angles.cos().mean(0) - normal).square() + angles.sin().mean(0).square()
-    if form == "published":
-        return error.mean()
-    return 2 * torch.trapezoid(error * normal, t).mean()  # t < 0 contributes as much as t > 0
+    return ((angles.cos().mean(0) - normal).square() + angles.sin().mean(0).square()).mean()
 
 
 class JEPA(nn.Module):
@@ -1594,10 +1669,10 @@ class JEPA(nn.Module):
     first chunk. The prediction, through a matrix that starts at zero, is added to the stream at all
     positions of the chunk: only earlier chunks enter, so no position sees a later token. The
     squared error of the prediction and SIGReg train projector and predictor, cross-entropy trains
-    the injection. As published, no JEPA gradient reaches the backbone (JEPA_BACKBONE_GRAD=0); its
-    gradients only count in the norm that is clipped. AdamW divides by the gradient's own scale, so
-    lambda acts through that norm and little else. The published SIGReg standardizes the latents, so
-    it sees correlation and shape but neither mean nor scale. A study on bytes found no gain.
+    the injection. As published, no JEPA gradient reaches the backbone; its gradients only count in
+    the norm that is clipped. AdamW divides by the gradient's own scale, so lambda acts through that
+    norm and little else. A study on bytes found no gain, neither as published nor with LeJEPA's
+    SIGReg or gradients to the backbone (records/, 2026-11-22_JEPA_on_bytes).
     """
 
     role = "aux"
@@ -1615,14 +1690,12 @@ class JEPA(nn.Module):
         self.predictor = two_layers(latent, latent)
         self.start = nn.Parameter(torch.empty(1, latent).normal_(std=0.02))
         self.inject = Linear(latent, h.model_dim, 0, "aux")
-        self.chunk_size, self.form = h.jepa_chunk_size, h.jepa_sigreg
-        self.backbone_grad, self.sigreg_weight = h.jepa_backbone_grad, h.jepa_sigreg_weight
+        self.chunk_size, self.sigreg_weight = h.jepa_chunk_size, h.jepa_sigreg_weight
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the stream [B, T, D] with predictions added, latents and predicted latents."""
         count, rest = divmod(x.size(1), self.chunk_size)
-        read = x if self.backbone_grad else x.detach()
-        chunks = read[:, : count * self.chunk_size].unflatten(1, (count, self.chunk_size))
+        chunks = x.detach()[:, : count * self.chunk_size].unflatten(1, (count, self.chunk_size))
         latents = self.projector(chunks.mean(2))
         start = self.start.to(latents.dtype).expand(len(x), 1, -1)
         predicted = self.predictor(torch.cat((start, latents), dim=1)[:, :-1])
@@ -1634,10 +1707,7 @@ class JEPA(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Returns the squared error of the prediction, and SIGReg of the latents."""
         error = F.mse_loss(predicted.float(), latents.detach().float())
-        spread = sigreg(latents.flatten(0, 1), inputs.directions, self.KNOTS, self.form)
-        if self.form == "lejepa":
-            spread = spread * inputs.latents
-        return error, spread
+        return error, sigreg(latents.flatten(0, 1), inputs.directions, self.KNOTS)
 
 
 def stp_loss(states: Tensor, positions: Tensor) -> Tensor:
@@ -2138,15 +2208,20 @@ class Optimizers:
         for state in self.adamw.state.values():
             state["step"].zero_()
 
-    def step(self, phase: Phase) -> None:
-        """Clips the gradient, takes a step, clears the gradient."""
-        norm = self.gradient.norm() + 1e-6
-        self.gradient.mul_((self.clip_norm / norm).clamp(max=1))
+    def step(self, phase: Phase) -> Tensor:
+        """Clips the gradient, takes a step, clears the gradient; returns the gradient's norm [].
+
+        A gradient that is not finite counts as zero, so that it reaches no weight.
+        """
+        norm = self.gradient.norm()
+        factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1)
+        self.gradient.nan_to_num_(0.0, 0.0, 0.0).mul_(factor.where(norm.isfinite(), 0.0))
         self.muon.step(phase.lr_scale, phase.muon_momentum)
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * phase.lr_scale
         self.adamw.step()
         self.gradient.zero_()
+        return norm
 
     def state(self) -> dict[str, Tensor]:
         """Returns every tensor of the optimizers' state by name."""
@@ -2220,8 +2295,7 @@ class TrainingClock:
         self.elapsed = 0.0
         self.recent: deque[float] = deque(maxlen=20)  # seconds of the last steps
         self.slowest = 0.0  # of the recent steps, over all ranks
-        self.mark = 0.0  # the moment up to which `elapsed` counts
-        self.resume()
+        self.mark = device.now()  # the moment up to which `elapsed` counts
 
     def resume(self) -> None:
         """Starts to count from now on."""
@@ -2286,7 +2360,10 @@ class StepLog:
             self.record(dict(zip(names, values.tolist())))
 
     def record(self, terms: dict[str, float]) -> None:
-        """Records a finished step. Raises DivergenceError if its loss is not finite."""
+        """Records a finished step.
+
+        Raises DivergenceError if its loss or its gradient was not finite.
+        """
         loss = terms["train_loss"]
         self.losses.append(loss)
         self.times.append(self.clock.elapsed)
@@ -2294,11 +2371,12 @@ class StepLog:
         if step <= 10 or (self.every and step % self.every == 0):
             self.write(**terms)
         left = self.clock.elapsed / step * (self.iterations - step)
-        self.log.progress(
-            f"step {step}/{self.iterations}  loss {loss:.4f}  at most {left:.0f} s left"
-        )
+        self.log.progress(f"step {step}/{self.iterations}  loss {loss:.4f}  {left:.0f} s left")
         if not math.isfinite(sum(terms.values())):
-            raise DivergenceError(f"step {step}: the loss is {loss}; lower MATRIX_LR and SCALAR_LR")
+            raise DivergenceError(
+                f"step {step}: the loss is {loss}, or the norm of its gradient is; lower MATRIX_LR "
+                "and SCALAR_LR, or set ATTN to another back end"
+            )
 
     def write(self, **values: float) -> None:
         """Logs values of the last finished step."""
@@ -2351,7 +2429,7 @@ class StopSignal:
 
 
 def save_tensors(
-    log: Log, name: str, tensors: Mapping[str, Tensor], settings: ModelSettings
+    log: Log, name: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
 ) -> None:
     """Writes tensors and settings into the run's folder, on rank 0, unless they are not finite.
 
@@ -2365,7 +2443,7 @@ def save_tensors(
             log(f"warning: {path} is not written: {tensor_name} is not finite")
             return
     try:
-        write_tensors(path, tensors, model_settings(settings))
+        write_tensors(path, tensors, settings)
         log(f"Serialized model: {path.stat().st_size} bytes in {name}")
     except OSError as error:
         log(f"warning: {path} could not be written: {error}")
@@ -2379,19 +2457,18 @@ def auxiliary_inputs(
     The random numbers follow from SEED and the step, whatever the number of ranks, on one kind of
     device.
     """
-    rows = h.train_batch_tokens // h.train_seq_len
     jepa = stp = None
     if phase.jepa_weight > 0:
-        seed = h.seed + (step if h.jepa_sigreg == "lejepa" else 0)  # as published: drawn once
-        generator = torch.Generator(device).manual_seed(seed)
+        # As published, SIGReg looks along the same directions in every step.
+        generator = torch.Generator(device).manual_seed(h.seed)
         shape = (h.jepa_latent_dim, JEPA.DIRECTIONS)
-        directions = torch.randn(shape, generator=generator, device=device)
-        latents = rows * (h.train_seq_len // h.jepa_chunk_size)
-        numbers = torch.tensor((phase.jepa_weight, latents)).to(device, non_blocking=True)
-        jepa = JepaInputs(numbers[0], F.normalize(directions, dim=0), numbers[1])
+        directions = F.normalize(torch.randn(shape, generator=generator, device=device), dim=0)
+        weight = torch.tensor(phase.jepa_weight).to(device, non_blocking=True)
+        jepa = JepaInputs(weight, directions)
     if phase.stp_weight > 0:
         draws = torch.Generator().manual_seed(h.seed + step)
-        positions = torch.randint(h.train_seq_len - 2, (rows, 3), generator=draws)
+        shape = (h.train_batch_tokens // h.train_seq_len, 3)
+        positions = torch.randint(h.train_seq_len - 2, shape, generator=draws)
         positions = positions.sort(dim=1).values + torch.arange(3)  # distinct and rising
         positions = positions.chunk(ranks.world_size)[ranks.rank]
         if device.type == "cuda":
@@ -2450,7 +2527,7 @@ class Trainer:
                 try:
                     self.loop(stop_signal)
                 finally:
-                    save_tensors(log, FINAL_MODEL, self.average.weights, self.h)
+                    save_tensors(log, FINAL_MODEL, self.average.weights, model_settings(self.h))
                 stopped = self.clock.agree(stop_signal.received)  # rank 0 has written its files
         if stopped:
             raise KeyboardInterrupt
@@ -2535,7 +2612,9 @@ class Trainer:
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach() * share
         self.ranks.all_reduce_(self.optimizers.gradient)
-        self.optimizers.step(phase)
+        norm = self.optimizers.step(phase)
+        # The log ends the run at a loss that is not finite.
+        sums["train_loss"] = sums["train_loss"].where(norm.isfinite(), norm)
         return sums
 
     def validate(self) -> None:
@@ -2550,7 +2629,7 @@ class Trainer:
         """Writes a checkpoint; the time that this takes counts as training."""
         self.step_log.finish()
         self.clock.count()
-        save_tensors(self.log, CHECKPOINT, self.tensors(), self.h)
+        save_tensors(self.log, CHECKPOINT, self.tensors(), asdict(self.h))
         self.clock.count()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -2934,13 +3013,6 @@ def pack_artifact(settings: ModelSettings, arrays: Mapping[str, Tensor], compres
     return artifact_header(body, len(description)) + body
 
 
-def with_model_settings(h: Hyperparameters, stored: dict[str, Any]) -> Hyperparameters:
-    """Returns the settings with those that a file stores: all of a model's, and no others."""
-    odd = sorted(model_settings(h).keys() ^ stored.keys())
-    check(not odd, f"its settings are missing or unknown: {odd}")
-    return replace(h, **stored)
-
-
 def unpack_artifact(
     blob: bytes | memoryview, h: Hyperparameters
 ) -> tuple[Hyperparameters, dict[str, Tensor]]:
@@ -2964,7 +3036,9 @@ def unpack_artifact(
     description = json.loads(bytes(body[:description_size]))
     check(set(description) == {"codec", "settings"}, "its description is incomplete")
     check(description["codec"] in CODECS, f"its codec is unknown: {description['codec']!r:.40}")
-    h = with_model_settings(h, description["settings"])
+    odd = sorted(model_settings(h).keys() ^ description["settings"].keys())
+    check(not odd, f"its settings are missing or unknown: {odd}")
+    h = replace(h, **description["settings"])
     with torch.device("meta"):
         layout = artifact_layout(GPT(h))
     sizes = [array.nbytes for array in layout.values()]
@@ -3014,15 +3088,17 @@ def load_checkpoint(
 ) -> tuple[Hyperparameters, dict[str, Tensor], dict[str, Tensor]]:
     """Returns settings, weights, and all tensors of a checkpoint or of saved weights.
 
-    The weights of a checkpoint are its average. Raises DataError.
+    The weights of a checkpoint are its average. Model settings that the file does not state, and
+    all others, are those of `h`. Raises DataError.
     """
     with raise_data_error(f"{path}: cannot be read as a checkpoint"):
-        tensors, settings = read_tensors(path)
-        h = with_model_settings(h, settings)
-        has_average = any(name.startswith("average/") for name in tensors)
-        prefix = "average/" if has_average else ""
+        tensors, stored = read_tensors(path)
+        unknown = sorted(stored.keys() - asdict(h).keys())
+        check(not unknown, f"its settings are unknown: {unknown}")
+        h = replace(h, **{name: stored[name] for name in model_settings(h) if name in stored})
+        prefix = "average/" if any(name.startswith("average/") for name in tensors) else ""
         weights = {
-            name.removeprefix(prefix): tensor
+            name.removeprefix(prefix): tensor.float() if tensor.is_floating_point() else tensor
             for name, tensor in tensors.items()
             if name.startswith(prefix)
         }
@@ -3121,7 +3197,7 @@ def unpacked_source(twin: bytes) -> bytes | None:
 
 # ---- Run: the commands, and what happens when something fails ----
 
-ARTIFACT, RESULT = "final_model.int6.ptz", "result.json"
+ARTIFACT, RESULT, LOG = "final_model.int6.ptz", "result.json", "train.log"
 PROGRAM, READABLE = "train_gpt.py", "train_gpt_readable.py"  # the packed twin and its source
 
 
@@ -3144,11 +3220,17 @@ class Program(NamedTuple):
         return cls(file, packed_source(file)) if source is None else cls(source, file)
 
 
+def file_in(path: Path, name: str) -> Path:
+    """Returns the file of that name if the path is a folder, such as a run's; else the path."""
+    return path / name if path.is_dir() else path
+
+
 class Run:
     """One run of the program: what it works with, the commands, and the stages of a command."""
 
     def __init__(self, env: Mapping[str, str], log: Log, result: dict[str, Any]) -> None:
         self.log, self.result = log, result
+        self.gpus_hidden = "CUDA_VISIBLE_DEVICES" in env
         h = Hyperparameters.from_env(env)
         self.notes = settings_notes(h, env)
         lost = {"status": "failed", "reason": "another rank is gone, or silent"}
@@ -3167,20 +3249,23 @@ class Run:
             self.train()
 
     def check(self) -> None:
-        """Checks that a run could start; trains nothing."""
+        """Checks that a run could start; trains nothing and writes nothing."""
         check_settings(self.h, self.ranks.world_size)
+        folder = self.choose_folder()
         self.prepare(steps=self.h.iterations)
-        free = shutil.disk_usage(".").free >> 20
-        self.log(f"check:ok code:{len(self.program.twin)} bytes disk:{free} MiB")
+        self.read_resume(folder)
+        self.log(f"check:ok code:{len(self.program.twin)} bytes folder:{folder}")
 
     def evaluate(self, path: Path) -> None:
         """Scores an artifact again; the model's settings are its own."""
+        path = file_in(path, ARTIFACT)
         self.h = self.ranks.broadcast_from_rank0(lambda: load_artifact(path, self.h)[0])
         self.prepare(steps=None, writes=False)
         self.score_artifact(path, {})
 
     def quantize(self, path: Path) -> None:
         """Packs and scores saved weights again, in a folder of its own."""
+        path = file_in(path, FINAL_MODEL)
         load = lambda: load_checkpoint(path, self.h)[:2]  # noqa: E731
         self.h, weights = self.ranks.broadcast_from_rank0(load)
         self.open_folder()
@@ -3193,9 +3278,9 @@ class Run:
         """Trains a model, averages, calibrates, quantizes and packs it, and scores the artifact."""
         h, log = self.h, self.log
         check_settings(h, self.ranks.world_size)
-        self.open_folder()
+        folder = self.open_folder()
         self.prepare(steps=self.h.iterations)
-        resume_from = self.read_resume()
+        resume_from = self.read_resume(folder)
         self.write_program()
         model = self.initial_model()
         trainer = Trainer(model, self.data, h, self.ranks, self.device, log, h.training_deadline)
@@ -3212,29 +3297,47 @@ class Run:
         }
         self.quantize_and_score(model, trainer.clock, trainer.step)
 
-    def open_folder(self) -> None:
-        """Creates the run's folder; from here on the log and the result go there.
+    def choose_folder(self) -> Path:
+        """Returns the run's folder, the same on all ranks, and creates nothing.
 
-        A run has begun once its folder holds the program; RESUME=auto continues it. Raises
-        SettingsError if the folder cannot be created, or has another run.
+        Raises SettingsError if the folder has another run or cannot be written, or if its disk has
+        no room for the run's files, with two checkpoints. A run has begun once its folder holds the
+        program; RESUME=auto continues it.
         """
-        h, log = self.h, self.log
-        run_id = h.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-s{h.seed}-{os.getpid()}"
-        folder = self.ranks.broadcast_from_rank0(lambda: Path(h.run_dir or f"logs/{run_id}"))
-        try:
-            if not log.silent:
-                folder.mkdir(parents=True, exist_ok=True)
-                failed_early = (folder / RESULT).exists() and not (folder / PROGRAM).exists()
-                mode = "a" if failed_early or h.resume == "auto" else "x"  # one run creates it
-                (folder / "train.log").open(mode).close()
-                (folder / RESULT).unlink(missing_ok=True)
-        except OSError as error:
-            raise SettingsError(
-                f"RUN_DIR={folder}: {error}; choose another RUN_ID or RUN_DIR"
-            ) from None
+        h = self.h
+
+        def choose() -> Path:
+            run_id = h.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-s{h.seed}-{os.getpid()}"
+            folder = Path(h.run_dir or f"logs/{run_id}")
+            existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+            has_begun = (folder / PROGRAM).exists() or not (folder / RESULT).exists()
+            with torch.device("meta"):
+                needed = BYTES_LIMIT + 40 * sum(p.numel() for p in GPT(h).parameters())
+            fault = ""
+            if not (existing.is_dir() and os.access(existing, os.W_OK)):
+                fault = f"{existing} is not a folder that can be written"
+            elif (folder / LOG).exists() and has_begun and h.resume != "auto":
+                fault = "another run is there"
+            elif shutil.disk_usage(existing).free < needed:
+                fault = f"its disk has fewer bytes free than the {needed} that are needed"
+            if fault:
+                raise SettingsError(f"RUN_DIR={folder}: {fault}; choose another RUN_ID or RUN_DIR")
+            return folder
+
+        return self.ranks.broadcast_from_rank0(choose)
+
+    def open_folder(self) -> Path:
+        """Creates and returns the run's folder; from here on the log and the result go there."""
+        folder, log = self.choose_folder(), self.log
+        if not log.silent:
+            folder.mkdir(parents=True, exist_ok=True)
+            mode = "a" if (folder / LOG).exists() else "x"  # of two runs, one creates it
+            (folder / LOG).open(mode).close()
+            (folder / RESULT).unlink(missing_ok=True)
         log.folder = folder
-        log(f"{folder}/train.log")
-        self.result["settings"] = asdict(h)
+        log(f"{folder}/{LOG}")
+        self.result["settings"] = asdict(self.h)
+        return folder
 
     def prepare(self, steps: int | None, writes: bool = True) -> None:
         """Loads and checks what a command of that many training steps needs; logs the choices."""
@@ -3244,7 +3347,7 @@ class Run:
             require("safetensors", "a checkpoint")
         self.program = Program.load()
         self.data = load_data(h, ranks, log, steps)
-        device, device_notes = start_device(h.compile)
+        device, device_notes = start_device(h.compile, gpus_hidden=self.gpus_hidden)
         self.attention, self.device, attention_notes = choose_attention(h, device, ranks)
         for note in (*self.notes, *device_notes, *attention_notes):
             log(note)
@@ -3263,23 +3366,13 @@ class Run:
             write_atomically(self.log.folder / PROGRAM, self.program.twin)
 
     def initial_model(self) -> GPT:
-        """Returns the model with rank 0's initial weights: other CPUs may draw other numbers.
-
-        Raises SettingsError if the disk has no room for the run's files, with two checkpoints.
-        """
+        """Returns the model with rank 0's initial weights: other CPUs may draw other numbers."""
         torch.manual_seed(self.h.seed)
         model = GPT(self.h, self.attention.attend, self.device.dtype)
         model.load_state_dict(self.ranks.broadcast_from_rank0(model.state_dict))
         parameters = sum(p.numel() for p in model.parameters())
         self.log(f"model_params:{parameters}")
         self.result["parameters"] = parameters
-        needed = BYTES_LIMIT + 40 * parameters
-        folder = self.log.folder or Path()
-        free = needed if self.log.silent else shutil.disk_usage(folder).free
-        if free < needed:
-            raise SettingsError(
-                f"RUN_DIR={folder}: its disk has {free} bytes free, {needed} are needed"
-            )
         return model.to(self.device.device)
 
     def load_model(self, weights: Mapping[str, Tensor]) -> GPT:
@@ -3289,28 +3382,31 @@ class Run:
         model.to_empty(device=self.device.device).load_state_dict(weights)
         return model.eval()
 
-    def read_resume(self) -> dict[str, Tensor] | None:
+    def read_resume(self, folder: Path) -> dict[str, Tensor] | None:
         """Returns the tensors of the checkpoint that RESUME names; None to start at step 0.
 
         Only rank 0 reads: other nodes may not have the file.
         """
-        h, folder = self.h, self.log.folder or Path()
-        path = folder / CHECKPOINT if h.resume == "auto" else Path(h.resume)
+        h = self.h
+        path = folder if h.resume == "auto" else Path(h.resume)
+        path = file_in(path, CHECKPOINT)
 
-        def read() -> tuple[Hyperparameters, dict[str, Tensor]] | None:
+        def read() -> tuple[dict[str, Any], dict[str, Tensor]] | None:
             if not h.resume or (h.resume == "auto" and not path.exists()):
                 return None
-            stored, _, tensors = load_checkpoint(path, h)
-            return stored, tensors
+            tensors = load_checkpoint(path, h)[2]
+            return read_tensors(path)[1], tensors
 
         found = self.ranks.broadcast_from_rank0(read)
         if found is None:
             return None
         stored, tensors = found
-        own = model_settings(h)
-        other = {k: v for k, v in model_settings(stored).items() if v != own[k]}
-        if other:
-            raise DataError(f"RESUME={path}: its model has {env_form(other)}; set the same")
+        own = asdict(h)
+        changed = {name: value for name, value in stored.items() if value != own[name]}
+        fixed = {name: value for name, value in changed.items() if name not in FREE_ON_RESUME}
+        if fixed:
+            raise DataError(f"RESUME={path}: it was trained with {env_form(fixed)}; set the same")
+        self.result["resumed"] = {"step": len(tensors["progress/losses"]), "changed": changed}
         return tensors
 
     def quantize_and_score(self, model: GPT, clock: TrainingClock, step: int) -> None:
@@ -3450,6 +3546,8 @@ def describe_failure(error: BaseException) -> dict[str, str]:
     elif isinstance(error, KeyboardInterrupt):
         status = "interrupted"
         reason = "stopped by a signal, or by another rank; continue with RESUME=auto or --quantize"
+    elif isinstance(error, OSError) and error.filename:
+        status, reason = "data", f"{error.filename}: {error.strerror}; free, rename or remove it"
     elif status == "failed":
         reason = traceback.format_exc()
     if dist.is_initialized():
@@ -3486,7 +3584,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--check", action="store_true", help="check everything, train nothing")
     add("--eval", metavar="ARTIFACT", type=Path, help="score an artifact again")
     add("--quantize", metavar="CHECKPOINT", type=Path, help="pack and score saved weights again")
-    return parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(
+            f"unknown arguments: {shlex.join(unknown)}. Settings are environment variables and "
+            "stand before the command: NUM_LAYERS=3 python train_gpt.py"
+        )
+    return args
 
 
 def main(argv: Sequence[str], env: Mapping[str, str]) -> int:

@@ -3,11 +3,10 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import TINY, randomize, settings
+from conftest import TINY, choose, randomize, settings
 
 import train_gpt as tg
 
@@ -18,27 +17,15 @@ pytestmark = [
 GPU = torch.device("cuda")
 
 
-def start(h: tg.Hyperparameters) -> tuple[tg.Device, tg.Attention, list[str]]:
-    """The device and attention of a run, and the notes for its log."""
-    device, notes = tg.start_device(h.compile)
-    attention, device, more = tg.choose_attention(h, device, tg.Ranks())
-    return device, attention, [*notes, *more]
-
-
 @pytest.fixture(autouse=True)
-def back_ends_of_pytorch() -> Iterator[None]:
-    """Restores which back ends of PyTorch are enabled, which load_attention changes."""
-    names = ("cudnn", "flash", "math", "mem_efficient")
-    before = {name: getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in names}
-    yield
-    for name, enabled in before.items():
-        getattr(torch.backends.cuda, f"enable_{name}_sdp")(enabled)
+def restored_back_ends(back_ends: None) -> None:
+    """Every test may choose an attention, which enables one back end alone."""
 
 
 @pytest.mark.parametrize("attn", ["fa3", "cudnn", "flash", "math"])
 def test_each_back_end_equals_float32_with_gradients(attn):
     try:
-        _, attention, _ = start(tg.Hyperparameters(attn=attn))
+        attention, _, _ = choose(tg.Hyperparameters(attn=attn))
     except tg.SettingsError as error:
         pytest.skip(str(error)[:200])
     assert attention.name == attn
@@ -58,7 +45,7 @@ def test_each_back_end_equals_float32_with_gradients(attn):
 @pytest.mark.parametrize(("sequences", "length", "window"), [(1, 1000, 256), (2, 512, 100)])
 def test_each_back_end_over_a_window_is_masked_attention(attn, compiled, sequences, length, window):
     try:
-        device, attention, _ = start(tg.Hyperparameters(attn=attn, compile=str(compiled)))
+        attention, device, _ = choose(tg.Hyperparameters(attn=attn, compile=str(compiled)))
     except tg.SettingsError as error:
         pytest.skip(str(error)[:200])
     assert (attention.name, device.compiled) == (attn, bool(compiled))
@@ -80,7 +67,7 @@ def test_bf16_compiled_agrees_with_float32_on_the_cpu():
     slow = randomize(tg.GPT(h, tg.load_attention("math"))).eval()
     ids, targets = torch.randint(4, 260, (2, 8, 64))
     want = slow(ids, targets).item()  # first: cuDNN, which may be chosen next, has no CPU kernel
-    device, attention, _ = start(h)
+    attention, device, _ = choose(h)
     assert (device.device.type, device.dtype, device.compiled) == ("cuda", torch.bfloat16, True)
     fast = tg.GPT(h, attention.attend, device.dtype).to(GPU)
     fast.load_state_dict(slow.state_dict())
@@ -92,7 +79,7 @@ def test_bf16_compiled_agrees_with_float32_on_the_cpu():
 def test_auto_goes_on_without_fa3_and_says_why(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    _, attention, notes = start(settings(compile=0))
+    attention, _, notes = choose(settings(compile=0))
     assert attention.name in ("cudnn", "flash", "math")
     assert "attention:fa3 compiled:False not used: " in notes[0]
     assert "flash_attn_interface" in notes[0]
@@ -102,8 +89,8 @@ def test_auto_goes_on_without_fa3_and_says_why(monkeypatch):
 def test_heads_too_wide_for_flash_get_another_attention():
     h = settings(model_dim=1024, num_heads=2, num_kv_heads=1, attn="flash", compile=0)
     with pytest.raises(tg.SettingsError, match="ATTN=flash COMPILE=0: cannot run here"):
-        start(h)
-    _, attention, notes = start(dataclasses.replace(h, attn="auto"))
+        choose(h)
+    attention, _, notes = choose(dataclasses.replace(h, attn="auto"))
     assert attention.name != "flash"
     assert any("attention:flash" in note for note in notes) or attention.name == "cudnn"
 
@@ -116,7 +103,7 @@ def test_newton_schulz_in_bf16_stays_in_its_band():
     assert ends.max() < 1.23
 
 
-AUXILIARY = {"JEPA_CHUNK_SIZE": "4", "JEPA_SIGREG": "lejepa", "STP_ENABLED": "1"}
+AUXILIARY = {"JEPA_CHUNK_SIZE": "4", "STP_ENABLED": "1"}
 
 
 @pytest.mark.parametrize("auxiliary", [{}, AUXILIARY], ids=["plain", "jepa and stp"])

@@ -34,7 +34,7 @@ TWO_ROWS = {"train_batch_tokens": 128}  # a step of two sequences of 64 tokens
 HEAD = {"jepa_chunk_size": 4, "jepa_latent_dim": 8, "jepa_proj_hidden": 8, "jepa_lambda_max": 0}
 LOSSES = {
     "smoothing": {"label_smoothing": 0.2},
-    "jepa": {"jepa_lambda_max": 1, "jepa_backbone_grad": 1},
+    "jepa": {"jepa_lambda_max": 1},
     "stp": {"stp_enabled": 1, "stp_lambda": 1},
 }
 

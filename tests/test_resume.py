@@ -22,7 +22,7 @@ ARTIFACT, CHECKPOINT, FINAL = "final_model.int6.ptz", "checkpoint.safetensors", 
 SHORT = {**TINY, "ITERATIONS": "16", "WARMDOWN_ITERS": "8", "EVAL_STRIDE": "0"}
 SWITCHES = {
     "smoothing": {"LABEL_SMOOTHING": "0.1"},
-    "JEPA": {"JEPA_CHUNK_SIZE": "4", "JEPA_SIGREG": "lejepa", "JEPA_PHASE1_FRAC": "0.1"},
+    "JEPA": {"JEPA_CHUNK_SIZE": "4", "JEPA_PHASE1_FRAC": "0.1"},
     "STP": {"STP_ENABLED": "1"},
     "untied": {"TIE_EMBEDDINGS": "0"},
     # Averages the weights after steps 12, 14 and 16: the rate is below 0.8 from step 11 on.
@@ -262,10 +262,8 @@ def kill_in_a_write() -> None:
     fsync = os.fsync
 
     def killed(number: int) -> None:
-        if (
-            CHECKPOINT in os.readlink(f"/proc/self/fd/{number}")
-            and Path("run", CHECKPOINT).exists()
-        ):
+        writes_checkpoint = CHECKPOINT in str(Path(f"/proc/self/fd/{number}").readlink())
+        if writes_checkpoint and Path("run", CHECKPOINT).exists():
             os.ftruncate(number, 1000)
             os.kill(os.getpid(), signal.SIGKILL)
         fsync(number)
