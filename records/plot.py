@@ -24,10 +24,10 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
 import numpy as np
-from cycler import cycler
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot, which needs a display
+from matplotlib.rcsetup import cycler
 
 from compare import CompareError, check_group, common_score, compare, has_score, same_tokens
 from runs import ROOT, Run, RunError, read_runs, train_gpt

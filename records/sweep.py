@@ -283,14 +283,19 @@ class Runner:
     def __init__(self, sweep: Sweep, devices: list[str], retry: bool) -> None:
         self.sweep, self.devices = sweep, devices
         self.threads = max((os.cpu_count() or 1) // len(devices), 1)
-        states = {trial: sweep.state(trial) for trial in sweep.trials}
-        wanted = [t for t, s in states.items() if s in DUE or (retry and s not in DONE)]
-        self.waiting = wanted  # each is started once by each command
+        self.again = {t for t in sweep.trials if retry and sweep.state(t) not in (*DONE, "running")}
+        self.started: set[Trial] = set()
         self.running: dict[Trial, tuple[subprocess.Popen, str]] = {}  # process and device
         self.shown: dict[Trial, str] = {}
 
+    def due(self) -> list[Trial]:
+        """Returns the trials to start. One command starts a trial only once."""
+        waiting = [trial for trial in self.sweep.trials if trial not in self.started]
+        return [t for t in waiting if t in self.again or self.sweep.state(t) in DUE]
+
     def start(self, trial: Trial, device: str) -> None:
         """Starts a trial on a device."""
+        self.started.add(trial)
         env = dict(os.environ, CUDA_VISIBLE_DEVICES=device)
         if not device:
             env.setdefault("OMP_NUM_THREADS", str(self.threads))
@@ -324,9 +329,10 @@ class Runner:
                 free = list(self.devices)
                 for _, device in self.running.values():
                     free.remove(device)
-                for device in free[: len(self.waiting)]:
-                    self.start(self.waiting.pop(0), device)
-                if not (self.print_changes() or self.waiting or self.running):
+                due = self.due()
+                for trial, device in zip(due, free, strict=False):
+                    self.start(trial, device)
+                if not (self.print_changes() or due or self.running):
                     return
                 time.sleep(1)
         finally:
