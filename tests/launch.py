@@ -54,11 +54,14 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+FAILURE = ZeroDivisionError("a test raised this")
+
+
 def fail_in(
     name: str,
     call: int = 1,
     on_rank: int = 0,
-    error: Exception = ZeroDivisionError("a test raised this"),
+    error: Exception = FAILURE,
     patch: Callable = setattr,
 ) -> None:
     """Makes one call of a function of the program raise an error on one rank."""

@@ -149,8 +149,7 @@ def collectives() -> None:
         jobs += [(lambda g: [tg.newton_schulz(g, 5)], (x,))]
         for function, stacks in jobs:
             alone, divided = function(*stacks), ranks.map_over_ranks(function, *stacks)
-            assert len(alone) == len(divided)
-            for whole, part in zip(alone, divided):
+            for whole, part in zip(alone, divided, strict=True):
                 assert (whole.dtype, whole.shape) == (part.dtype, part.shape)
                 torch.testing.assert_close(part, whole, rtol=1e-6, atol=1e-6)
     print("all hold", flush=True)

@@ -1,6 +1,5 @@
 """--quantize: a saved model packed and scored again, under these settings or others."""
 
-import io
 import json
 from pathlib import Path
 
@@ -8,13 +7,15 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import TINY
+from launch import result_of
 
 import train_gpt as tg
 
+ARTIFACT, WEIGHTS = "final_model.int6.ptz", "final_model.safetensors"
 SETTINGS = {
     **TINY,
-    "ITERATIONS": "6",
-    "WARMDOWN_ITERS": "3",
+    "ITERATIONS": "4",
+    "WARMDOWN_ITERS": "2",
     "EVAL_STRIDE": "0",
     "GPTQ_ENABLED": "1",
     "GPTQ_CALIB_TOKENS": "256",
@@ -22,25 +23,30 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory, byte_corpus) -> tuple[Path, dict[str, str]]:
-    """A finished run with GPTQ, and its variables."""
-    folder = tmp_path_factory.mktemp("repack")
-    env = {**SETTINGS, "DATA_PATH": str(byte_corpus)}
-    assert tg.main([], {**env, "RUN_DIR": str(folder / "run")}) == 0
-    return folder / "run", env
+def run(tmp_path_factory, byte_corpus) -> Path:
+    """The folder of a finished run with GPTQ."""
+    folder = tmp_path_factory.mktemp("repack") / "run"
+    env = {**SETTINGS, "DATA_PATH": str(byte_corpus), "RUN_DIR": str(folder)}
+    assert tg.main([], env) == 0
+    return folder
 
 
-def repack(path: Path, env: dict[str, str], folder: Path) -> tuple[bytes, dict]:
-    assert tg.main(["--quantize", str(path)], {**env, "RUN_DIR": str(folder)}) == 0
-    result = json.loads((folder / "result.json").read_text())
-    return (folder / "final_model.int6.ptz").read_bytes(), result
+@pytest.fixture
+def env(byte_corpus, tmp_path) -> dict[str, str]:
+    return {**SETTINGS, "DATA_PATH": str(byte_corpus), "RUN_DIR": str(tmp_path / "again")}
 
 
-def test_the_same_settings_give_the_same_bytes(done, tmp_path):
-    run, env = done
-    blob, result = repack(run / "final_model.safetensors", env, tmp_path / "again")
-    assert blob == (run / "final_model.int6.ptz").read_bytes()
-    before = json.loads((run / "result.json").read_text())
+def repack(path: Path, env: dict[str, str]) -> tuple[bytes, dict]:
+    """Returns the artifact and the result of --quantize."""
+    assert tg.main(["--quantize", str(path)], env) == 0
+    return (Path(env["RUN_DIR"]) / ARTIFACT).read_bytes(), result_of(Path(env["RUN_DIR"]))
+
+
+def test_the_same_settings_give_the_same_bytes_once(run, env, tmp_path):
+    files = {path.name: path.read_bytes() for path in run.iterdir()}
+    blob, result = repack(run / WEIGHTS, env)
+    assert blob == files[ARTIFACT]
+    before = json.loads(files["result.json"])
     for name in ("float", "plain"):
         assert result["scores"][name]["nats"] == before["scores"][name]["nats"]
     assert result["status"] == "ok"
@@ -48,121 +54,62 @@ def test_the_same_settings_give_the_same_bytes(done, tmp_path):
     assert before["verdicts"].keys() - result["verdicts"].keys() == {"train_seconds"}
     assert before["seconds"].keys() == {"train", "calibrate", "pack", "diagnose", "eval"}
     assert before["seconds"]["train"] > result["seconds"]["train"] == 0
-    files = {path.name for path in (tmp_path / "again").iterdir()}
-    assert files == {
-        "train.log",
-        "train_gpt.py",
-        "train_gpt_readable.py",
-        "events.jsonl",
-        "result.json",
-        "final_model.int6.ptz",
-    }
+    assert {path.name for path in (tmp_path / "again").iterdir()} == files.keys() - {WEIGHTS}
+    for folder in (run, tmp_path / "again"):  # it never overwrites a run
+        assert tg.main(["--quantize", str(run / WEIGHTS)], {**env, "RUN_DIR": str(folder)}) == 2
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == files
 
 
-def test_the_model_needs_no_variables_nor_training_data(done, byte_corpus, tmp_path):
-    run, env = done
+def test_neither_model_variables_nor_training_data_are_needed(run, env, byte_corpus, tmp_path):
     shard = "fineweb_val_000000.bin"
     (tmp_path / shard).write_bytes((byte_corpus / shard).read_bytes())
-    keep = ("GPTQ_CALIB_TOKENS", "MICRO_BATCH_TOKENS", "EVAL_STRIDE")
-    env = {name: env[name] for name in keep} | {"DATA_PATH": str(tmp_path)}
-    blob, _ = repack(run / "final_model.safetensors", env, tmp_path / "again")
-    assert blob == (run / "final_model.int6.ptz").read_bytes()
+    keep = ("GPTQ_CALIB_TOKENS", "MICRO_BATCH_TOKENS", "EVAL_STRIDE", "RUN_DIR")
+    few = {name: env[name] for name in keep} | {"DATA_PATH": str(tmp_path)}
+    assert repack(run / WEIGHTS, few)[0] == (run / ARTIFACT).read_bytes()
 
 
-def test_an_artifact_is_scored_under_any_chunk_without_model_variables(done, byte_corpus, capsys):
-    run, env = done
-    names = {"TTT_ENABLED": "1", "TTT_CHUNK_TOKENS": "1024", "DATA_PATH": str(byte_corpus)}
-    capsys.readouterr()
-    assert tg.main(["--eval", str(run / "final_model.int6.ptz")], names) == 0
-    assert "legal_ttt_exact" in capsys.readouterr().out
+TTT = {"TTT_ENABLED": "1", "TTT_CHUNK_TOKENS": "1024"}
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"GPTQ_ENABLED": "0"},
-        {"GPTQ_CALIB": "train"},
-        {"TTT_ENABLED": "1", "TTT_CHUNK_TOKENS": "1024"},
-    ],
-)
-def test_other_settings(other, done, tmp_path):
-    run, env = done
-    blob, result = repack(run / "final_model.safetensors", env | other, tmp_path / "again")
-    before = json.loads((run / "result.json").read_text())
-    assert result["scores"]["float"]["nats"] == before["scores"]["float"]["nats"]
-    assert (blob == (run / "final_model.int6.ptz").read_bytes()) == ("TTT_ENABLED" in other)
-    _, old = tg.unpack_artifact((run / "final_model.int6.ptz").read_bytes(), tg.Hyperparameters())
+@pytest.mark.parametrize("other", [{"GPTQ_ENABLED": "0"}, {"GPTQ_CALIB": "train"}, TTT])
+def test_other_settings_change_what_they_name(other, run, env):
+    """Other codes of the matrices by another quantizer; another score by test-time training."""
+    blob, result = repack(run / WEIGHTS, env | other)
+    before = result_of(run)["scores"]
+    assert result["scores"]["float"]["nats"] == before["float"]["nats"]
+    assert ("ttt" in result["scores"]) == (other == TTT)
+    _, old = tg.unpack_artifact((run / ARTIFACT).read_bytes(), tg.Hyperparameters())
     _, new = tg.unpack_artifact(blob, tg.Hyperparameters())
-    changed = {name for name in old if not torch.equal(old[name], new[name])}
-    of = {name.partition(".")[0] for name in changed}
-    if "TTT_ENABLED" in other:
-        assert not changed
-    else:
-        assert of == {"blocks"}
-    assert ("ttt" in result["scores"]) == ("TTT_ENABLED" in other)
+    changed = {name.partition(".")[0] for name in old if not torch.equal(old[name], new[name])}
+    assert changed == (set() if other == TTT else {"blocks"})
     if "GPTQ_ENABLED" in other:
-        state = safetensors.torch.load_file(run / "final_model.safetensors")
-        weight = state["blocks.0.mlp.up.weight"][None]
-        codes = tg.quantize_rounding(6, 1.0, weight, None).codes
-        assert torch.equal(new["blocks.0.mlp.up.weight.codes"], codes[0])
+        name = "blocks.0.mlp.up.weight"
+        weight = safetensors.torch.load_file(run / WEIGHTS)[name]
+        codes = tg.quantize_rounding(6, 1.0, weight[None], None).codes
+        assert torch.equal(new[f"{name}.codes"], codes[0])
 
 
-def test_it_never_overwrites_a_run(done, tmp_path):
-    run, env = done
-    before = {path.name: path.read_bytes() for path in run.iterdir()}
-    assert (
-        tg.main(["--quantize", str(run / "final_model.safetensors")], {**env, "RUN_DIR": str(run)})
-        == 2
-    )
-    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
-    repack(run / "final_model.safetensors", env, tmp_path / "again")
-    twice = {**env, "RUN_DIR": str(tmp_path / "again")}
-    assert tg.main(["--quantize", str(run / "final_model.safetensors")], twice) == 2
-
-
-def test_what_is_no_checkpoint_is_refused_in_a_line(done, tmp_path, capsys):
-    run, env = done
-    path, good = tmp_path / "model.pt", run / "final_model.safetensors"
-    with safetensors.safe_open(good, "pt") as opened:
-        told = json.loads(opened.metadata()["settings"])
-    weights, whole = safetensors.torch.load_file(good), good.read_bytes()
+def test_a_file_that_is_no_checkpoint_is_refused_in_a_line(run, env, tmp_path, capsys):
+    path, whole = tmp_path / "model.pt", (run / WEIGHTS).read_bytes()
+    weights = safetensors.torch.load(whole)
+    told = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])["__metadata__"]
     first = next(iter(weights))
-
-    def made(weights: dict, settings: object = told) -> bytes:
-        return safetensors.torch.save(weights, {"settings": json.dumps(settings)})
-
-    pickled = io.BytesIO()
-    torch.save({"settings": told, "weights": weights}, pickled)
-    bad = {
+    less = {name: weight for name, weight in weights.items() if name != first}
+    illegal = {"settings": json.dumps({**json.loads(told["settings"]), "num_heads": 5})}
+    for name, data in {
         "absent": None,
-        "empty": b"",
         "text": b"no checkpoint at all",
         "cut": whole[: len(whole) // 2],
-        "artifact": (run / "final_model.int6.ptz").read_bytes(),
-        "torch.save": pickled.getvalue(),
-        "no weights": made({}),
-        "no settings": safetensors.torch.save(weights),
-        "a weight missing": made({n: w for n, w in weights.items() if n != first}),
-        "a weight more": made(weights | {"more": weights[first].clone()}),
-        "a shape": made(weights | {first: weights[first][:-1].clone()}),
-        "a type": made(weights | {first: weights[first].half()}),
-        "settings missing": made(weights, {}),
-        "settings illegal": made(weights, {**told, "num_heads": 5}),
-        "settings of another": made(weights, {**told, "num_layers": 4}),
-        "settings no object": made(weights, 3),
-    }
-    for name, data in bad.items():
-        path.unlink(missing_ok=True)
+        "artifact": (run / ARTIFACT).read_bytes(),
+        "a weight missing": safetensors.torch.save(less, told),
+        "another shape": safetensors.torch.save({**less, first: torch.ones(3)}, told),
+        "illegal settings": safetensors.torch.save(weights, illegal),
+    }.items():
         if data is not None:
             path.write_bytes(data)
         capsys.readouterr()
-        status = tg.main(["--quantize", str(path)], {**env, "RUN_DIR": str(tmp_path / "none")})
-        lines = capsys.readouterr().out.splitlines()
-        assert status == 2, (name, lines)
-        assert len(lines) == 1, name
-        assert lines[0].startswith(f"error: {path}: cannot be read as a checkpoint"), name
-        assert len(lines[0]) < 500
-        assert not (tmp_path / "none").exists()  # nor has a run begun
-    path.write_bytes(made(weights))  # by another order and writer, the same model
-    blob, _ = repack(path, env, tmp_path / "again")
-    assert blob == (run / "final_model.int6.ptz").read_bytes()
+        assert tg.main(["--quantize", str(path)], env) == 2, name
+        (line,) = capsys.readouterr().out.splitlines()
+        assert line.startswith(f"error: {path}: cannot be read as a checkpoint"), name
+        assert len(line) < 500
+        assert not (tmp_path / "again").exists()  # nor has a run begun
