@@ -6,7 +6,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,23 @@ def byte_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cpu() -> tg.Device:
     """The device of a CPU run."""
     return tg.Device(torch.device("cpu"), torch.float32, compiled=False)
+
+
+@pytest.fixture
+def back_ends() -> Iterator[None]:
+    """Restores which attention back ends of PyTorch are enabled."""
+    names = ("cudnn", "flash", "math", "mem_efficient")
+    before = {name: getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in names}
+    yield
+    for name, enabled in before.items():
+        getattr(torch.backends.cuda, f"enable_{name}_sdp")(enabled)
+
+
+def choose(h: tg.Hyperparameters) -> tuple[tg.Attention, tg.Device, list[str]]:
+    """What a single rank chooses: attention, device, and all notes for the log."""
+    device, notes = tg.start_device(h.compile, gpus_hidden=True)
+    attention, device, more = tg.choose_attention(h, device, tg.Ranks())
+    return attention, device, notes + more
 
 
 def load(h: tg.Hyperparameters, **options: int | None) -> tg.Data:

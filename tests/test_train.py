@@ -5,12 +5,12 @@ import math
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import load, score, settings, trainer
+from conftest import choose, load, score, settings, trainer
 from torch.nn import functional
 
 import train_gpt as tg
@@ -238,28 +238,15 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch):
 
 
 @pytest.fixture
-def no_gpu(monkeypatch) -> Iterator[None]:
-    """A machine without one, whatever is here; which back ends are enabled is restored."""
+def no_gpu(monkeypatch, back_ends) -> None:
+    """A machine without one, whatever is here."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    names = ("flash", "math", "mem_efficient", "cudnn")
-    before = {n: getattr(torch.backends.cuda, f"{n}_sdp_enabled")() for n in names}
-    yield
-    for name, enabled in before.items():
-        getattr(torch.backends.cuda, f"enable_{name}_sdp")(enabled)
-
-
-def choose(**changes: object) -> tuple[tg.Attention, tg.Device, list[str]]:
-    """What a single rank chooses: attention, device, and all notes."""
-    h = settings(**changes)
-    device, notes = tg.start_device(h.compile, gpus_hidden=True)
-    attention, device, more = tg.choose_attention(h, device, tg.Ranks())
-    return attention, device, notes + more
 
 
 @pytest.mark.usefixtures("no_gpu")
 @pytest.mark.parametrize("attn", ["flash", "math"])
 def test_each_attention_back_end_of_a_cpu_is_the_definition(attn):
-    attention, device, _ = choose(attn=attn)
+    attention, device, _ = choose(settings(attn=attn))
     q, k, v = (torch.randn(2, 24, heads, 8) for heads in (4, 2, 2))
     keys, values = (x.repeat_interleave(2, dim=2) for x in (k, v))
     scores = torch.einsum("bqhd,bkhd->bhqk", q, keys) / math.sqrt(8)
@@ -282,7 +269,7 @@ def test_a_named_attention_that_cannot_run_is_an_error(monkeypatch, kind):
     module = fa3 if kind == "of another GPU" else None
     monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
     with pytest.raises(tg.SettingsError, match="ATTN=fa3 COMPILE=auto: cannot run here") as error:
-        choose(attn="fa3")
+        choose(settings(attn="fa3"))
     assert ("only supports Hopper" if module else "flash_attn_interface") in str(error.value)
 
 
@@ -309,7 +296,7 @@ def test_an_attention_that_fails_its_probe_is_left_for_the_next(monkeypatch, why
         return BROKEN[why](y) if torch.backends.cuda.flash_sdp_enabled() else y
 
     monkeypatch.setattr(functional, "scaled_dot_product_attention", broken)
-    attention, _, notes = choose()
+    attention, _, notes = choose(settings())
     assert attention.name != "flash"
     (note,) = [note for note in notes if note.startswith("attention:flash")]
     assert note.startswith("attention:flash compiled:False not used: ")
@@ -350,7 +337,7 @@ def test_a_compiler_that_fails_is_left_or_an_error_where_asked_for(cpu, monkeypa
 
     monkeypatch.setattr(torch, "compile", fails)
     with pytest.raises(tg.SettingsError, match=r"COMPILE=1.*\n(.*\n)*.*no C\+\+ compiler"):
-        choose(compile=1)
+        choose(settings(compile=1))
     device = tg.replace(cpu, compiled=True)
     attention, device, notes = tg.choose_attention(settings(), device, tg.Ranks())
     assert (attention.name, device.compiled) == ("flash", False)
@@ -362,7 +349,7 @@ def test_a_compiler_that_fails_is_left_or_an_error_where_asked_for(cpu, monkeypa
 
 @pytest.mark.slow
 def test_compiled_is_the_same_function(byte_corpus: Path):
-    attention, device, _ = choose(compile=1, num_layers=2)
+    attention, device, _ = choose(settings(compile=1, num_layers=2))
     assert device.compiled
     h = settings(data_path=byte_corpus, compile=1, num_layers=2)
     torch.manual_seed(0)
