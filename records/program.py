@@ -188,21 +188,21 @@ def run_python(folder: Path, hook: Path, *command: str, **env: str) -> tuple[int
     kept = {name: os.environ[name] for name in KEPT if name in os.environ}
     kept |= {"PYTHONPATH": str(hook), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     screen = hook / "screen"
+    late = []
     with screen.open("wb") as out:  # a pipe could be held open by a process that remains
-        process = subprocess.Popen(
-            [sys.executable, "-B", *command],
-            cwd=folder,
-            env=kept | env,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=out,
-        )
         try:
-            status, late = process.wait(SECONDS), []
+            status = subprocess.run(
+                [sys.executable, "-B", *command],
+                cwd=folder,
+                env=kept | env,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                timeout=SECONDS,
+                check=False,
+            ).returncode
         except subprocess.TimeoutExpired:
             status, late = 124, [f"it lasts longer than {SECONDS} s"]
-            process.kill()
-            process.wait()
     text = screen.read_text(encoding="utf-8", errors="replace")
     return status, [line for line in text.splitlines() if line.strip()] + late
 
