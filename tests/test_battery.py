@@ -1,4 +1,4 @@
-"""The GPU battery: its inputs, and that a part which fails or hangs does not stop the others."""
+"""The GPU battery: a part that fails or hangs does not stop the others; its inputs."""
 
 import os
 import subprocess
@@ -41,15 +41,15 @@ def battery(folder, *parts, **env):
     return done.returncode, done.stdout, sorted(p.name for p in (folder / "out").iterdir())
 
 
-def test_the_battery_tells_of_every_part_and_loses_nothing(tmp_path):
+def test_the_battery_reports_every_part_and_keeps_its_files(tmp_path):
     status, screen, files = battery(tmp_path, LIMIT="4", HANG="60")
     ends = screen.partition("== summary")[2].splitlines()
-    told = {line.partition(": ")[0]: line.partition(": ")[2] for line in ends}
+    end = dict(line.split(": ", 1) for line in ends if ": " in line)
     assert status == 1
-    assert told["setup"].startswith("ok, ")
-    assert told["tests"].startswith("failed, status 1, ")
-    assert told["v9"].startswith("timed out, ")
-    assert told["byte_jepa"] == told["bench"] == "not begun, no time is left"
+    assert end["setup"].startswith("ok, ")
+    assert end["tests"].startswith("failed, status 1, ")
+    assert end["v9"].startswith("timed out, ")
+    assert end["byte_jepa"] == end["bench"] == "not begun, no time is left"
     assert files == ["summary.txt", "tests.log", "v9.json", "v9.log"]
     assert (tmp_path / "out/v9.log").read_text().startswith("run v9")
     assert "2 failed" in (tmp_path / "out/tests.log").read_text()
@@ -63,7 +63,9 @@ def test_parts_of_the_battery_can_be_named(tmp_path):
     assert battery(tmp_path, "nonsense")[0] == 2
 
 
-def test_the_battery_is_given_documents_tokenizer_and_wheels(tmp_path, monkeypatch, capsys):
+def test_the_battery_gets_documents_tokenizer_and_wheels_up_to_a_limit(
+    tmp_path, monkeypatch, capsys
+):
     run = subprocess.run
 
     def offline(command, **how):
@@ -96,12 +98,9 @@ def test_the_battery_is_given_documents_tokenizer_and_wheels(tmp_path, monkeypat
     assert "give fewer documents" in capsys.readouterr().err
 
 
-def test_the_packages_of_both_scripts_are_the_same():
+def test_both_scripts_name_every_package_that_the_program_may_need():
     script = (ROOT / "tests/gpu.sh").read_text(encoding="utf-8")
     assert f"for package in {' '.join(gpu_prepare.PACKAGES)}; do" in script
-
-
-def test_every_package_that_the_program_may_need_is_among_them():
     codecs = {codec.package for codec in tg.CODECS.values()}
     needed = (codecs | {"safetensors", "sentencepiece"}) - sys.stdlib_module_names
     assert needed <= {*gpu_prepare.PACKAGES}

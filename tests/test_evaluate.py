@@ -4,19 +4,28 @@ import math
 import sys
 import types
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BYTE_TABLE, artifact_of, byte_tokens, randomize, score, settings
-from conftest import score_artifact as score_of_artifact
+from conftest import (
+    BYTE_TABLE,
+    artifact_of,
+    byte_tokens,
+    randomize,
+    score,
+    score_artifact,
+    settings,
+)
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from test_model import random_model, some_ids
 
 import train_gpt as tg
 
+CPU = tg.Device(torch.device("cpu"), torch.float32, compiled=False)  # for tests with @given
 WINDOW = 8
+TOKENS = byte_tokens("One document: naïve, é, ü, 日本. " * 5) + byte_tokens("And another. " * 8)
 few_examples = hypothesis_settings(max_examples=40, derandomize=True, deadline=None)
 
 
@@ -24,118 +33,93 @@ def val_of(tokens: list[int] | torch.Tensor) -> tg.Validation:
     return tg.Validation(torch.as_tensor(tokens).int(), BYTE_TABLE, canonical=False)
 
 
-def some_ids(count: int, seed: int = 4) -> torch.Tensor:
-    """Random bytes of text, no special ids."""
-    return torch.randint(4, 260, (count,), generator=torch.Generator().manual_seed(seed)).int()
-
-
-def random_model(**changes: object) -> tg.GPT:
-    """A tiny model with every parameter away from its start."""
-    torch.manual_seed(0)
-    return randomize(tg.GPT(settings(**changes))).eval()
-
-
-TEXT = "Bits per byte, naïvely: one window at a time — é, ü, 日本. " * 6
-TOKENS = byte_tokens(TEXT[:150]) + byte_tokens(TEXT[150:])  # two documents
-
-
 class Recorder:
     """Nats of each position of a text, from the logits of a pass.
 
-    The windows are found by their tokens, so the text must not repeat itself. As stated by the
-    passes, a window scores the positions past the end of the window before.
+    The windows are found by their tokens, so no part of the text may repeat itself. A window scores
+    the positions past the end of the window before.
     """
 
     def __init__(self, scoring_pass: tg.ScoringPass, tokens: torch.Tensor) -> None:
-        self.given, self.tokens = scoring_pass, tokens.long()
+        self.given, self.tokens = scoring_pass, tokens
         self.nats = torch.full((len(tokens) - 1,), math.nan)
-        self.done = 0  # positions scored so far
+        self.shapes: set[torch.Size] = set()  # of the batches
+        self.ends = [0]  # of the windows that scored, and where the first one begins to
 
     def forward_logits(self, ids: torch.Tensor, last: int) -> torch.Tensor:
         """Records the logits of a batch."""
         logits = self.given.forward_logits(ids, last)
+        self.shapes.add(ids.shape)
         starts = self.tokens.unfold(0, ids.size(1), 1)
         for row, of_row in zip(ids, logits, strict=True):
             (start,) = (starts == row).all(1).nonzero().flatten().tolist()
-            end = start + ids.size(1)
-            count = max(end - self.done, 0)
-            assert count <= last
-            targets = self.tokens[end - count + 1 : end + 1]
-            nats = F.cross_entropy(of_row[last - count :], targets, reduction="none")
-            self.nats[end - count : end] = nats
-            self.done += count
+            end, done = start + ids.size(1), self.ends[-1]
+            if end > done:
+                targets = self.tokens[done + 1 : end + 1]
+                nats = F.cross_entropy(of_row[done - end :], targets, reduction="none")
+                self.nats[done:end] = nats
+                self.ends.append(end)
         return logits
 
     def score(self, device: tg.Device, batch_tokens: int = 96) -> tg.Score:
         """Scores the text by the pass; the sum must be that of the recorded nats."""
         recorded = self.given._replace(forward_logits=self.forward_logits)
         result = score(recorded, val_of(self.tokens), device, batch_tokens)
-        assert self.done == result.tokens == len(self.tokens) - 1
+        assert self.ends[-1] == result.tokens == len(self.tokens) - 1
         assert result.nats == pytest.approx(self.nats.double().sum().item(), rel=1e-6)
         return result
+
+
+class NotingLearner:
+    """Notes what it is given to learn, and how many positions are scored by then."""
+
+    def __init__(self, chunk_tokens: int) -> None:
+        self.chunk_tokens, self.calls = chunk_tokens, []
+        self.recorder: Recorder
+
+    def learn(self, tokens: torch.Tensor, fraction: float) -> None:
+        self.calls.append((tokens.long(), fraction, self.recorder.ends[-1]))
 
 
 # ---- Windows ----
 
 
 @pytest.mark.fault(56)
-@few_examples
+@hypothesis_settings(max_examples=100, derandomize=True, deadline=None)
 @given(
-    total=st.integers(1, 300),
+    total=st.integers(1, 255),
     seq_len=st.integers(1, 64),
     stride=st.integers(1, 64),
-    size=st.integers(1, 7),
-    longer=st.integers(0, 400),
+    batch_tokens=st.integers(1, 500),
+    longer=st.integers(0, 200),
 )
-def test_every_position_is_scored_once_and_chunks_in_their_order(
-    total, seq_len, stride, size, longer
+def test_every_position_is_scored_once_and_then_learned_from(
+    total, seq_len, stride, batch_tokens, longer
 ):
-    seq_len, stride = min(seq_len, total), min(stride, seq_len, total)
-    chunk = seq_len + longer
-    scored, chunks = np.zeros(total, int), []
-    batches = tg.plan_windows(total, seq_len, stride, size, chunk)
-    assert len({batch.shape for batch in batches}) == 1  # one shape, one compiled program
-    for n, batch in enumerate(batches):
-        assert batch[0, 1] > 0  # the windows that fill a batch come last
-        real = batch[batch[:, 1] > 0]
-        of_batch = {int(start + seq_len - count) // chunk for start, count in real}
-        assert len(of_batch) == 1  # all windows of a batch begin to score in one chunk
-        chunks += of_batch
-        for start, count in batch.tolist():
-            assert 0 <= start <= total - seq_len
-            assert count <= (stride if n else seq_len)  # as many as there are logits of
-            scored[start + seq_len - count : start + seq_len] += 1
-    assert np.all(scored == 1)
-    assert chunks == sorted(chunks)
-    assert {*chunks} >= {*range(chunks[-1])}  # no chunk is left out: each is learned in turn
-
-
-@pytest.mark.fault(56)
-@pytest.mark.parametrize(
-    ("seq_len", "stride", "batch"), [(64, 64, 1), (64, 16, 320), (48, 7, 10**6), (400, 5, 800)]
-)
-def test_the_score_is_one_window_at_a_time_in_float64(seq_len, stride, batch, cpu):
-    """Whatever the batch, and if the text is shorter than a window."""
-    model, val = random_model(num_layers=2), val_of(TOKENS)
-    total = len(TOKENS) - 1
-    seq_len_here = min(seq_len, total)
-    nats, position = 0.0, 0
-    while position < total:
-        end = min(position + stride, total) if position else seq_len_here
-        window = val.tokens[end - seq_len_here : end + 1].long()
-        with torch.inference_mode():
-            logits = model.forward_logits(window[None, :-1])[0].double()
-        losses = -logits.log_softmax(-1)[torch.arange(seq_len_here), window[1:]]
-        nats += losses[position - end :].sum().item()
-        position = end
-    result = score(tg.ScoringPass(model.forward_logits, seq_len, stride), val, cpu, batch)
-    text_bytes = len(TEXT.encode())
-    assert result.stride == stride
-    assert result.tokens == total == text_bytes + 1  # a BOS within is scored and has no bytes
-    assert result.bytes == text_bytes
-    assert result.nats == pytest.approx(nats, rel=1e-6)
-    assert result.val_bpb == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-6)
-    assert result.val_loss == pytest.approx(nats / total, rel=1e-6)
+    """With any windows; the learner gets every chunk of the text but those that end it."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = 4 + torch.randperm(256, generator=generator)[: total + 1]  # all different
+    table = torch.randn(260, 260, generator=generator)
+    learner = NotingLearner(chunk_tokens=seq_len + longer)
+    scoring_pass = tg.ScoringPass(
+        lambda ids, last: table[ids[:, ids.size(1) - last :]], seq_len, stride, learner
+    )
+    learner.recorder = recorder = Recorder(scoring_pass, tokens)
+    result = recorder.score(CPU, batch_tokens)
+    seq_len = min(seq_len, total)
+    stride = min(stride, seq_len)
+    assert recorder.ends == [0, *range(seq_len, total, stride), total]
+    assert len(recorder.shapes) == 1  # one shape, so one compiled program for the windows
+    assert recorder.shapes.pop()[0] <= max(batch_tokens // seq_len, 1)
+    assert (result.stride, result.bytes) == (stride, total)
+    assert result.val_loss == pytest.approx(result.nats / total)
+    assert result.val_bpb == pytest.approx(result.nats / math.log(2) / total)
+    chunk = learner.chunk_tokens
+    assert len(learner.calls) == recorder.ends[-2] // chunk
+    for n, (learned, fraction, scored) in enumerate(learner.calls):
+        assert torch.equal(learned, tokens[chunk * n : chunk * (n + 1) + 1])
+        assert scored >= chunk * (n + 1)  # its last target too
+        assert fraction == pytest.approx(chunk * n / total)
 
 
 @pytest.mark.fault(55, 56)
@@ -150,9 +134,8 @@ def test_uniform_logits_score_the_logarithm_of_the_vocabulary_on_any_stream(toke
     """Whatever BOS is where, and with windows that nothing fills or no stride divides."""
     if tokens[1:].count(1) == len(tokens) - 1:
         tokens = [*tokens, 50]  # a text without bytes has no bits per byte
-    cpu = tg.Device(torch.device("cpu"), torch.float32, compiled=False)
     uniform = tg.ScoringPass(lambda ids, last: torch.zeros(len(ids), last, 260), 64, stride)
-    result = score(uniform, val_of(tokens), cpu)
+    result = score(uniform, val_of(tokens), CPU)
     assert result.tokens == len(tokens) - 1
     assert result.bytes == sum(t >= 4 for t in tokens[1:])
     assert result.val_loss == pytest.approx(math.log(260), rel=1e-6)
@@ -291,54 +274,18 @@ def test_flash_attention_gets_the_window(monkeypatch):
     assert received == [(True, (-1, 0)), (True, (2, 0))]
 
 
-def reference_one_pass(h: tg.Hyperparameters, weights: dict, tokens: torch.Tensor) -> float:
-    """Nats of the pass, one sequence at a time, with dense masks and activations in float64.
-
-    The RoPE base grows with the window instead of the sequence.
-    """
-    stretch = max(WINDOW / h.rope_train_seq_len, 1) ** (h.rope_dims / (h.rope_dims - 2))
-    h = tg.replace(h, rope_train_seq_len=1 << 20, rope_base=h.rope_base * stretch)
-    model = tg.GPT(h, attend_over(WINDOW), torch.float64).double().eval()
-    model.load_state_dict(weights)
-    total, done, nats = len(tokens) - 1, 0, 0.0
-    while done < total:
-        end = min(done + (15 if done else 16) * WINDOW, total)
-        start = max(end - 16 * WINDOW, 0)
-        logits = model.forward_logits(tokens[None, start:end].long())[0].double()
-        losses = F.cross_entropy(logits, tokens[start + 1 : end + 1].long(), reduction="none")
-        nats += losses[done - end :].sum().item()
-        assert not done or done - start >= WINDOW  # of context, for the first that is scored
-        done = end
-    return nats
-
-
-@pytest.mark.parametrize(
-    ("tokens", "head", "rope"), [(TOKENS, 0, 4), (TOKENS, 4, 64), (TOKENS[:90], 4, 4)]
-)
-def test_one_pass_equals_one_sequence_at_a_time_in_float64(tokens, head, rope, cpu):
-    changes = {"rope_train_seq_len": rope, "jepa_chunk_size": head, "jepa_latent_dim": 8}
-    model, val = random_model(**changes), val_of(tokens)
-    found = score(tg.one_pass(model, WINDOW, cpu), val, cpu, 3 * 128)
+def test_one_pass_starts_a_window_before_the_first_token_that_it_scores(cpu):
+    """Sequences are 16 windows long. Logits with a window are held in test_model.py."""
+    model, tokens = random_model(jepa_chunk_size=4), some_ids(400)
+    scoring_pass = tg.one_pass(model, WINDOW, cpu)
+    recorder = Recorder(scoring_pass, tokens)
+    recorder.score(cpu)
+    assert {shape[1] for shape in recorder.shapes} == {16 * WINDOW}
+    assert recorder.ends == [0, *range(16 * WINDOW, 399, 15 * WINDOW), 399]
     with torch.inference_mode():
-        want = reference_one_pass(model.h, model.state_dict(), val.tokens)
-    assert found.tokens == len(tokens) - 1
-    assert found.bytes == sum(t >= 4 for t in tokens)
-    assert found.nats == pytest.approx(want, rel=1e-6)
-
-
-@pytest.mark.parametrize("features", [{}, {"smear_gate": 0, "bigram_vocab_size": 0}])
-def test_a_token_reaches_a_window_less_one_further_with_every_layer(features):
-    model = random_model(**features, num_layers=2)
-    ids = some_ids(96).long()[None]
-    reach = 2 * (WINDOW - 1) + (0 if features else 2)  # BigramHash and SmearGate add one each
-    with torch.inference_mode():
-        before = model.forward_logits(ids, window=WINDOW)
-        for t in (0, 7, 8, 40, 95):
-            changed = ids.clone()
-            changed[0, t] = 4 + (changed[0, t] + 100) % 256
-            differ = (model.forward_logits(changed, window=WINDOW) != before).any(-1)[0]
-            differ = differ.nonzero().flatten().tolist()
-            assert (differ[0], differ[-1]) == (t, min(t + reach, 95))
+        logits = model.forward_logits(tokens[None, :128], window=WINDOW)[0]
+    want = F.cross_entropy(logits, tokens[1:129], reduction="none")
+    torch.testing.assert_close(recorder.nats[:128], want)
 
 
 def test_the_scores_of_an_artifact_are_independent_and_the_last_is_the_one_that_counts(
@@ -352,7 +299,7 @@ def test_the_scores_of_an_artifact_are_independent_and_the_last_is_the_one_that_
 
     def scores(folder=None, **changes) -> dict[str, dict]:
         log = tg.Log(folder)
-        found = score_of_artifact(path, tg.replace(h, **changes), val, cpu, log)
+        found = score_artifact(path, tg.replace(h, **changes), val, cpu, log)
         return {name: of | {"seconds": 0} for name, of in found.items()}
 
     found = scores(tmp_path, eval_window=total)

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, load, randomize, settings, shard_bytes
+from conftest import TINY, load, settings, shard_bytes
+from test_model import random_model, some_ids
 
 import train_gpt as tg
 
@@ -117,11 +118,11 @@ def test_gptq_equals_the_elimination_code_for_code(n, rows, cols, bits, factor):
         assert error < 0.9 * weighted(rounded[i], rounded_scales[i], weight[i], hessian[i])
 
 
-@pytest.mark.parametrize("bits", [6, 8])
-def test_with_an_identity_as_hessian_gptq_is_rounding(bits):
+@pytest.mark.parametrize(("bits", "factor"), [(6, 1.0), (6, 1.25), (8, 1.0)])
+def test_with_an_identity_as_hessian_gptq_is_rounding(bits, factor):
     weight, _ = problem(2, 16, 48)
-    got = tg.quantize_gptq(bits, 1.0, weight, 7.0 * torch.eye(48).expand(2, -1, -1))
-    want = tg.quantize_rounding(bits, 1.0, weight, None)
+    got = tg.quantize_gptq(bits, factor, weight, 7.0 * torch.eye(48).expand(2, -1, -1))
+    want = tg.quantize_rounding(bits, factor, weight, None)
     assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
 
@@ -178,28 +179,7 @@ def test_a_hessian_that_stays_indefinite_is_rounded_and_its_neighbours_are_not()
         check(codes[i], scales[i], weight[i], hessian[i])
 
 
-def test_a_singular_hessian_is_solved():
-    """Inputs in equal pairs: no inverse without damping."""
-    weight, _ = problem(1, 12, 16)
-    x = correlated(64, 16, 0)
-    x[:, 8:] = x[:, :8]
-    codes, scales, failed = tg.quantize_gptq(6, 1.0, weight, (x.mT @ x)[None])
-    assert not failed.any()
-    rounded, rounded_scales, _ = tg.quantize_rounding(6, 1.0, weight, None)
-    got = weighted(codes[0], scales[0], weight[0], x.mT @ x)
-    assert got < 0.5 * weighted(rounded[0], rounded_scales[0], weight[0], x.mT @ x)
-
-
 # ---- Hessians ----
-
-
-def random_model(dtype: torch.dtype = torch.float32, **changes: object) -> tg.GPT:
-    torch.manual_seed(0)
-    return randomize(tg.GPT(settings(**changes), dtype=dtype)).eval()
-
-
-def some_ids(*shape: int, seed: int = 4) -> torch.Tensor:
-    return torch.randint(4, 260, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def collect(model: tg.GPT, batches) -> dict[str, torch.Tensor]:

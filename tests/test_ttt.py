@@ -1,52 +1,14 @@
-"""Test-time training: only scored text is learned from, by SGD as published.
-
-The flip tests of test_evaluate.py show that no score depends on a later token.
-"""
+"""Test-time training by SGD. That it learns from scored text only stands in test_evaluate.py."""
 
 import math
 
-import pytest
 import torch
 from conftest import BYTE_TABLE, byte_tokens, score, settings
-from test_evaluate import Recorder, random_model, some_ids
+from test_model import random_model, some_ids
 
 import train_gpt as tg
 
 CHANGES = {"num_layers": 2, "train_seq_len": 16, "ttt_enabled": 1, "ttt_chunk_tokens": 64}
-
-
-class NotingLearner(tg.TestTimeLearner):
-    """A learner that notes what it gets, and how many positions are scored by then."""
-
-    def note_in(self, recorder: Recorder) -> None:
-        """Starts to note."""
-        self.recorder, self.calls = recorder, []
-
-    def learn(self, tokens: torch.Tensor, fraction: float) -> None:
-        self.calls.append((tokens.clone(), fraction, self.recorder.done))
-        super().learn(tokens, fraction)
-
-
-@pytest.mark.fault(55)
-@pytest.mark.parametrize(
-    ("count", "stride", "bos_every"),
-    [(300, 16, 0), (300, 8, 7), (300, 3, 64), (257, 8, 0), (60, 16, 0)],
-)
-def test_every_chunk_but_the_last_is_learned_from_after_it_is_scored(count, stride, bos_every, cpu):
-    """Chunks are cut by number of tokens, wherever documents start."""
-    model, text = random_model(**CHANGES), some_ids(count)
-    if bos_every:
-        text[::bos_every] = text[-1] = 1
-    learner = NotingLearner(model, model.h, cpu, tg.Ranks())
-    recorder = Recorder(tg.ScoringPass(model.forward_logits, 16, stride, learner), text)
-    learner.note_in(recorder)
-    recorder.score(cpu, batch_tokens=48)
-    assert len(learner.calls) == (count - 2) // 64
-    for n, (tokens, fraction, scored) in enumerate(learner.calls):
-        assert torch.equal(tokens, text[64 * n : 64 * n + 65])
-        assert scored >= 64 * (n + 1)  # its last target too
-        assert fraction == pytest.approx(64 * n / (count - 1))
-    assert all(p.isfinite().all() for p in model.parameters())
 
 
 def test_it_learns_by_sgd_with_momentum_at_half_a_cosine(cpu):
