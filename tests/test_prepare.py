@@ -321,7 +321,7 @@ def test_a_shorter_run_removes_old_shards_and_nothing_else(tmp_path, docs):
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [
-        (OSError(28, "No space left on device"), 2, "device; make room, then run again"),
+        (OSError(28, "No space left on device"), 2, "; make room, then run again"),
         (KeyboardInterrupt(), 130, "error: interrupted; unfinished shards are removed"),
     ],
 )
