@@ -251,9 +251,9 @@ STUDY = {
     "a score": (state(val_bpb=1.1), rf"{JSON}: val_bpb: 1.1; needed: 3\.\d+"),
     "a digit": (figure(r'^(  "val_bpb": \d\.\d{7})\d,', r"\g<1>10,"), r"val_bpb: 3.*, by the logs"),
     "a score of a seed": (state("42", val_loss=2.0), r"_results.42.val_loss: 2.0; needed: 2\.\d+"),
-    "one more claim": (state(claimed=1.0), "claimed: 1.0; needed: only what the logs have"),
-    "an empty claim": (state(claims={}), "claims: {}; needed: only what the logs have"),
-    "one more seed": (state("99", val_bpb=1.0), "99.val_bpb: 1.0; needed: only what the logs"),
+    "one more claim": (state(claimed=1.0), "claimed: 1.0; needed: nothing, by the logs"),
+    "an empty claim": (state(claims={}), "claims: {}; needed: nothing, by the logs"),
+    "one more seed": (state("99", val_bpb=1.0), "99.val_bpb: 1.0; needed: nothing, by"),
     "a score that is text": (state(val_loss="2.4"), "val_loss: 2.4; needed: "),
     "a missing score": (state(val_bpb=None), r"val_bpb: missing; needed: 3\."),
     "NaN": (figure(r'^(  "val_loss":) [\d.]+', r"\1 NaN"), "NaN is no number; needed: a file that"),
@@ -427,7 +427,7 @@ STUDY = {
 }
 SEVERAL = {
     "a score of another arm": (state(arms={}), "arms.plain.42.val_bpb: missing; needed: "),
-    "a dropped arm": (remove("train_lost_seed42.log"), "arms.lost.42.status: failed; needed: only"),
+    "a dropped arm": (remove("train_lost_seed42.log"), "lost.42.status: failed; needed: nothing"),
     "a row of an arm": (
         page(r"^\| lost \| 42 \| failed: .*?\|", "| lost | 42 | never tried |"),
         r"\| lost \| 42 \| never tried .*; needed: .* the loss is nan",
