@@ -154,10 +154,6 @@ class Ranks:
         """Returns everything that the ranks have printed."""
         return self.out.read_text(encoding="utf-8", errors="replace")
 
-    def until(self, text: str, seconds: float = 60.0) -> None:
-        """Waits until the ranks have printed a text."""
-        await_(lambda: text in self.said(), seconds, self.said)
-
     def end(self, seconds: float = 60.0) -> list[int]:
         """Returns the exit statuses. Kills ranks that take longer and raises AssertionError."""
         ends = time.monotonic() + seconds

@@ -183,7 +183,8 @@ STAGES = (
 )
 def test_an_error_of_one_rank_ends_both(stage, rank, env, tmp_path):
     call = 8 if stage == "Trainer.take_step" else 1
-    env |= {"GPTQ_ENABLED": "1", "TORCHELASTIC_ERROR_FILE": tmp_path / "error.json"}
+    env |= {"GPTQ_ENABLED": "1", "GPTQ_CALIB_TOKENS": "640"}
+    env |= {"TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json")}
     ranks = Ranks(tmp_path, world=2, first=partial(fail_in, stage, call, rank), **env)
     statuses = ranks.end(SOON)
     assert all(statuses)
@@ -195,7 +196,6 @@ def test_an_error_of_one_rank_ends_both(stage, rank, env, tmp_path):
     if stage not in ("load_data", "parameter_roles"):
         assert FINAL in files()
     if call == 8:
-        del env["TORCHELASTIC_ERROR_FILE"]
         assert_resumes(env, 5)
 
 
@@ -244,7 +244,7 @@ def test_ranks_wait_for_a_slow_disk(env, tmp_path):
     """Rank 0 writes for longer than the ranks would wait for one that is gone."""
     env |= {"ITERATIONS": "100000", "CHECKPOINT_EVERY": "0"}
     ranks = Ranks(tmp_path, world=2, first=slow_down_the_disk, **env)
-    ranks.until("step:8/")
+    await_(lambda: "step:8/" in ranks.said(), 60, ranks.said)
     Path("stop").touch()
     for rank in ranks.ranks:
         rank.terminate()
@@ -423,16 +423,6 @@ def test_of_two_runs_at_once_one_is_refused_or_both_have_a_folder(env, tmp_path)
     other = [Ranks(tmp_path, **env) for _ in range(2)]
     assert [run.end() for run in other] == [[0], [0]]
     assert len([*Path("logs").glob("*/result.json")]) == 2
-
-
-@pytest.mark.fault(52)
-@pytest.mark.parametrize("name", ["../x", "a/b", "/tmp/x", "..", "a\\b", ".x", "a b"])
-def test_a_name_that_leads_elsewhere_is_refused(name, env, capsys):
-    del env["RUN_DIR"]
-    assert tg.main([], {**env, "RUN_ID": name}) == 2
-    told = f"RUN_ID={name!r}: must be a name of letters, digits and - _ . + ="
-    assert told in capsys.readouterr().out
-    assert not list(Path().iterdir())
 
 
 # ---- Signals ----

@@ -9,7 +9,7 @@ import pickle
 import random
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -108,6 +108,14 @@ def memory() -> Iterator[Path]:
         yield Path(folder)
 
 
+def measure(path: Path, data: bytes, read: Callable = tg.load_artifact) -> tuple[str, int]:
+    """Returns the refusal of a file, and the memory that reading it took."""
+    path.write_bytes(data)
+    said: list[str] = []
+    peak = peak_memory(lambda: said.append(judge(path, read)))
+    return said[0].removeprefix(str(path)), peak
+
+
 def refused(path: Path, data: bytes, says: str, read=tg.load_artifact) -> None:
     refusal = judge_bytes(path, data, read)
     assert says in refusal, refusal or "loaded"
@@ -162,24 +170,18 @@ def test_an_artifact_with_a_right_checksum_is_refused_or_read(cases, made, memor
     [
         ("num_layers", "201", "NUM_LAYERS=201: must be from 1 to 200"),
         ("num_layers", "3.0", "NUM_LAYERS="),
-        ("num_layers", "null", "NUM_LAYERS="),
         ("num_layers", "9" * 9000, "4300 digits"),
         ("num_layers", "[" * 60_000, "RecursionError"),
         ("train_seq_len", "1000000000", "TRAIN_SEQ_LEN=1000000000: must be from 2 to"),
         ("rope_base", "NaN", "ROPE_BASE=nan: must be from 1"),
-        ("rope_base", "1e999", "ROPE_BASE=inf: must be from 1"),
         ("ln_scale", "1", "LN_SCALE=1: must be 0 or 1"),
-        ("corpus", '"\\ud800"', "CORPUS="),
         ("corpus", '"a\\u0000b"', "CORPUS="),
         ("corpus", '"../../../x"', "CORPUS='../../../x': must be a name"),
-        ("corpus", '"/etc"', "CORPUS='/etc': must be a name"),
         ("corpus", r'"a\\b"', "must be a name"),
-        ("corpus", '""', "CORPUS='': must be a name"),
         ("ve_layers", '"../x"', "VE_LAYERS='../x'"),
         ("ve_layers", '"' + "9" * 5000 + '"', "cannot be read"),
         ("model_dim", "999999999999999998", "cannot be read"),
         ("model_dim", "65536", "bytes for arrays of"),
-        ("ve_dim", "65536", "bytes for arrays of"),
         ("bigram_vocab_size", "16777216", "bytes for arrays of"),
         ("corpus", '"' + "x" * 66_000 + '"', "its description has"),
     ],
@@ -203,65 +205,39 @@ def test_scoring_a_forged_artifact_ends_with_status_2(made, tmp_path, capsys):
     assert [*tmp_path.iterdir()] == [path]
 
 
-def zstd_frames(raw: bytes) -> dict[str, tuple[bytes, str]]:
-    """Frames of zstd that must not be read, and the fault that is named."""
-    wrong = f"bytes, not {len(raw)}"
-    unsized = zstandard.ZstdCompressor(write_content_size=False)
-    # One block of a byte repeated, in a window of 2 GB and with no size; the same, stating 4 GB.
-    run = struct.pack("<I", len(raw) << 3 | 1 << 1 | 1)[:3] + b"\0"
-    wide = b"\x28\xb5\x2f\xfd\x00" + bytes([21 << 3]) + run
-    vast = b"\x28\xb5\x2f\xfd\xe0" + struct.pack("<Q", 1 << 32) + run
-    # It states the arrays' size, and has blocks more.
-    more = b"\x28\xb5\x2f\xfd\xe0" + struct.pack("<Q", len(raw))
-    more += 50 * (struct.pack("<I", 100_000 << 3 | 1 << 1)[:3] + b"\0") + run
-    return {
-        "window": (wide.ljust(99, b"\0"), wrong),
-        "size": (vast.ljust(99, b"\0"), wrong),
-        "bomb of the stated size": (more, "ZstdError"),
-        "unsized bomb": (unsized.compress(bytes(100_000_000)), wrong),
-        "bomb": (compress("zstd", bytes(100_000_000)), wrong),
-        "skippable": (struct.pack("<II", 0x184D2A50, len(raw)) + raw, "decompressed 0 bytes"),
-    }
+def bombs(codec: str, raw: bytes) -> dict[str, bytes]:
+    """Returns payloads of a codec that would take memory or time; none is the arrays."""
+    found = {"bomb": compress(codec, bytes(100_000_000))}
+    if codec == "zstd":
+        # One block of a byte repeated, in a window of 2 GB and with no size; the same, stating
+        # 4 GB; frames that state the arrays' size, with more blocks, or skippable.
+        run = struct.pack("<I", len(raw) << 3 | 1 << 1 | 1)[:3] + b"\0"
+        blocks = 50 * (struct.pack("<I", 100_000 << 3 | 1 << 1)[:3] + b"\0") + run
+        found["window"] = b"\x28\xb5\x2f\xfd\x00" + bytes([21 << 3]) + run.ljust(99, b"\0")
+        for name, size, body in (
+            ("size", 1 << 32, run.ljust(99, b"\0")),
+            ("more", len(raw), blocks),
+        ):
+            found[name] = b"\x28\xb5\x2f\xfd\xe0" + struct.pack("<Q", size) + body
+        found["skippable"] = struct.pack("<II", 0x184D2A50, len(raw)) + raw
+        unsized = zstandard.ZstdCompressor(write_content_size=False)
+        found["unsized"] = unsized.compress(bytes(100_000_000))
+    if codec == "lzma":
+        # A reset of the dictionary before each byte; a window of 64 MiB; a bomb after the arrays.
+        found["chunks"] = b"".join(b"\1\0\0" + raw[i : i + 1] for i in range(100)) + b"\0"
+        wide = lzma_filter(1 << 26, preset=0)
+        found["wide"] = lzma.compress(raw + b"\0", lzma.FORMAT_RAW, filters=wide)
+        found["after"] = compress("lzma", raw)[:-1] + compress("lzma", bytes(4_000_000))
+    if codec == "brotli":
+        import brotli
 
-
-def lzma_frames(raw: bytes) -> dict[str, tuple[bytes, str]]:
-    """Streams of LZMA2 that must not be read, and the fault that is named."""
-    wrong = f"the arrays do not have {len(raw)} bytes"
-    # A reset of the dictionary before each of a hundred bytes.
-    chunks = b"".join(b"\1\0\0" + raw[i : i + 1] for i in range(100))
-    tail = compress("lzma", bytes(4_000_000))
-    return {
-        "bomb": (compress("lzma", bytes(50_000_000)), wrong),
-        "bomb after the arrays": (compress("lzma", raw)[:-1] + tail, wrong),
-        "chunks": (chunks + b"\0", wrong),
-        "xz": (lzma.compress(raw, lzma.FORMAT_XZ, preset=0), "LZMAError"),
-        "large dictionary": (
-            lzma.compress(raw + b"\0", lzma.FORMAT_RAW, filters=lzma_filter(1 << 26, preset=0)),
-            wrong,
-        ),
-    }
-
-
-def brotli_frames(raw: bytes) -> dict[str, tuple[bytes, str]]:
-    """Streams of brotli that must not be read, and the fault that is named."""
-    import brotli
-
-    wrong = f"the arrays do not have {len(raw)} bytes"
-    # Noise first, so that little of what is decoded is the same byte.
-    noise = np.random.default_rng(0).integers(0, 256, len(raw) // 2, np.uint8).tobytes()
-    bombs = {
-        f"bomb of {len(start)} bytes of noise in a window of 2^{window}": (
-            brotli.compress(start + bytes(20_000_000), quality=5, lgwin=window),
-            "cannot be read" if window == 24 else wrong,  # by its size, or by that of its window
-        )
-        for start in (b"", noise)
-        for window in (10, 24)
-    }
-    large = b"\x11" + bytes([30]) + compress("brotli", raw)[1:]
-    return bombs | {"large window": (large, "error")}
-
-
-FRAMES = {"zstd": zstd_frames, "lzma": lzma_frames, "brotli": brotli_frames}
+        # Noise first, so that little of what is decoded is the same byte.
+        noise = random.Random(0).randbytes(len(raw) // 2)
+        for window in (10, 24):
+            data = noise + bytes(20_000_000)
+            found[f"window {window}"] = brotli.compress(data, quality=5, lgwin=window)
+        found["large window"] = b"\x11" + bytes([30]) + compress("brotli", raw)[1:]
+    return found
 
 
 @measured
@@ -270,27 +246,22 @@ def test_a_payload_that_is_not_the_arrays_alone_takes_no_memory(made, tmp_path):
     """Bombs, other codecs, and streams that are cut or followed; at most 4 x the parameters' bytes
     and 16 MiB."""
     good = compress(made.codec, made.raw)
-    frames = FRAMES[made.codec](made.raw)
-    frames |= {other: (compress(other, made.raw), "cannot be read") for other in FRAMES}
-    del frames[made.codec]
-    for name, payload in {
+    payloads = bombs(made.codec, made.raw) | {
         "nothing": b"",
         "noise": random.Random(0).randbytes(len(made.raw)),
-        "zeros": bytes(len(made.raw)),
         "much": bytes(40_000_000),
         "more": compress(made.codec, made.raw + b"\0"),
         "less": compress(made.codec, made.raw[:-1]),
         "cut": good[:-9],
         "followed": good + b"\0",
         "twice": good + good,
-    }.items():
-        frames[name] = payload, "cannot be read"
+    }
+    others = [codec for codec in ("zstd", "lzma") if codec != made.codec]
+    payloads |= {codec: compress(codec, made.raw) for codec in others}
     judge_bytes(tmp_path / "good", made.blob)  # loads the codec
-    for name, (payload, says) in frames.items():
-        (tmp_path / name).write_bytes(artifact(made.text, payload))
-        said = []
-        peak = peak_memory(lambda name=name, said=said: said.append(judge(tmp_path / name)))
-        assert says in said[0], name
+    for name, payload in payloads.items():
+        refusal, peak = measure(tmp_path / "a", artifact(made.text, payload))
+        assert "cannot be read as an artifact" in refusal, name
         assert peak < 4 * parameter_bytes(made.h) + (16 << 20), name
 
 
@@ -310,12 +281,13 @@ def test_memory_of_an_artifact_is_bounded_by_what_its_settings_declare(codec, tm
     whole = artifact(text, compress(codec, raw))
     bomb = artifact(text, compress(codec, raw + bytes(100_000_000)))
     deep = pack(tg.GPT(tiny(**DEEP)), codec)
-    for h, data, says in ((large, whole, ""), (large, bomb, "cannot"), (tiny(**DEEP), deep, "")):
-        (tmp_path / "a").write_bytes(data)
-        said = []
-        peak = peak_memory(lambda said=said: said.append(judge(tmp_path / "a")))
-        assert bool(said[0]) == bool(says)
-        assert says in said[0]
+    for h, data, is_read in (
+        (large, whole, True),
+        (large, bomb, False),
+        (tiny(**DEEP), deep, True),
+    ):
+        refusal, peak = measure(tmp_path / "a", data)
+        assert is_read == (not refusal), refusal
         assert peak < 4 * parameter_bytes(h) + (16 << 20)
 
 
@@ -371,28 +343,21 @@ def headers(good: bytes) -> dict[str, tuple[bytes, str]]:
     return {
         "overlap": (told(data_offsets=[at - 64, to - 64]), library),
         "past the end": (told(data_offsets=[at, 1 << 63]), library),
-        "reversed": (told(data_offsets=[to, at]), library),
         "a terabyte": (told(shape=[1 << 34, 16], data_offsets=[at, at + (1 << 40)]), library),
         "another shape": (told(shape=[16, 48]), NAME),
         "nothing": (told(shape=[0, 1 << 40], data_offsets=[at, at]), library),
         "negative": (told(shape=[-48, -16]), library),
         "huge": (told(shape=[1 << 62, 1 << 62]), library),
-        "many dimensions": (told(shape=[1] * 99 + [768]), NAME),
         "F64": (told(dtype="F64", shape=[24, 16]), NAME),
         "I32": (told(dtype="I32"), NAME),
-        "F4": (told(dtype="F4", shape=[384, 16]), "cannot be read"),
         "unknown dtype": (told(dtype="<f4"), library),
         "all missing": (checkpoint({"__metadata__": meta}, b""), "Missing key"),
         "more": (checkpoint({**head, "more": nothing}, body), "more"),
-        "settings as a list": (settings({"settings": "[1]"}), "AttributeError"),
         "no JSON in settings": (settings({"settings": "{"}), "JSONDecodeError"),
         "unknown setting": (settings({"settings": '{"more": 1}'}), "['more']"),
         "deep settings": (settings({"settings": "[" * 60_000}), "RecursionError"),
-        "deep header": (checkpoint(text[:-1] + b',"a/0":' + b"[" * 60_000, body), library),
         "no JSON": (checkpoint(b"\xff{", body), library),
-        "no header": (checkpoint(b"", body), library),
         "size of a terabyte": (checkpoint(text, body, 1 << 40), "its header has"),
-        "greatest size": (checkpoint(text, body, (1 << 64) - 1), "its header has"),
         "of 2 MiB of spaces": (checkpoint(text.ljust(1 << 21), body), "its header has"),
         "of 2 MiB of a name": (checkpoint({**head, "x" * (1 << 21): nothing}, body), "its header"),
         "of 2 MiB of a list": (checkpoint(b'{"a":[' + b"1," * (1 << 20), body), "its header has"),
@@ -405,10 +370,8 @@ def test_headers_that_do_not_tell_the_truth_take_no_memory(good, tmp_path):
     """At most 32 MiB and 4 x the parameters' bytes."""
     judge_bytes(tmp_path / "good", good, load_checkpoint)  # loads the library
     for name, (data, says) in headers(good).items():
-        (tmp_path / "a").write_bytes(data)
-        said = []
-        peak = peak_memory(lambda said=said: said.append(judge(tmp_path / "a", load_checkpoint)))
-        assert says in said[0].removeprefix(str(tmp_path / "a")), (name, said)
+        refusal, peak = measure(tmp_path / "a", data, load_checkpoint)
+        assert says in refusal, name
         assert peak < 4 * parameter_bytes(tiny()) + (32 << 20), name
 
 

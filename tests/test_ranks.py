@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import TINY, settings
+from conftest import TINY
 from launch import PROGRAM, Ranks, before_call, free_port, rank, result_of, torchrun
 
 import train_gpt as tg
@@ -176,18 +176,6 @@ def test_collectives_of_one_rank_return_their_inputs():
 
 
 # ---- Settings and torchrun's variables ----
-
-
-@pytest.mark.fault(22)
-@pytest.mark.parametrize(
-    ("tokens", "world", "legal"), [(1024, 3, 960), (1088, 3, 1152), (64, 2, 128), (640, 4, 512)]
-)
-def test_a_batch_that_the_ranks_cannot_divide_is_refused(tokens, world, legal):
-    """By one line, which names the nearest legal value."""
-    says = f"TRAIN_BATCH_TOKENS={tokens}: must be a multiple of TRAIN_SEQ_LEN=64 x {world} ranks"
-    with pytest.raises(tg.SettingsError, match=f"^{says}, such as {legal}$"):
-        tg.check_settings(settings(train_batch_tokens=tokens), world)
-    tg.check_settings(settings(train_batch_tokens=legal), world)
 
 
 @pytest.mark.fault(22)
