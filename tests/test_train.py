@@ -1,5 +1,6 @@
 """Training: the loop, its clock and log, the warm-up, and the choice of attention and compiler."""
 
+import errno
 import json
 import math
 import sys
@@ -223,11 +224,11 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch):
     path.write_bytes(b"old")
 
     def full(_: int) -> None:
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
-        with pytest.raises(OSError, match="no space"):
+        with pytest.raises(OSError, match="No space left"):
             tg.write_atomically(path, b"new")
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
     tg.write_atomically(path, b"new")
