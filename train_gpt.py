@@ -3313,13 +3313,13 @@ class Run:
             has_begun = (folder / PROGRAM).exists() or not (folder / RESULT).exists()
             with torch.device("meta"):
                 needed = BYTES_LIMIT + 40 * sum(p.numel() for p in GPT(h).parameters())
-            fault = ""
+            free, fault = shutil.disk_usage(existing).free, ""
             if not (existing.is_dir() and os.access(existing, os.W_OK)):
                 fault = f"{existing} is not a folder that can be written"
             elif (folder / LOG).exists() and has_begun and h.resume != "auto":
                 fault = "another run is there"
-            elif shutil.disk_usage(existing).free < needed:
-                fault = f"its disk has fewer bytes free than the {needed} that are needed"
+            elif free < needed:
+                fault = f"its disk has {free} bytes free, {needed} are needed"
             if fault:
                 raise SettingsError(f"RUN_DIR={folder}: {fault}; choose another RUN_ID or RUN_DIR")
             return folder
@@ -3406,7 +3406,8 @@ class Run:
         fixed = {name: value for name, value in changed.items() if name not in FREE_ON_RESUME}
         if fixed:
             raise DataError(f"RESUME={path}: it was trained with {env_form(fixed)}; set the same")
-        self.result["resumed"] = {"step": len(tensors["progress/losses"]), "changed": changed}
+        step = tensors.get("progress/losses", torch.empty(0)).numel()
+        self.result["resumed"] = {"step": step, "changed": changed}
         return tensors
 
     def quantize_and_score(self, model: GPT, clock: TrainingClock, step: int) -> None:
