@@ -164,11 +164,7 @@ def draw_plots(runs: list[Run], folder: Path, base: str) -> list[Path]:
     from plot import draw
 
     kinds = ("loss", "scores") if base else ("loss",)
-    for kind in kinds:
-        draw(runs, kind, folder, base=base)
-    for path in folder.glob("*.svg"):
-        path.unlink()
-    return [folder / f"{kind}.png" for kind in kinds]
+    return [draw(runs, kind, folder, base=base) for kind in kinds]
 
 
 def submit(args: argparse.Namespace) -> tuple[Path, list[str]]:

@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -238,20 +237,13 @@ def test_runs_by_any_name_are_one_arm(small, tmp_path):
     assert log.startswith("logs/first/train.log\n")
 
 
-def test_plots_are_png_only(small, tmp_path, monkeypatch):
-    plot = types.ModuleType("plot")
-
-    def draw(runs, kind, out, base):
-        assert base == "tiny"
-        for suffix in ("png", "svg"):
-            (out / f"{kind}.{suffix}").write_bytes(b"a picture")
-
-    plot.draw = draw
-    monkeypatch.setitem(sys.modules, "plot", plot)
+def test_plots_are_png_files_that_the_page_shows(small, tmp_path):
     command = arguments(tmp_path, small, main="tiny")
     assert submit.main([*command, "--plots"]) == 0
-    text = next(tmp_path.rglob("README.md")).read_text(encoding="utf-8")
+    (page,) = tmp_path.rglob("README.md")
+    text = page.read_text(encoding="utf-8")
     assert "![loss](loss.png)" in text and "![scores](scores.png)" in text
+    assert {path.name for path in page.parent.glob("*.png")} == {"loss.png", "scores.png"}
     assert not [*tmp_path.rglob("*.svg")]
 
 
