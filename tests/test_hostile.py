@@ -1,4 +1,4 @@
-"""Artifacts and checkpoints that are damaged or forged: refused by name, or read as stated."""
+"""Artifacts, checkpoints and shards that are damaged or forged: refused, or read as stated."""
 
 import contextlib
 import io
@@ -19,7 +19,7 @@ import pytest
 import safetensors.torch
 import torch
 import zstandard
-from conftest import randomize, trainer
+from conftest import randomize, shard_bytes, trainer
 from hostile import (
     CODECS,
     DEFAULTS,
@@ -122,7 +122,7 @@ def refused(path: Path, data: bytes, says: str, read=tg.load_artifact) -> None:
 
 
 @measured
-def test_the_files_made_here_are_the_programs(made, good, tmp_path):
+def test_these_tests_write_the_formats_of_the_program(made, good, tmp_path):
     """Without this the refusals below would prove nothing; nor would an unmeasured peak."""
     assert peak_memory(lambda: b"x" * 50_000_000) > 40_000_000
     assert artifact(made.text, made.payload) == made.blob
@@ -186,7 +186,7 @@ def test_an_artifact_with_a_right_checksum_is_refused_or_read(cases, made, memor
         ("corpus", '"' + "x" * 66_000 + '"', "its description has"),
     ],
 )
-def test_settings_that_cannot_be(name, value, says, tmp_path):
+def test_illegal_settings_are_refused_by_name(name, value, says, tmp_path):
     blob = pack(randomize(tg.GPT(tiny())))
     codec, told, _ = described(blob)
     text = description(codec, {**told, name: "its value"}).replace(b'"its value"', value.encode())
@@ -300,7 +300,7 @@ def test_numbers_that_are_not_finite_are_refused_by_name(value, made, tmp_path):
         refused(tmp_path / "a", forged, f"{name.removesuffix('.scales')} is not finite float32")
 
 
-def test_any_code_is_worth_itself_times_its_scale(made, tmp_path):
+def test_a_weight_is_its_code_times_its_scale(made, tmp_path):
     codes, scales = (made.arrays[f"{NAME}.{part}"].clone() for part in ("codes", "scales"))
     codes[0, :4], scales[:3] = torch.tensor([-128, 127, 32, 0]), torch.tensor([65504.0, 0.0, -1.0])
     changed = {**made.arrays, f"{NAME}.codes": codes, f"{NAME}.scales": scales}
@@ -366,7 +366,7 @@ def headers(good: bytes) -> dict[str, tuple[bytes, str]]:
 
 @measured
 @pytest.mark.fault(37)
-def test_headers_that_do_not_tell_the_truth_take_no_memory(good, tmp_path):
+def test_forged_headers_are_refused_and_take_no_memory(good, tmp_path):
     """At most 32 MiB and 4 x the parameters' bytes."""
     judge_bytes(tmp_path / "good", good, load_checkpoint)  # loads the library
     for name, (data, says) in headers(good).items():
@@ -376,7 +376,7 @@ def test_headers_that_do_not_tell_the_truth_take_no_memory(good, tmp_path):
 
 
 @pytest.mark.fault(37)
-def test_whatever_is_cut_off_or_added_is_missed(good, memory):
+def test_a_cut_or_extended_checkpoint_is_refused(good, memory):
     size = 8 + int.from_bytes(good[:8], "little")
     ends = {0, 1, 7, 8, 9, size - 1, size, size + 1, *range(0, len(good), 999), len(good) - 1}
     for end in sorted(ends):
@@ -518,3 +518,26 @@ def test_a_checkpoint_of_the_most_layers_and_many_steps_is_read(tmp_path):
     assert after.step_log.times == before.step_log.times
     assert after.step_log.losses == before.step_log.losses
     assert after.clock.elapsed == before.clock.elapsed
+
+
+# ---- Shards ----
+
+
+@measured
+@pytest.mark.fault(4, 8)
+@pytest.mark.parametrize("cases", CASES)
+def test_a_damaged_shard_is_refused_or_read_as_stated(cases, memory):
+    rng, good, path, refusals = random.Random(4), shard_bytes([*range(500)]), memory / "a.bin", []
+
+    def read_all() -> None:
+        for _ in range(cases):
+            data = damage(rng, good)
+            path.write_bytes(data)
+            try:
+                assert tg.read_shard(path).tobytes() == data[1024:]
+            except tg.DataError as error:
+                refusals.append(str(error).startswith(f"{path}: not a complete shard"))
+
+    assert peak_memory(read_all) < 16 << 20
+    assert all(refusals)
+    assert cases // 4 < len(refusals) < cases

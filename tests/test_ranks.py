@@ -244,7 +244,7 @@ def differ() -> None:
 
 
 @pytest.mark.fault(25, 48)
-def test_ranks_that_differ_go_as_one(tmp_path, byte_corpus):
+def test_ranks_that_differ_agree_on_weights_settings_and_stops(tmp_path, byte_corpus):
     """Rank 0 gives weights and settings; the slowest decides stops and checkpoints."""
     env = {**SETTINGS, "DATA_PATH": byte_corpus, "ITERATIONS": 100_000, "CHECKPOINT_EVERY": "1s"}
     env |= {"MAX_WALLCLOCK_SECONDS": 2.5, "EVAL_STRIDE": 0, "GPTQ_ENABLED": 0}
