@@ -149,6 +149,7 @@ def test_damage_is_always_found(cases, made, memory):
         assert bool(judge_bytes(memory / "a", data)) == (data != made.blob), case
 
 
+@measured
 @pytest.mark.fault(36)
 @pytest.mark.parametrize("cases", CASES)
 def test_an_artifact_with_a_right_checksum_is_refused_or_read(cases, made, memory):
