@@ -3388,8 +3388,7 @@ class Run:
         Only rank 0 reads: other nodes may not have the file.
         """
         h = self.h
-        path = folder if h.resume == "auto" else Path(h.resume)
-        path = file_in(path, CHECKPOINT)
+        path = file_in(folder if h.resume == "auto" else Path(h.resume), CHECKPOINT)
 
         def read() -> tuple[dict[str, Any], dict[str, Tensor]] | None:
             if not h.resume or (h.resume == "auto" and not path.exists()):
@@ -3621,5 +3620,6 @@ if __name__ == "__main__":
     exit_status = main(sys.argv[1:], os.environ)
     if dist.is_initialized():
         sys.stdout.flush()
+        time.sleep(1)  # other ranks may still read from this one
         os._exit(exit_status)  # at once: a broken process group can hang
     sys.exit(exit_status)
