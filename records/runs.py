@@ -68,6 +68,7 @@ class Run:
     ranks: int = 1
     code_sha256: str = ""
     val_sha256: str = ""
+    resumed: dict[str, Any] = field(default_factory=dict)  # step and changed settings, by RESUME
 
     @property
     def seed(self) -> int | None:
@@ -224,6 +225,7 @@ def read_folder(path: Path) -> Run:
         ranks=last_number(log, r"^world_size:(\d+)", int) or 1,
         code_sha256=result.get("code_sha256", ""),
         val_sha256=result.get("val_sha256", ""),
+        resumed=result.get("resumed", {}),
     )
 
 
@@ -336,10 +338,10 @@ def is_locked(folder: Path) -> bool:
     try:
         with open(f"{folder}.lock", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
+    except BlockingIOError:
         return True
+    except OSError:  # no lock, or no file that can be one
+        return False
     return False
 
 
