@@ -262,7 +262,7 @@ def write_shard(path: Path, numbers: range) -> None:
     text = "".join(f"\x00{a} plus {b} is {a + b}.\n" for a in numbers for b in range(40)).encode()
     tokens = np.array([4 + byte if byte else train_gpt.BOS_ID for byte in text], "<u2")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(train_gpt.shard_header(len(tokens)) + tokens.tobytes())
+    train_gpt.write_atomically(path, train_gpt.shard_header(len(tokens)) + tokens.tobytes())
 
 
 def check_run(expect: Expect, folder: Path) -> None:

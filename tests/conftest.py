@@ -16,31 +16,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "records"))
 
 import train_gpt as tg
+from program import TINY
 
-# A model small enough that a whole run takes seconds: bytes, so that no tokenizer is needed.
-TINY = {
-    "VOCAB_SIZE": "260",
-    "NUM_LAYERS": "3",
-    "MODEL_DIM": "32",
-    "NUM_HEADS": "4",
-    "NUM_KV_HEADS": "2",
-    "ROPE_DIMS": "4",
-    "BIGRAM_VOCAB_SIZE": "64",
-    "BIGRAM_DIM": "8",
-    "VE_ENABLED": "1",
-    "VE_DIM": "8",
-    "TRAIN_SEQ_LEN": "64",
-    "TRAIN_BATCH_TOKENS": "1024",
-    "MICRO_BATCH_TOKENS": "512",
-    "ITERATIONS": "30",
-    "WARMDOWN_ITERS": "15",
-    "MAX_WALLCLOCK_SECONDS": "0",
-    "VAL_LOSS_EVERY": "0",
-    "VAL_BATCH_SIZE": "8192",
-    "EVAL_STRIDE": "32",
-}
 # Of bytes: four special tokens, then one byte each, with no leading spaces.
 BYTE_TABLE = tg.ByteTable(
     torch.tensor([0] * 4 + [1] * 256, dtype=torch.int16), torch.zeros(260, dtype=torch.int16)

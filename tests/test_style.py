@@ -2,7 +2,6 @@
 
 import ast
 import io
-import json
 import re
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import pytest
 from conftest import ROOT
 
 import train_gpt as tg
+from program import import_program
 
 SOURCE = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
 TWIN = tg.packed_source(SOURCE.encode())
@@ -155,70 +155,25 @@ def test_every_setting_is_read():
 
 # ---- Importing ----
 
-IMPORT = """
-import importlib.util, json, os, sys, threading, time
-import torch
-for name in ("zstandard", "sentencepiece", "flash_attn_interface", "safetensors", "brotli"):
-    sys.modules[name] = None
-torch.cuda.init = torch.cuda._lazy_init = None
-
-def state():
-    draws = torch.get_rng_state().tolist()
-    return dict(os.environ), threading.active_count(), torch.get_float32_matmul_precision(), draws
-
-before, began = state(), time.process_time()
-spec = importlib.util.spec_from_file_location("any_name_at_all", "train_gpt.py")
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-seconds, kept = time.process_time() - began, before == state()
-names, h = sorted(vars(module)), module.Hyperparameters
-model = module.GPT(h)
-ids, targets = torch.randint(h.vocab_size, (2, 2, 64))
-print(json.dumps({
-    "seconds": seconds,
-    "names": names,
-    "loss": model(ids, targets).item(),
-    "state_kept": kept,
-    "group": torch.distributed.is_available() and torch.distributed.is_initialized(),
-    "cuda": torch.cuda.is_initialized(),
-    "module": h.__module__,
-    "fields": [h.model_dim, h.num_layers, h.num_heads, h.num_kv_heads, h.vocab_size, h.mlp_mult],
-    "parameters": sum(p.numel() for p in model.parameters()),
-}))
-"""
-
-
-def import_report(folder: Path, program: bytes) -> dict:
-    """What IMPORT prints of a program that lies alone in a folder, in a fresh process."""
-    (folder / "train_gpt.py").write_bytes(program)
-    done = subprocess.run(
-        [sys.executable, "-B", "-c", IMPORT],
-        cwd=folder,
-        env={"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
-    assert {path.name for path in folder.iterdir()} == {"train_gpt.py"}
-    return json.loads(done.stdout)
+HIDDEN = "zstandard", "sentencepiece", "flash_attn_interface", "safetensors", "brotli"
 
 
 @pytest.mark.fault(53)
 def test_importing_does_nothing(tmp_path: Path):
-    """The reviewers' import check of both forms, in an empty folder and environment."""
-    names = {}
+    """Both forms are imported alone, in an empty folder and without optional packages."""
+    path, names = tmp_path / "train_gpt.py", {}
     for form, program in (("source", SOURCE.encode()), ("twin", TWIN)):
-        report = import_report(tmp_path, program)
-        assert report.pop("seconds") < 0.3
-        assert 6.5 < report.pop("loss") < 7.3  # ln 1024 = 6.93
-        names[form] = report.pop("names")
-        assert report == {
-            "state_kept": True,
-            "group": False,
-            "cuda": False,
-            "module": "any_name_at_all",
-            "fields": [512, 11, 8, 4, 1024, 3.0],
+        path.write_bytes(program)
+        facts = import_program(path, *HIDDEN)
+        assert facts.pop("seconds") < 0.3
+        assert 6.5 < facts.pop("loss") < 7.3  # ln 1024 = 6.93
+        names[form] = facts.pop("names")
+        fields = {"model_dim": 512, "num_layers": 11, "num_heads": 8, "num_kv_heads": 4}
+        fields["vocab_size"] = 1024
+        assert facts == {
+            "effects": [],
+            "module": "any_name",
+            "fields": fields,
             "parameters": 26_993_756,
         }
     assert names["twin"] == sorted([*names["source"], "linecache", "text"])
