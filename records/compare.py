@@ -8,11 +8,12 @@ status: 0 if all trials were compared, 1 if some were not, 2 if none was.
 """
 
 import argparse
+import itertools
 import json
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -27,12 +28,14 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
-from runs import SCORE_LINES, Run, RunError, by_name, read_runs
-from train_gpt import VAL_BYTES, Score
+from runs import INCIDENTAL, Run, RunError, by_name, read_runs
+from tool import tool
+from train_gpt import VAL_BYTES, Score, env_form
 
 RECORD_GAIN, RECORD_P = 0.005, 0.01  # the challenge's rule: nats a token, and the p of that claim
 VAL_TOKENS = 62_021_845  # of the challenge's validation text, at a vocabulary of 1,024
 ALPHA, POWER = 0.05, 0.8
+LAST = "last"  # as the name of a score: the last one of each run, whatever the pass
 BASES = ("base", "none")  # usual names of the trial that changes nothing
 ONE_TRIAL = "Bits per byte (bpb): mean +- standard deviation over all seeds that have a score."
 LEGEND = f"""\
@@ -49,8 +52,12 @@ COMMON = {"machine": "machine", "ranks": "number of ranks", "code_sha256": "prog
 Table = list[list[str]]  # rows of cells, the header first
 
 
-class CompareError(ValueError):
+class CompareError(RunError):
     """Runs that cannot be compared. The message names the remedy."""
+
+
+class EqualScoresError(CompareError):
+    """Two groups with the same scores: what differs between them has no effect on these."""
 
 
 # ---- Statistics ----
@@ -99,40 +106,66 @@ def difference(a: np.ndarray, b: np.ndarray, paired: bool) -> Difference:
 # ---- What can be compared ----
 
 
+def pass_of(run: Run, score: str) -> str:
+    """Returns the name of the run's own score that `score` means."""
+    return run.final if score == LAST else score
+
+
+def score_of(run: Run, score: str) -> Score:
+    """Returns the score of a run that `score` means."""
+    return run.scores[pass_of(run, score)]
+
+
 def common_score(runs: Sequence[Run], score: str | None) -> str:
     """Returns the name of a score that all finished runs have: `score`, or by default the last one.
 
     Raises CompareError if there is none.
     """
     finished = [run for run in runs if run.finished]
-    common = [name for name in SCORE_LINES if all(name in run.scores for run in finished)]
-    if finished and (score in common if score else common):
+    common = [
+        name
+        for name in (finished[0].scores if finished else ())
+        if all(name in run.scores for run in finished)
+    ]
+    allowed = [*common, LAST] if all(run.scores for run in finished) else []
+    if finished and (score in allowed if score else common):
         return score or common[-1]
     found = "; ".join(f"{run.called} has {', '.join(run.scores) or 'none'}" for run in finished)
     raise CompareError(
         f"not all runs have {f'the score {score}' if score else 'a common score'}: "
-        f"{found or 'no run has finished'}; choose other runs or another --score"
+        f"{found or 'no run has finished'}; choose other runs, or --score {LAST}"
     )
 
 
 def has_score(run: Run, score: str) -> bool:
     """Returns whether the run has finished with a finite score."""
-    return run.finished and math.isfinite(run.scores[score].val_loss + run.scores[score].val_bpb)
+    if not run.finished or pass_of(run, score) not in run.scores:
+        return False
+    return math.isfinite(score_of(run, score).val_loss + score_of(run, score).val_bpb)
 
 
-def failures(runs: Sequence[Run], score: str) -> list[str]:
-    """Returns a line for each run without a finite score, with the reason."""
-    return [
-        f"NOT COUNTED: {run.called}: {'no finite score' if run.finished else run.status}"
-        + (f": {run.reason.splitlines()[-1]}" if run.reason else "")
-        for run in runs
-        if not has_score(run, score)
-    ]
+def counted(group: Sequence[Run], score: str) -> list[Run]:
+    """Returns the runs of a group that have a score; if some state their seed, only those."""
+    with_score = [run for run in group if has_score(run, score)]
+    return [run for run in with_score if run.seed is not None] or with_score
+
+
+def failures(group: Sequence[Run], score: str) -> list[str]:
+    """Returns a line for each run of a group that does not count, with the reason."""
+    lines, counts = [], counted(group, score)
+    for run in group:
+        reason = "no finite score" if run.finished else run.status
+        if has_score(run, score):
+            reason = "its seed is unknown, so it may be a copy of another run"
+        told = f": {run.reason.splitlines()[-1]}" if run.reason else ""
+        if run not in counts:
+            lines.append(f"NOT COUNTED: {run.called}: {reason}{told}")
+    return lines
 
 
 def scored_group(group: Sequence[Run], score: str) -> list[Run]:
-    """Returns the runs of a group that have a score. Raises CompareError if they are no group."""
-    runs = [run for run in group if has_score(run, score)]
+    """Returns the runs of a group that count. Raises CompareError if they are no group."""
+    runs = counted(group, score)
     if len(runs) < 2:
         found = f"only seed {runs[0].seed} has a score" if runs else "no run has a score"
         raise CompareError(f"{found}; at least two seeds are needed: run it with another SEED")
@@ -141,9 +174,9 @@ def scored_group(group: Sequence[Run], score: str) -> list[Run]:
 
 
 def check_group(runs: Sequence[Run], score: str = "") -> None:
-    """Raises CompareError unless the runs differ in SEED only.
+    """Raises CompareError unless the runs are trainings that differ in SEED only.
 
-    With `score`, they must have been scored on the same tokens as well.
+    With `score`, they must have been scored in one way on the same tokens as well.
     """
     remedy = "runs of one group may differ in SEED only"
     seeds = [run.seed for run in runs if run.seed is not None]
@@ -151,6 +184,8 @@ def check_group(runs: Sequence[Run], score: str = "") -> None:
         raise CompareError(f"a seed is twice in one group: {runs[0].name} has {seeds}")
     for run in runs[1:]:
         first, own = runs[0].choices, run.choices
+        if score == LAST:
+            first, own = first | {"last score": runs[0].final}, own | {"last score": run.final}
         for name in sorted({*first, *own}):
             if first.get(name) != own.get(name):
                 values = f"{first.get(name)} in {runs[0].called}, {own.get(name)} in {run.called}"
@@ -161,6 +196,37 @@ def check_group(runs: Sequence[Run], score: str = "") -> None:
     if len(programs) > 1:
         found = ", ".join(f"{name} has sha256 {code[:8]}" for code, name in programs.items())
         raise CompareError(f"several programs in one group, {found}: {remedy}")
+    check_seeds(itertools.combinations(runs, 2), score)
+
+
+def is_one_training(x: Run, y: Run) -> bool:
+    """Returns whether two runs have weights of one training, which was resumed or quantized again.
+
+    Their scores before quantization are equal, or the first losses that both have.
+    """
+    a, b = (run.scores.get("float") for run in (x, y))
+    if a and b and (a.val_loss, a.val_bpb) == (b.val_loss, b.val_bpb):
+        return True
+    losses_x, losses_y = ({step: loss for step, _, loss in run.curve} for run in (x, y))
+    steps = sorted(losses_x.keys() & losses_y.keys())[:3]
+    # Logs have four decimals. Few steps may be equal by chance.
+    return len(steps) > 2 and all(abs(losses_x[n] - losses_y[n]) < 1e-4 for n in steps)
+
+
+def check_seeds(pairs: Iterable[tuple[Run, Run]], score: str) -> None:
+    """Raises CompareError if two runs are copies, or one training under two seeds."""
+    for x, y in pairs:
+        a, b = (run.scores.get(pass_of(run, score)) for run in (x, y))
+        if a and b and (a.val_loss, a.val_bpb) == (b.val_loss, b.val_bpb):
+            raise CompareError(
+                f"{x.called} and {y.called} have the same score to the last digit, {a.val_bpb}: "
+                "they are copies; leave one out"
+            )
+        if (x.seed is None or x.seed != y.seed) and is_one_training(x, y):
+            raise CompareError(
+                f"{x.called} and {y.called} are one training, resumed or quantized again: their "
+                "losses are equal; leave one out"
+            )
 
 
 def same_tokens(x: Run, y: Run, score: str) -> bool:
@@ -168,7 +234,8 @@ def same_tokens(x: Run, y: Run, score: str) -> bool:
 
     Raises CompareError if the validation text differs, or the stride of scoring on equal tokens.
     """
-    a, b = x.scores[score], y.scores[score]
+    a, b = score_of(x, score), score_of(y, score)
+    one_pass = pass_of(x, score) == pass_of(y, score)
     # Other scripts leave out the end of the challenge's text; logs round the score.
     tolerance = 1e-4 if math.isclose(a.bytes, VAL_BYTES, rel_tol=1e-4) else 1e-7
     same_bytes = a.bytes > 0 and math.isclose(a.bytes, b.bytes, rel_tol=tolerance)
@@ -183,7 +250,7 @@ def same_tokens(x: Run, y: Run, score: str) -> bool:
         raise CompareError(
             f"different or unknown validation data: {'; '.join(texts)}; score both on one text"
         )
-    if same and a.stride and b.stride and a.stride != b.stride:
+    if same and one_pass and a.stride and b.stride and a.stride != b.stride:
         raise CompareError(
             f"{x.called} was scored at stride {a.stride}, {y.called} at {b.stride}; score both "
             "with one EVAL_STRIDE, or choose another --score"
@@ -191,17 +258,18 @@ def same_tokens(x: Run, y: Run, score: str) -> bool:
     return same
 
 
-def check_no_copies(runs: Sequence[Run], score: str) -> None:
-    """Raises CompareError if two runs have the same score to the last digit."""
-    seen: dict[tuple[float, float], str] = {}
-    for run in runs:
-        exact = run.scores[score].val_loss, run.scores[score].val_bpb
-        if exact in seen:
-            raise CompareError(
-                f"{seen[exact]} and {run.called} have the same score to the last digit, "
-                f"{exact[1]}: they are copies, or their settings have no effect on this score"
-            )
-        seen[exact] = run.called
+def check_effect(a: Sequence[Run], b: Sequence[Run], score: str) -> None:
+    """Raises EqualScoresError if each seed has the same score in two groups of runs."""
+    of_a, of_b = ({run.seed: score_of(run, score)[:2] for run in side} for side in (a, b))
+    shared = of_a.keys() & of_b.keys()
+    if len(shared) < min(len(a), len(b)) or any(of_a[seed] != of_b[seed] for seed in shared):
+        return
+    first, other = a[0].choices, b[0].choices
+    names = [n for n in sorted({*first, *other}) if first.get(n) != other.get(n)]
+    reason = f"{', '.join(names).upper()} has no effect on it" if names else "they are copies"
+    if a[0].final != b[0].final:
+        reason += f"; --score {LAST} compares {a[0].final} with {b[0].final}"
+    raise EqualScoresError(f"each seed has the same score ({score}) as in {b[0].name}: {reason}")
 
 
 def record_rule_applies(score: Score) -> bool:
@@ -217,12 +285,19 @@ def warnings_of(runs: Sequence[Run], score: str) -> list[str]:
         failed = [name for name, verdict in run.verdicts.items() if verdict == "FAIL"]
         if failed:
             found.append(f"{run.called} is over a limit: {', '.join(failed)}")
+        changed = {k: x for k, x in run.resumed.get("changed", {}).items() if k not in INCIDENTAL}
+        if changed:
+            found.append(f"{run.called} was resumed from a run with {env_form(changed)}")
     for name, title in COMMON.items():
         if len({str(getattr(run, name)) for run in runs if getattr(run, name)}) > 1:
             found.append(f"not all runs have the same {title}")
-    later = {str(run.final) for run in runs} - {score}
-    if later:
-        found.append(f"compared by {score}, but some runs have {', '.join(sorted(later))} as well")
+    finals = {run.final: run.name for run in runs}
+    if score != LAST and finals.keys() - {score}:
+        later = ", ".join(sorted(finals.keys() - {score}))
+        found.append(f"compared by {score}, but some runs have {later}: see --score {LAST}")
+    elif len(finals) > 1:
+        passes = ", ".join(f"{name} by {final}" for final, name in finals.items())
+        found.append(f"the ways of scoring differ: {passes}")
     return found
 
 
@@ -251,12 +326,12 @@ def compare(group_a: Sequence[Run], group_b: Sequence[Run], score: str | None = 
     Seeds that only one group has are left out of a paired test, whatever the reason, so that a
     failed run does not change the method. Raises CompareError if a comparison means nothing.
     """
-    both = [*group_a, *group_b]
-    score = common_score(both, score)
+    score = common_score([*group_a, *group_b], score)
     a, b = scored_group(group_a, score), scored_group(group_b, score)
-    check_no_copies([*a, *b], score)
     one_tokenizer = same_tokens(a[0], b[0], score)
-    notes = [*failures(both, score), *warnings_of([*a, *b], score)]
+    check_effect(a, b, score)
+    check_seeds(itertools.product(a, b), score)
+    notes = [*failures(group_a, score), *failures(group_b, score), *warnings_of([*a, *b], score)]
     if not one_tokenizer:
         notes.append("two tokenizers: only bits per byte can be compared")
     of_a, of_b = a[0].choices, b[0].choices
@@ -272,12 +347,12 @@ def compare(group_a: Sequence[Run], group_b: Sequence[Run], score: str | None = 
         notes += [f"seed {x} is in one of {a[0].name} and {b[0].name} only" for x in unpaired]
         a, b = [seeds_a[seed] for seed in shared], [seeds_b[seed] for seed in shared]
 
-    bpb_a, bpb_b = (np.array([x.scores[score].val_bpb for x in side]) for side in (a, b))
-    nats_a, nats_b = (np.array([x.scores[score].val_loss for x in side]) for side in (a, b))
+    bpb_a, bpb_b = (np.array([score_of(x, score).val_bpb for x in side]) for side in (a, b))
+    nats_a, nats_b = (np.array([score_of(x, score).val_loss for x in side]) for side in (a, b))
     bpb, nats, record_p = difference(bpb_a, bpb_b, paired), None, None
     if one_tokenizer:
         nats = difference(nats_a, nats_b, paired)
-        if record_rule_applies(a[0].scores[score]):
+        if record_rule_applies(score_of(a[0], score)):
             record_p = float(t_test(nats_a + RECORD_GAIN, nats_b, paired, "less").pvalue)
     return Comparison(
         score=score,
@@ -302,6 +377,7 @@ class Row:
     score: str
     comparison: Comparison | None = None
     refusal: str = ""  # why it was not compared
+    equal: str = ""  # why there is no difference
 
 
 def compare_all(groups: dict[str, list[Run]], base: str | None, score: str | None) -> list[Row]:
@@ -318,24 +394,26 @@ def compare_all(groups: dict[str, list[Run]], base: str | None, score: str | Non
     score = common_score([run for group in groups.values() for run in group], score)
     rows = [Row(name, groups[name], score) for name in [base, *(n for n in groups if n != base)]]
     if len(rows) == 1:
-        check_group([run for run in groups[base] if has_score(run, score)], score)
+        check_group(counted(groups[base], score), score)
         return rows
     comparisons = []
     for row in rows[1:]:
         try:
             row.comparison = compare(row.runs, groups[base], score)
             comparisons.append(row.comparison)
+        except EqualScoresError as error:
+            row.equal = str(error)
         except CompareError as error:
             row.refusal = str(error)
-    if not comparisons:
+    if all(row.refusal for row in rows[1:]):
         refused = [f"{row.name} cannot be compared with {base}: {row.refusal}" for row in rows[1:]]
         raise CompareError(
             "\n".join([*refused, *(x for r in rows for x in failures(r.runs, score))])
         )
-    corrected = iter(multipletests([c.bpb.p for c in comparisons], method="holm")[1])
+    corrected = multipletests([c.bpb.p for c in comparisons] or [1.0], method="holm")[1].tolist()
     for row in rows:
         if row.comparison:
-            row.comparison = replace(row.comparison, p_holm=float(next(corrected)))
+            row.comparison = replace(row.comparison, p_holm=corrected.pop(0))
     return rows
 
 
@@ -350,11 +428,13 @@ def score_table(rows: list[Row]) -> Table:
         table[0] += [f"difference to {rows[0].name}", "95 % interval", "p", "p (Holm)"]
         table[0] += ["detectable", "test", "difference in nats"] + ["record"] * has_records
     for row in rows:
-        values = [run.scores[score].val_bpb for run in row.runs if has_score(run, score)]
+        values = [score_of(run, score).val_bpb for run in counted(row.runs, score)]
         missing = f" of {len(row.runs)}" if len(values) < len(row.runs) else ""
         spread = f" +- {stdev(values):.5f}" if len(values) > 1 else ""
         cells = [row.name, f"{len(values)}{missing}", f"{fmean(values or [math.nan]):.5f}{spread}"]
         c = row.comparison
+        if row.equal:
+            cells += ["equal"]
         if c:
             cells += [f"{c.bpb.mean:+.5f} +- {c.bpb.se:.5f}"]
             cells += [f"{c.bpb.low:+.5f} to {c.bpb.high:+.5f}", f"{c.bpb.p:.2g}"]
@@ -387,9 +467,15 @@ def context_table(rows: list[Row]) -> Table:
     return table
 
 
+def escape(text: str) -> str:
+    """Returns Markdown that shows a text in one line as it is."""
+    marks = r"[\\<`*\[\]|]|(?<!\w)_|_(?!\w)"
+    return re.sub(marks, lambda mark: f"\\{mark[0]}", " ".join(text.split()))
+
+
 def markdown(table: Table) -> str:
     """Returns a table as Markdown."""
-    head, *body = [[cell.replace("|", r"\|") for cell in cells] for cells in table]
+    head, *body = [[escape(cell) for cell in cells] for cells in table]
     rule = ["---" if title in ("trial", "settings") else "--:" for title in head]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *body))
 
@@ -398,8 +484,9 @@ def document(rows: list[Row], *more: str) -> str:
     """Returns Markdown: the table of scores, its legend, the parts in `more`, and the notes."""
     notes = [note for row in rows for note in failures(row.runs, row.score)]
     notes += [f"NOT COMPARED: {row.name}: {row.refusal}" for row in rows if row.refusal]
+    notes += [f"EQUAL: {row.name}: {row.equal}" for row in rows if row.equal]
     notes += [note for row in rows if row.comparison for note in row.comparison.notes]
-    lines = ["- " + re.sub(r"([<`*\[\]])", r"\\\1", note) for note in dict.fromkeys(notes)]
+    lines = [f"- {escape(note)}" for note in dict.fromkeys(notes)]
     legend = LEGEND if len(rows) > 1 else ONE_TRIAL
     if has_record_column(rows):
         legend += f"\n{RECORD_LEGEND}"
@@ -425,7 +512,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     other = parser.add_mutually_exclusive_group()
     other.add_argument("--against", nargs="+", metavar="RUNS", help="the group to compare with")
     other.add_argument("--base", metavar="NAME", help="the trial to compare with (default: base)")
-    add("--score", choices=list(SCORE_LINES), help="default: the last that all runs have")
+    add(
+        "--score", metavar="NAME", help=f"default: the last that all have; {LAST}: that of each run"
+    )
     add("--json", action="store_true", help="print JSON")
     return parser.parse_args(argv)
 
@@ -435,20 +524,17 @@ def as_json(value: Run | Comparison) -> Any:
     return str(value.path) if isinstance(value, Run) else asdict(value)
 
 
+@tool
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; returns its exit status."""
     args = parse(argv)
-    try:
-        groups, base = by_name(read_runs(args.runs)), args.base
-        if args.against:
-            name, base = args.runs[0], args.against[0]
-            if name == base:
-                raise CompareError(f"{name} is on both sides; give another group after --against")
-            groups = {base: read_runs(args.against), name: read_runs(args.runs)}
-        rows = compare_all(groups, base, args.score)
-    except (RunError, CompareError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    groups, base = by_name(read_runs(args.runs)), args.base
+    if args.against:
+        name, base = args.runs[0], args.against[0]
+        if name == base:
+            raise CompareError(f"{name} is on both sides; give another group after --against")
+        groups = {base: read_runs(args.against), name: read_runs(args.runs)}
+    rows = compare_all(groups, base, args.score)
     if args.json:
         print(json.dumps([vars(row) for row in rows], indent=2, default=as_json))
     elif sys.stdout.isatty():

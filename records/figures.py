@@ -157,13 +157,14 @@ def block(runs: list[Run], main: str, base: str) -> str:
     done = scored(arms[main])
     final = done[0].final
     score = done[0].scores[final]
+    method = METHODS.get(final, final).format(score.stride)
     seeds = f"mean of {len(done)} seeds" if len(done) > 1 else "one seed"
     if "val_bpb_std" in figures:
         seeds += f", standard deviation {figures['val_bpb_std']:.5f}"
     headline = (
         f"**{figures['val_bpb']:.5f} bits per byte** ({seeds}), {figures['val_loss']:.5f} nats a "
         f"token: the score of the artifact on {score.tokens:,} tokens, {score.bytes / 1e6:.3f} MB, "
-        f"{METHODS[final].format(score.stride)}{f'; the arm is `{main}`' if main else ''}."
+        f"{method}{f'; the arm is `{main}`' if main else ''}."
     )
     lines = [BEGIN, "## Results", "", *textwrap.wrap(headline, 100), ""]
     if len(arms) > 1:

@@ -14,6 +14,7 @@ one trial. The kinds of plot:
 """
 
 import argparse
+import io
 import math
 import sys
 import textwrap
@@ -29,8 +30,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot, which needs a display
 from matplotlib.rcsetup import cycler
 
-from compare import CompareError, check_group, common_score, compare, has_score, same_tokens
+from compare import CompareError, check_group, common_score, compare, counted, same_tokens
 from runs import ROOT, Run, RunError, read_runs, train_gpt
+from tool import describe, tool
 from train_gpt import ARTIFACT
 
 Trials = dict[str, list[Run]]
@@ -63,7 +65,7 @@ AXES = {"steps": "steps", "tokens": "million training tokens", "seconds": "secon
 POINTS = 300  # of a line, at most
 
 
-class PlotError(ValueError):
+class PlotError(RunError):
     """Runs of which a plot cannot be drawn."""
 
 
@@ -72,7 +74,8 @@ class PlotError(ValueError):
 
 def label(name: str) -> str:
     """Returns the name of a trial in short lines."""
-    text = textwrap.fill(name.replace("+", " +"), 32).replace(" +", "+")
+    shown = name.encode(errors="replace").decode()  # a folder's name may be no text
+    text = textwrap.fill(shown.replace("+", " +"), 32).replace(" +", "+")
     return f" {text}" if text.startswith("_") else text  # matplotlib hides names with a first _
 
 
@@ -253,10 +256,12 @@ def with_score(trials: Trials) -> tuple[str, Trials, list[str]]:
     notes = []
     if any(run.final != score for run in runs):
         notes.append(f"Some runs have a later score than {score}.")
-    without = [run.called for run in runs if not has_score(run, score)]
+    kept = {name: counted(of_trial, score) for name, of_trial in trials.items()}
+    without = [
+        r.called for name, of_trial in trials.items() for r in of_trial if r not in kept[name]
+    ]
     if without:
-        notes.append(f"Without a finite score: {', '.join(without)}.")
-    kept = {name: [r for r in of_trial if has_score(r, score)] for name, of_trial in trials.items()}
+        notes.append(f"Without a finite score, or without a seed: {', '.join(without)}.")
     kept = {name: of_trial for name, of_trial in kept.items() if of_trial}
     if not kept:
         raise PlotError(f"scores: {notes[-1]} Give other runs.")
@@ -344,10 +349,10 @@ def group_bytes(path: Path, compressor: str) -> tuple[dict[str, int], int]:
 
     Raises PlotError if the file is no artifact.
     """
+    blob = path.read_bytes()
     try:
-        blob = path.read_bytes()
         h, arrays = train_gpt.unpack_artifact(memoryview(blob), train_gpt.Hyperparameters())
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise PlotError(f"{path}: cannot be read as an artifact: {error}") from None
     groups: dict[str, dict[str, Any]] = {}
     for name, array in arrays.items():
@@ -456,7 +461,8 @@ def make(runs: list[Run], kind: str, base: str = "", x: str = "steps") -> Figure
     with style.context(["default", RC]):
         figure = Figure(figsize=(7.5, 4), layout="constrained")
         notes = draw_kind(figure, trials, base, x) + notes
-        lines = [line for note in notes for line in textwrap.wrap(note, 115)]
+        texts = [note.encode(errors="replace").decode() for note in notes]
+        lines = [line for text in texts for line in textwrap.wrap(text, 115)]
         figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=7.5, color="0.25")
         figure.set_figheight(figure.get_figheight() + 0.15 * len(lines))
     return figure
@@ -464,12 +470,14 @@ def make(runs: list[Run], kind: str, base: str = "", x: str = "steps") -> Figure
 
 def draw(runs: list[Run], kind: str, out: Path, base: str = "", x: str = "steps") -> Path:
     """Writes the figure of `make` as <kind>.png in the folder `out`; returns its path."""
-    figure, path = make(runs, kind, base, x), out / f"{kind}.png"
+    figure, path, png = make(runs, kind, base, x), out / f"{kind}.png", io.BytesIO()
     with style.context(["default", RC]):
-        figure.savefig(path, metadata={"Software": None})  # the same bytes from any version
+        figure.savefig(png, metadata={"Software": None})  # the same bytes from any version
+    train_gpt.write_atomically(path, png.getvalue())
     return path
 
 
+@tool
 def main(argv: list[str]) -> int:
     """Runs the program; returns 0, or 2 if nothing was drawn."""
     parser = argparse.ArgumentParser(
@@ -483,17 +491,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=out, help="folder (default: logs/plots)")
     args = parser.parse_args(argv)
     kinds, errors = [*KINDS] if args.kind == "all" else [args.kind], []
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        runs = read_runs(args.runs)
-    except (RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    runs = read_runs(args.runs)
+    args.out.mkdir(parents=True, exist_ok=True)
     for kind in kinds:
         try:
-            print(draw(runs, kind, args.out, args.base, args.x))
-        except (PlotError, CompareError, OSError) as error:
-            errors.append(f"error: {error}")
+            path = draw(runs, kind, args.out, args.base, args.x)
+        except (RunError, OSError) as error:
+            errors.append(f"error: {describe(error)}")
+        else:
+            print(path)
     for line in dict.fromkeys(line for kind in kinds for line in left_out(runs, kind)):
         print(line)
     for line in dict.fromkeys(errors):

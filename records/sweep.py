@@ -21,22 +21,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import rich.box
 import rich.console
-import rich.markup
 import rich.table
 
 sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
-from runs import DONE, ROOT, RunError, read_events, read_trial, train_gpt
+from runs import DONE, ROOT, SETTING_TYPES, RunError, read_trial, train_gpt
+from tool import tool
 
-SETTINGS = [f.name.upper() for f in fields(train_gpt.Hyperparameters)]
+SETTINGS = [name.upper() for name in SETTING_TYPES]
 OWN = {"SEED": "--seeds", "RUN_ID": "--out", "RUN_DIR": "--out", "RESUME": "CHECKPOINT_EVERY"}
 DUE = ("waiting", "cut off", "interrupted")
 SAVE_SECONDS = 40  # for a trial to save after SIGTERM
@@ -64,12 +64,31 @@ ARRAY = """#!/usr/bin/env bash
 #SBATCH --job-name={name}
 #SBATCH --array=1-{count}
 #SBATCH --output={output}
-{options}bash "$(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {trials})"
+{options}trials=(
+{trials}
+)
+bash "${{trials[SLURM_ARRAY_TASK_ID - 1]}}"
 """
 
 
-class SweepError(ValueError):
+class SweepError(RunError):
     """A sweep that cannot be run as asked. The message names the remedy."""
+
+
+def check_names(names: Iterable[str], known: Sequence[str], where: str) -> None:
+    """Raises SweepError if a name is not known; the message has the nearest one, in any case."""
+    by_case = {name.upper(): name for name in known}
+    for name in sorted({*names} - {*known}):
+        near = difflib.get_close_matches(name.upper(), by_case, n=1)
+        if name in train_gpt.UNSUPPORTED_SETTINGS:
+            reason = "is a setting of published scripts that train_gpt.py does not have"
+        elif near:
+            reason = f"is not known; did you mean {by_case[near[0]]}?"
+        elif name.upper() in SETTINGS:
+            reason = "stands outside [base] and [trials.NAME]"
+        else:
+            reason = f"is not {'a setting' if known is SETTINGS else 'one of ' + ', '.join(known)}"
+        raise SweepError(f"{where}{name} {reason}")
 
 
 # ---- Trials ----
@@ -109,16 +128,29 @@ def read_file(path: Path, seeds: list[int]) -> tuple[dict[str, str], list[Trial]
     else:
         import tomli as tomllib  # type: ignore[import-not-found]
 
-    def texts(table: dict[str, Any]) -> dict[str, str]:
+    def texts(table: Any, name: str) -> dict[str, str]:
+        if not isinstance(table, dict):
+            raise SweepError(f"--file {path}: {name} is no table of settings; write [{name}]")
+        check_names(table, SETTINGS, f"--file {path}: [{name}]: ")
+        for key, value in table.items():
+            kinds = [str, int, float] + [bool] * (SETTING_TYPES[key.lower()] is bool)
+            if type(value) not in kinds:
+                needed = ", ".join(kind.__name__ for kind in kinds)
+                raise SweepError(f"--file {path}: [{name}]: {key} = {value!r}: give {needed}")
         return {key: str(int(x) if isinstance(x, bool) else x) for key, x in table.items()}
 
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-        seeds = seeds or [int(seed) for seed in content.get("seeds", [1337])]
-        changes = {name: tuple(texts(x).items()) for name, x in content["trials"].items()}
-        base = texts(content.get("base", {}))
-    except (OSError, KeyError, AttributeError, TypeError, ValueError) as error:
-        raise SweepError(f"--file {path}: {error!r}; see records/studies/*.toml") from None
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise SweepError(f"--file {path}: {error}; see records/studies/*.toml") from None
+    check_names(content, ["seeds", "base", "trials"], f"--file {path}: ")
+    seeds, trials = seeds or content.get("seeds", [1337]), content.get("trials", {})
+    if not isinstance(seeds, list) or {*map(type, seeds)} - {int}:
+        raise SweepError(f"--file {path}: seeds = {seeds!r}: give whole numbers, as [1337, 42]")
+    if not isinstance(trials, dict):
+        raise SweepError(f"--file {path}: trials is no table; write [trials.NAME] for each")
+    changes = {name: tuple(texts(x, f"trials.{name}").items()) for name, x in trials.items()}
+    base = texts(content.get("base", {}), "base")
     return base, [Trial(name, change, seed) for seed in seeds for name, change in changes.items()]
 
 
@@ -135,10 +167,7 @@ class Sweep:
     def check(self) -> None:
         """Raises SweepError if train_gpt.py does not accept a trial, or two have one folder."""
         settings = {*self.base, *(setting for trial in self.trials for setting, _ in trial.changes)}
-        for name in sorted(settings - {*SETTINGS}):
-            near = difflib.get_close_matches(name, SETTINGS, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise SweepError(f"{name} is not a setting{hint}")
+        check_names(settings, SETTINGS, "")
         for name in sorted(settings & {*OWN}):
             raise SweepError(f"{name} is set for each trial by the sweep; use {OWN[name]}")
         if not self.trials:
@@ -151,7 +180,8 @@ class Sweep:
             if trial.seed < 0:
                 raise SweepError(f"seed {trial.seed}: seeds must be at least 0")
             try:
-                train_gpt.Hyperparameters.from_env(self.base | dict(trial.changes))
+                h = train_gpt.Hyperparameters.from_env(self.base | dict(trial.changes))
+                train_gpt.check_settings(h, self.ranks)
             except train_gpt.SettingsError as error:
                 raise SweepError(f"{trial.name}: {error}") from None
 
@@ -163,6 +193,21 @@ class Sweep:
         """Returns the status of a trial."""
         return read_trial(self.folder_of(trial)).status
 
+    def due(self, retry: bool) -> list[Trial]:
+        """Returns the trials that are to be run; with `retry` those that failed as well."""
+        states = {trial: self.state(trial) for trial in self.trials}
+        again = {trial for trial in states if retry and states[trial] not in (*DONE, "running")}
+        return [trial for trial in states if states[trial] in DUE or trial in again]
+
+    def weights_of(self, trial: Trial) -> Path | None:
+        """Returns the weights that a trial quantizes. Raises SweepError if they do not exist."""
+        if not self.weights:
+            return None
+        path = self.weights / f"seed{trial.seed}" / train_gpt.FINAL_MODEL
+        if not path.is_file():
+            raise SweepError(f"--quantize: {path}: no such file; give a trial that has seed<N>/")
+        return path
+
     def common(self) -> dict[str, str]:
         """Returns what holds for all trials, by setting or option."""
         return self.base | {"--ranks": str(self.ranks), "--quantize": str(self.weights or "")}
@@ -172,6 +217,9 @@ class Sweep:
 
         Raises SweepError if the folder has another sweep.
         """
+        unfinished = [trial for trial in self.trials if self.state(trial) not in (*DONE, "running")]
+        for trial in unfinished:
+            self.weights_of(trial)
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "sweep.lock", "w") as lock:  # another process may add its trials
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -192,9 +240,8 @@ class Sweep:
             plan["trials"] = [[t.name, dict(t.changes), t.seed] for t in known.values()]
             text = json.dumps(plan, indent=1)
             train_gpt.write_atomically(self.folder / "sweep.json", text.encode())
-        for trial in self.trials:
-            if self.state(trial) not in (*DONE, "running"):
-                self.write_command(trial)
+        for trial in unfinished:
+            self.write_command(trial)
 
     def write_command(self, trial: Trial) -> None:
         """Writes the script that runs one trial."""
@@ -208,8 +255,9 @@ class Sweep:
         if self.ranks > 1:
             program = ["torchrun", "--standalone", f"--nproc_per_node={self.ranks}"]
         program += [str(self.folder.resolve() / "train_gpt.py")]
-        if self.weights:
-            program += ["--quantize", str(self.weights / folder.name / train_gpt.FINAL_MODEL)]
+        weights = self.weights_of(trial)
+        if weights:
+            program += ["--quantize", str(weights)]
         script = COMMAND.format(
             title=f"{trial.name}, seed {trial.seed}",
             folder=shlex.quote(str(folder)),
@@ -221,29 +269,61 @@ class Sweep:
             program=shlex.join(program),
         )
         folder.mkdir(parents=True, exist_ok=True)
-        train_gpt.write_atomically(folder / "command.sh", script.encode())
+        train_gpt.write_atomically(folder / "command.sh", os.fsencode(script))
 
-    def commands(self) -> list[str]:
-        """Returns the command.sh of each trial that is due. Raises SweepError if none is."""
-        due = [trial for trial in self.trials if self.state(trial) in DUE]
-        paths = [str(self.folder_of(trial) / "command.sh") for trial in due]
+    def commands(self, retry: bool) -> list[str]:
+        """Returns the quoted command.sh of each trial that is due; SweepError if none is."""
+        paths = [str(self.folder_of(trial) / "command.sh") for trial in self.due(retry)]
         if not paths:
             raise SweepError(f"--out {self.folder}: nothing is due; --show prints the table")
+        return [shlex.quote(path) for path in paths]
+
+    def write_slurm(self, options: str, limit: int, retry: bool) -> list[Path]:
+        """Writes Slurm job arrays of at most `limit` trials, all that are due; returns their paths.
+
+        A script contains its trials, so what is written later does not change a queued array.
+        """
+        commands, folder = self.commands(retry), self.folder.resolve()
+        parts = [commands[i : i + limit] for i in range(0, len(commands), limit)]
+        for old in self.folder.glob("array*.sbatch"):
+            old.unlink()
+        paths = []
+        for number, part in enumerate(parts, 1):
+            name = "array.sbatch" if len(parts) == 1 else f"array{number}.sbatch"
+            text = ARRAY.format(
+                name=shlex.quote(folder.name),
+                count=len(part),
+                output=shlex.quote(f"{folder}/slurm-%A_%a.out"),
+                options="".join(f"#SBATCH {option}\n" for option in slurm_options(options)),
+                trials="\n".join(part),
+            )
+            train_gpt.write_atomically(folder / name, os.fsencode(text))
+            paths.append(folder / name)
         return paths
 
-    def write_slurm(self, options: str) -> Path:
-        """Writes a Slurm job array of the trials that are due; returns its path."""
-        due, folder = self.commands(), self.folder.resolve()
-        (folder / "trials.txt").write_text("".join(f"{path}\n" for path in due))
-        text = ARRAY.format(
-            name=shlex.quote(folder.name),
-            count=len(due),
-            output=shlex.quote(f"{folder}/slurm-%A_%a.out"),
-            options="".join(f"#SBATCH {option}\n" for option in shlex.split(options)),
-            trials=shlex.quote(f"{folder}/trials.txt"),
-        )
-        (self.folder / "array.sbatch").write_text(text)
-        return self.folder / "array.sbatch"
+
+def slurm_options(text: str) -> list[str]:
+    """Returns the options of a text, split as a shell does it, each with its value and quoted.
+
+    Raises SweepError if it does not begin with an option, or sets what the sweep sets.
+    """
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise SweepError(f"--slurm={text}: {error}; close the quotation") from None
+    options: list[list[str]] = []
+    for word in words:
+        if re.match(r"-\D", word):
+            options.append([word])
+        elif options:
+            options[-1].append(word)
+        else:
+            raise SweepError(f"--slurm={text}: {word} is no option; give options that begin with -")
+        if re.match("-a|--array", options[-1][0]) or "\n" in word:
+            raise SweepError(
+                f"--slurm={text}: {word!r}: the sweep sets --array, and options have one line"
+            )
+    return [shlex.join(option) for option in options]
 
 
 def read_plan(folder: Path) -> Sweep | None:
@@ -255,7 +335,7 @@ def read_plan(folder: Path) -> Sweep | None:
         return Sweep(folder, plan["base"], trials, plan["ranks"], weights)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SweepError(f"{folder}/sweep.json: {error!r}; choose another --out") from None
 
 
@@ -281,20 +361,14 @@ class Runner:
     """Runs trials on the devices of this machine, one on each device at a time."""
 
     def __init__(self, sweep: Sweep, devices: list[str], retry: bool) -> None:
-        self.sweep, self.devices = sweep, devices
+        self.sweep, self.devices, self.retry = sweep, devices, retry
         self.threads = max((os.cpu_count() or 1) // len(devices), 1)
-        self.again = {t for t in sweep.trials if retry and sweep.state(t) not in (*DONE, "running")}
         self.started: set[Trial] = set()
         self.running: dict[Trial, tuple[subprocess.Popen, str]] = {}  # process and device
         self.shown: dict[Trial, str] = {}
 
-    def due(self) -> list[Trial]:
-        """Returns the trials to start. One command starts a trial only once."""
-        waiting = [trial for trial in self.sweep.trials if trial not in self.started]
-        return [t for t in waiting if t in self.again or self.sweep.state(t) in DUE]
-
     def start(self, trial: Trial, device: str) -> None:
-        """Starts a trial on a device."""
+        """Starts a trial on a device. One command starts a trial only once."""
         self.started.add(trial)
         env = dict(os.environ, CUDA_VISIBLE_DEVICES=device)
         if not device:
@@ -314,7 +388,8 @@ class Runner:
         for trial, state in states.items():
             if self.shown.get(trial, "waiting") != state:
                 now = time.strftime("%H:%M:%S")
-                print(f"{now} {trial.name} seed {trial.seed}: {state}", flush=True)
+                with suppress(OSError):  # a full disk or a closed pipe must not end the trials
+                    print(f"{now} {trial.name} seed {trial.seed}: {state}", flush=True)
         self.shown = states
         return "running" in states.values()
 
@@ -329,7 +404,7 @@ class Runner:
                 free = list(self.devices)
                 for _, device in self.running.values():
                     free.remove(device)
-                due = self.due()
+                due = [t for t in self.sweep.due(self.retry) if t not in self.started]
                 for trial, device in zip(due, free, strict=False):
                     self.start(trial, device)
                 if not (self.print_changes() or due or self.running):
@@ -361,20 +436,22 @@ def find_devices(args: argparse.Namespace) -> list[str]:
 
 
 def show(sweep: Sweep) -> None:
-    """Prints the table of trials, wide if the output is no terminal."""
+    """Prints the table of trials with the last state of each, wide if the output is no terminal."""
     grid = rich.table.Table(title=str(sweep.folder), box=rich.box.SIMPLE_HEAD)
     for column in ("trial", "seed", "state", "step", "loss", "bpb", "seconds", "reason"):
         grid.add_column(column, overflow="fold")
     for run in (read_trial(sweep.folder_of(trial)) for trial in sweep.trials):
         step = loss = bpb = seconds = ""
-        steps = read_events(run.path)
-        if steps:
-            step, seconds, loss = str(steps[-1][0]), f"{steps[-1][1]:.0f}", f"{steps[-1][2]:.4f}"
+        if run.curve:
+            last, at, value = run.curve[-1]
+            step, loss = str(run.steps or last), f"{value:.4f}"
+            seconds = f"{run.seconds.get('train', at):.0f}"
         if run.finished and run.final:
             bpb = f"{run.scores[run.final].val_bpb:.4f} {run.final}"
-        reason = rich.markup.escape(run.reason.splitlines()[-1] if run.reason else "")
+        reason = run.reason.splitlines()[-1] if run.reason else ""
         grid.add_row(run.name, str(run.seed), run.status, step, loss, bpb, seconds, reason)
-    rich.console.Console(width=None if sys.stdout.isatty() else 150).print(grid)
+    width = None if sys.stdout.isatty() else 150
+    rich.console.Console(width=width, markup=False, emoji=False, highlight=False).print(grid)
 
 
 def parse(argv: list[str], env: Mapping[str, str]) -> tuple[Sweep, argparse.Namespace]:
@@ -384,7 +461,7 @@ def parse(argv: list[str], env: Mapping[str, str]) -> tuple[Sweep, argparse.Name
     )
     add = parser.add_argument
     add("axes", nargs="*", metavar="SETTING=A,B", help="a setting and its values")
-    add("--seeds", default="", metavar="A,B", help="default: 1337, or those of --file")
+    add("--seeds", metavar="A,B", help="default: 1337, or those of --file")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--grid", action="store_true", help="every combination (the default)")
     how.add_argument("--one-at-a-time", action="store_true", help="the base, and each change alone")
@@ -392,22 +469,30 @@ def parse(argv: list[str], env: Mapping[str, str]) -> tuple[Sweep, argparse.Name
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--gpus", metavar="A,B", help="run on these GPUs (default: all)")
     where.add_argument("--cpu", nargs="?", type=int, const=1, metavar="N", help="N at once, no GPU")
-    where.add_argument("--slurm", nargs="?", const="", metavar="OPTIONS", help="write a job array")
+    where.add_argument("--slurm", nargs="?", const="", metavar="OPTIONS", help="write job arrays")
     where.add_argument("--list", action="store_true", help="print the commands, run nothing")
     where.add_argument("--show", action="store_true", help="print the table, run nothing")
+    add("--array-limit", type=int, default=1000, metavar="N", help="trials of a job array")
     add("--ranks", type=int, default=1, metavar="N", help="GPUs of each trial")
     add("--out", type=Path, default=Path("logs/sweep"), help="folder (default: logs/sweep)")
     add("--quantize", type=Path, metavar="TRIAL", help="quantize the weights of TRIAL/seed<N>/")
     add("--retry", action="store_true", help="run failed trials again")
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise SweepError(f"{shlex.join(unknown)}: unknown; settings are given as NUM_LAYERS=3")
+    if args.file and args.axes:
+        raise SweepError(f"{args.axes[0]}: --file has the trials; set it there or before python")
     try:
-        seeds = [int(seed) for seed in args.seeds.split(",") if seed]
+        seeds = [int(seed) for seed in args.seeds.split(",")] if args.seeds is not None else []
     except ValueError:
         raise SweepError(f"--seeds {args.seeds}: give whole numbers, as 1337,42,7") from None
-    if min(1 if args.cpu is None else args.cpu, args.ranks) < 1:
-        raise SweepError("--cpu and --ranks must be at least 1")
+    if min(1 if args.cpu is None else args.cpu, args.ranks, args.array_limit) < 1:
+        raise SweepError("--cpu, --ranks and --array-limit must be at least 1")
+    ignored = train_gpt.settings_notes(train_gpt.Hyperparameters(), env)
+    if ignored:
+        raise SweepError(f"environment: {ignored[0].removeprefix('warning: ')}; unset it")
     before = read_plan(args.out)
-    base = {key: env[key] for key in SETTINGS if key in env and key not in OWN}
+    base = {key: env[key] for key in SETTINGS if key in env}
     if before and not (args.axes or args.file or seeds or args.quantize or args.ranks > 1):
         other = [key for key, value in base.items() if before.base.get(key) != value]
         if other:
@@ -424,31 +509,29 @@ def parse(argv: list[str], env: Mapping[str, str]) -> tuple[Sweep, argparse.Name
     return Sweep(args.out, base, trials, args.ranks, weights), args
 
 
+@tool
 def main(argv: list[str], env: Mapping[str, str]) -> int:
     """Runs the program; returns 0, 1 if a trial failed, 2 for a bad command, 5 after Ctrl-C."""
-    try:
-        sweep, args = parse(argv, env)
-        sweep.check()
-        if not args.show:
-            sweep.prepare()
-        if args.list:
-            print("\n".join(f"bash {shlex.quote(path)}" for path in sweep.commands()))
-        elif args.slurm is not None:
-            print(f"sbatch {shlex.quote(str(sweep.write_slurm(args.slurm)))}")
-        elif not args.show:
-            Runner(sweep, find_devices(args), args.retry).run()
-    except (SweepError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: the same command continues", file=sys.stderr)
-        return 5
-    if args.list or args.slurm is not None:
+    sweep, args = parse(argv, env)
+    sweep.check()
+    if not args.show:
+        sweep.prepare()
+    if args.list:
+        print("\n".join(f"bash {path}" for path in sweep.commands(args.retry)))
         return 0
+    if args.slurm is not None:
+        arrays = sweep.write_slurm(args.slurm, args.array_limit, args.retry)
+        if len(arrays) > 1:
+            print(f"# {len(arrays)} arrays, each of at most {args.array_limit} trials")
+        for path in arrays:
+            print(shlex.join(["sbatch", str(path)]))
+        return 0
+    if not args.show:
+        Runner(sweep, find_devices(args), args.retry).run()
     show(sweep)
     if args.show:
         return 0
-    print(f"python records/compare.py {sweep.folder}")
+    print(shlex.join(["python", str(Path(__file__).with_name("compare.py")), str(sweep.folder)]))
     return int(any(sweep.state(trial) not in DONE for trial in sweep.trials))
 
 

@@ -4,11 +4,14 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
+from html import escape
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT
+from markdown_it import MarkdownIt
 from scipy import stats
 
 sys.path.insert(0, str(ROOT / "records"))
@@ -316,18 +319,31 @@ def test_a_run_without_a_finite_score_is_named_and_not_counted(tmp_path):
     assert "NOT COUNTED: a seed 42: no finite score" in c.notes
 
 
-def test_runs_without_a_seed_are_not_paired(tmp_path):
-    a, b = trial(tmp_path / "a", BETTER), trial(tmp_path / "b")
-    del a[3].settings["seed"], b[1].settings["seed"]
-    c = compare(a, b)
+def test_runs_without_a_seed_are_not_paired_and_count_beside_no_others(tmp_path):
+    """Beside runs that state their seed such a run may be a copy, as train.log often is."""
+    for number, bpb in enumerate(BETTER):
+        put_log(tmp_path / f"a/{number}.log", bpb, "")
+    base, unknown = trial(tmp_path / "base"), read_runs([tmp_path / "a"])
+    unknown = [replace(run, name="a") for run in unknown]
+    c = compare(unknown, base)
     assert (c.method, c.n_a, c.n_b) == ("Welch t", 4, 4)
+    c = compare(trial(tmp_path / "b", BETTER[:3], SEEDS[:3]) + unknown[3:], base)
+    assert (c.method, c.n_a) == ("paired t", 3)
+    assert any("NOT COUNTED: a: its seed is unknown" in note for note in c.notes)
 
 
 # ---- What is refused ----
 
 
-def of_seed_7(change):
-    return lambda values: change(values) if values["settings"]["seed"] == 7 else None
+def of_seed(seed, change):
+    return lambda values: change(values) if values["settings"]["seed"] == seed else None
+
+
+def losses_of(seed):
+    return lambda values: values.update(train_losses=[seed / n for n in range(1, 9)])
+
+
+SAME = {"val_bpb": 1.5, "val_loss": 2.5}
 
 
 REFUSED = {
@@ -336,7 +352,7 @@ REFUSED = {
         "different or unknown validation data.*sha256 07her",
     ),
     "another text of one run": (
-        {"change": of_seed_7(lambda x: x.update(val_sha256="07her"))},
+        {"change": of_seed(7, lambda x: x.update(val_sha256="07her"))},
         "different or unknown validation data",
     ),
     "another size": ({"text": (TOKENS, BYTES - 3)}, "999,997 bytes.*score both on one text"),
@@ -351,15 +367,15 @@ REFUSED = {
         "at stride 128.*at 64.*EVAL_STRIDE",
     ),
     "a setting of one run": (
-        {"change": of_seed_7(lambda x: x["settings"].update(matrix_lr=0.04))},
+        {"change": of_seed(7, lambda x: x["settings"].update(matrix_lr=0.04))},
         "MATRIX_LR is 0.02 in a seed 1337, 0.04 in a seed 7: .* SEED only",
     ),
     "the training data of one run": (
-        {"change": of_seed_7(lambda x: x["settings"].update(data_path="/data/bench"))},
+        {"change": of_seed(7, lambda x: x["settings"].update(data_path="/data/bench"))},
         "DATA_PATH is None in a seed 1337, bench in a seed 7",
     ),
     "the program of one run": (
-        {"change": of_seed_7(lambda x: x.update(code_sha256="07her"))},
+        {"change": of_seed(7, lambda x: x.update(code_sha256="07her"))},
         "several programs.*a seed 7 has sha256 07her.*, a seed 1337 has sha256 c0de",
     ),
     "one seed": (
@@ -374,6 +390,18 @@ REFUSED = {
         {"bpbs": (*BETTER[:3], BASE[3])},
         "a seed 2024 and base seed 2024 have the same score",
     ),
+    "one training, resumed under other seeds": (
+        {"change": lambda x: x.update(train_losses=[3.0, 2.5, 2.0, x["settings"]["seed"]])},
+        "a seed 1337 and a seed 2024 are one training, resumed or",
+    ),
+    "one training, quantized under other seeds": (
+        {"change": lambda x: x["scores"].update(float=x["scores"]["plain"] | SAME)},
+        "are one training",
+    ),
+    "one training of both sides": (
+        {"bpbs": BETTER, "seeds": (*SEEDS[:3], 9), "change": of_seed(9, losses_of(2024))},
+        "a seed 9 and base seed 2024 are one training",
+    ),
     "no variance": ({"bpbs": [b + 2**-9 for b in BASE]}, "differ by the same amount"),
     "no score": ({"change": lambda x: x.update(status="failed")}, "no run has a score"),
 }
@@ -382,7 +410,7 @@ REFUSED = {
 @pytest.mark.parametrize("fault", REFUSED)
 def test_groups_that_cannot_be_compared(tmp_path, fault):
     options, message = REFUSED[fault]
-    base = trial(tmp_path / "base")
+    base = trial(tmp_path / "base", change=lambda x: losses_of(x["settings"]["seed"])(x))
     trial(tmp_path / "good", BETTER)
     faulty = trial(tmp_path / "a", **{"bpbs": BETTER} | options)
     with pytest.raises(CompareError, match=message):
@@ -408,12 +436,49 @@ def test_the_score_is_one_that_all_runs_have(tmp_path):
     base, lacking = trial(tmp_path / "b"), trial(tmp_path / "a", BETTER, change=drop("sliding"))
     c = compare(lacking, base)
     assert c.score == "plain"
-    assert c.notes == ["compared by plain, but some runs have sliding as well"]
+    assert c.notes == ["compared by plain, but some runs have sliding: see --score last"]
     assert compare(base, trial(tmp_path / "c", BETTER)).score == "sliding"
     with pytest.raises(CompareError, match="the score sliding: a seed 1337 has plain;"):
         compare(lacking, base, "sliding")
     with pytest.raises(CompareError, match="a common score"):
         compare(lacking, trial(tmp_path / "d", BETTER, change=drop("plain")))
+
+
+def test_scores_of_different_passes(tmp_path, capsys):
+    """TTT_ENABLED has no effect on the scores that all have; `last` compares what it changes."""
+
+    def with_ttt(gain):
+        def change(values):
+            score = values["scores"]["sliding"]
+            factor = 1 - gain * (1 + values["settings"]["seed"] / 1e5)
+            scaled = {key: score[key] * factor for key in ("val_bpb", "val_loss", "nats")}
+            values["scores"]["ttt"] = score | scaled | {"stride": 32}
+
+        return change
+
+    trial(tmp_path / "base")
+    trial(tmp_path / "better", BETTER, matrix_lr=0.03)
+    trial(tmp_path / "ttt", change=with_ttt(0.01), ttt_enabled=True)
+    plain, last = (printed(capsys, tmp_path, *more)[0] for more in ([], ["--score", "last"]))
+    assert plain[2]["difference to base"] == "equal" and plain[1]["p"] == plain[1]["p (Holm)"]
+    assert numbers(last[2]["difference to base"])[0] == pytest.approx(-0.015, abs=2e-3)
+    main([str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "- EQUAL: ttt: each seed has the same score (sliding) as in base: TTT_ENABLED has no" in out
+    assert "--score last compares ttt with sliding" in out
+    main([str(tmp_path), "--score", "last"])
+    assert "- the ways of scoring differ: ttt by ttt, base by sliding" in capsys.readouterr().out
+    one = read_runs([tmp_path / "ttt/seed42", tmp_path / "base/seed7"])
+    with pytest.raises(CompareError, match="SEED only"):
+        compare([replace(run, name="x", settings={"seed": run.seed}) for run in one], one, "last")
+
+
+def test_a_run_that_was_resumed_with_other_settings_is_named(tmp_path):
+    changed = {"step": 5, "changed": {"iterations": 9, "run_dir": "x"}}
+    a = trial(tmp_path / "a", BETTER, change=of_seed(7, lambda x: x.update(resumed=changed)))
+    assert compare(a, trial(tmp_path / "b")).notes == [
+        "a seed 7 was resumed from a run with ITERATIONS=9"
+    ]
 
 
 def test_two_tokenizers_are_compared_in_bits_per_byte_only(tmp_path, capsys):
@@ -526,7 +591,7 @@ def test_a_sweep_against_its_base(sweep, capsys):
     main([str(sweep)])
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("- ")]
     assert notes == [
-        "- NOT COUNTED: alike seed 7: nan: loss | is nan at \\<step> 3",
+        r"- NOT COUNTED: alike seed 7: nan: loss \| is nan at \<step> 3",
         "- seed 7 is in one of alike and base only",
     ]
 
@@ -634,10 +699,16 @@ def test_what_cannot_be_compared_is_an_error(sweep, capsys, monkeypatch, argv, m
         assert "NOT COUNTED: lone seed 42: oom: lower MICRO_BATCH_TOKENS" in captured.err
 
 
-def test_a_bar_in_a_name_does_not_break_the_table(tmp_path):
-    trial(tmp_path / "a|b", BETTER)
-    runs = [*trial(tmp_path / "base"), *read_runs([tmp_path / "a|b"])]
-    assert tables(markdown_table(runs))[0][1]["trial"] == r"a\|b"
+@pytest.mark.parametrize("name", ["a|b", "[red]x[b]", "_x_ <b>", "*`[a](b)`*", "a\\|b", ":smile:"])
+def test_a_name_is_no_markup(tmp_path, capsys, monkeypatch, name):
+    trial(tmp_path / name, BETTER)
+    runs = [*trial(tmp_path / "base"), *read_runs([tmp_path / name])]
+    html = MarkdownIt("commonmark").enable("table").render(markdown_table(runs))
+    assert f"<td>{escape(name, quote=False)}</td>" in html
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main([str(tmp_path)]) == 0
+    assert name in capsys.readouterr().out
 
 
 def test_json(sweep, capsys):
