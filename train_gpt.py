@@ -1959,11 +1959,10 @@ class TestTimeLearner:
 
     def step(self, inputs: Tensor, targets: Tensor) -> None:
         """Takes one step on sequences [n, T], divided among the ranks."""
-        rank, world_size = self.ranks.rank, self.ranks.world_size
-        mine = inputs[rank::world_size]
-        if len(mine):
-            loss = self.loss_fn(mine, targets[rank::world_size])
-            (loss * (len(mine) / len(inputs))).backward()
+        mine = slice(self.ranks.rank, None, self.ranks.world_size)
+        if len(inputs[mine]):
+            loss = self.loss_fn(inputs[mine], targets[mine])
+            (loss * (len(inputs[mine]) / len(inputs))).backward()
         norm = self.ranks.all_reduce_(self.gradient).norm()
         self.gradient.mul_((1 / (norm + 1e-6)).clamp(max=1))
         self.sgd.step()
@@ -3097,8 +3096,9 @@ def load_checkpoint(
         check(not unknown, f"its settings are unknown: {unknown}")
         h = replace(h, **{name: stored[name] for name in model_settings(h) if name in stored})
         prefix = "average/" if any(name.startswith("average/") for name in tensors) else ""
+        wrappers = rf"^{prefix}((module|_orig_mod)\.)*"  # of DistributedDataParallel and compile
         weights = {
-            name.removeprefix(prefix): tensor.float() if tensor.is_floating_point() else tensor
+            re.sub(wrappers, "", name): tensor.float() if tensor.is_floating_point() else tensor
             for name, tensor in tensors.items()
             if name.startswith(prefix)
         }
