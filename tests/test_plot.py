@@ -28,8 +28,9 @@ SCORES = {  # by trial and seed
 }
 
 
-def write_run(folder, seed=1337, losses=(3.0, 2.0, 1.5), bpb=2.5, h=None, **changes):
+def write_run(folder, seed=1337, losses=None, bpb=None, h=None, **changes):
     """A run's folder with what plot.py reads; `changes` replace keys of its result."""
+    losses, bpb = losses or (3 + seed / 1000, 2.0, 1.5), bpb or 2.5 + seed / 1e6
     h, folder = replace(h or settings(), seed=seed), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     score = {"val_loss": bpb / 2, "val_bpb": bpb, "nats": bpb * 4.5, "tokens": 9, "bytes": 9}
@@ -301,7 +302,7 @@ def test_differences_of_scores_are_those_of_compare(tmp_path):
     assert not [line for line in right.lines if line.get_marker() == "o"]  # no pairs
     notes = note_of(figure)
     assert "lone is not compared: only seed 1 has a score" in notes
-    assert "Without a finite score: nan seed 2." in notes
+    assert "Without a finite score, or without a seed: nan seed 2." in notes
     assert str(tmp_path) not in notes
 
 
@@ -383,7 +384,11 @@ LOG = "step:1/9 train_loss:3.0 train_time:0ms step_avg:0.0ms\n"
         (["good", "other/good"], ["a seed is twice in one group"]),
         (["failed"], ["(oom: no memory): failed seed 1337", "give finished runs"]),
         (["strange", "--kind", "schedule"], ["strange", "ITERATIONS"]),
-        (["good", "--out", "file/x"], ["file"]),
+        (["good", "--out", "file/x"], ["file", "Not a directory; free, rename or"]),
+        (["good", "--out", "file"], ["file: File exists"]),
+        (["good", "--out", "dangling"], ["dangling: File exists"]),
+        (["dangling"], ["dangling: it has no result.json"]),
+        (["good", "--kind", "loss", "--out", "taken"], ["taken/loss.png: Is a directory"]),
         (["a.log", "--kind", "loss", "--x", "tokens"], ["a.log", "tokens", "--x steps"]),
         (["a.log", "--kind", "loss", "--x", "seconds"], ["a.log", "seconds", "--x steps"]),
         (["empty.log", "--kind", "loss"], ["(cut off): empty", "training losses"]),
@@ -394,6 +399,8 @@ def test_what_cannot_be_drawn_is_an_error(tmp_path, capsys, monkeypatch, argv, w
     for name in ("good", "other/good", "damaged"):
         write_run(tmp_path / name)
     (tmp_path / "damaged/final_model.int6.ptz").write_bytes(b"PGOLFGPT" * 100)
+    (tmp_path / "taken/loss.png").mkdir(parents=True)
+    (tmp_path / "dangling").symlink_to("absent")
     failed = {"status": "oom", "reason": "no memory", "scores": {}, "train_losses": []}
     (write_run(tmp_path / "failed", **failed) / "events.jsonl").unlink()
     write_run(tmp_path / "strange", settings={"iterations": "many"})
@@ -403,7 +410,7 @@ def test_what_cannot_be_drawn_is_an_error(tmp_path, capsys, monkeypatch, argv, w
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert all(word in error for word in words), error
-    assert not [*tmp_path.rglob("*.png")]
+    assert not [path for path in tmp_path.rglob("*.png") if path.is_file()]
 
 
 def test_a_kind_that_cannot_be_drawn_leaves_the_others(tmp_path, capsys):

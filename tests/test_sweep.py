@@ -1,7 +1,11 @@
 """records/sweep.py: what is run, in which environment, and sweeps that fail or are cut off."""
 
+import errno
+import io
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import socket
@@ -17,6 +21,8 @@ from launch import KEPT
 
 sys.path.insert(0, str(ROOT / "records"))
 
+import compare
+import plot
 import sweep
 from runs import read_run, read_trial
 
@@ -48,7 +54,10 @@ if end == "raises":
     raise ValueError("no result")
 names = "val_loss", "val_bpb", "nats", "tokens", "bytes", "stride", "seconds"
 scores = {"plain": dict.fromkeys(names, 1.5)}
-finish("ok", 0, scores=scores, settings={"seed": int(os.environ["SEED"])})
+losses = [5.0 - step / 20 for step in range(1, 61)]  # of which only 20 were logged
+settings = {"seed": int(os.environ["SEED"])}
+more = {"steps": 60, "train_losses": losses, "seconds": {"train": 33.0}}
+finish("ok", 0, scores=scores, settings=settings, **more)
 """
 
 
@@ -81,7 +90,7 @@ def run(out, *argv, env=None):
     return sweep.main([*argv, "--out", str(out)], env or {})
 
 
-def start(out, *argv):
+def start(out, *argv, stdout=subprocess.PIPE):
     """Starts a sweep of the stub in a process of its own."""
     code = f"""
 import signal, sys
@@ -93,7 +102,7 @@ sweep.ROOT = Path({str(sweep.ROOT)!r})
 sys.exit(sweep.main(sys.argv[1:], {{}}))
 """
     command = [sys.executable, "-c", code, *argv, "--out", str(out)]
-    return subprocess.Popen(command, env=KEPT, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=KEPT, stdout=stdout, stderr=subprocess.PIPE, text=True)
 
 
 def wait_until(holds, seconds=60):
@@ -134,10 +143,22 @@ def test_train_gpt_accepts_the_settings_of_every_study(path, tmp_path):
     assert "none" in {trial.name for trial in plan.trials}
 
 
+def refused(out, capsys, *argv, env=None):
+    """The one line of a sweep that is refused."""
+    assert run(out, *argv, env=env) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "Traceback" not in error
+    return error
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["NUM_LAYER=2"], "NUM_LAYERS"),
+        (["num_layers=2"], "num_layers is not known; did you mean NUM_LAYERS?"),
+        (["--num_layers", "3"], "--num_layers: unknown; settings are given as NUM_LAYERS=3"),
+        (["ROPE_YARN=1"], "ROPE_YARN is a setting of published scripts"),
+        (["WEATHER=1"], "WEATHER is not a setting"),
         (["SEED=1,2"], "--seeds"),
         (["RUN_ID=a"], "--out"),
         (["XSA_LAST_N"], "SETTING=VALUE"),
@@ -145,10 +166,12 @@ def test_train_gpt_accepts_the_settings_of_every_study(path, tmp_path):
         (["XSA_LAST_N=1", "--seeds", "1,1"], "the same name and seed"),
         (["XSA_LAST_N=1", "--seeds=-1"], "seed -1"),
         (["XSA_LAST_N=1", "--seeds", "1,b"], "1,b"),
+        (["XSA_LAST_N=1", "--seeds", ""], "give whole numbers"),
         (["MUON_WD=a"], "MUON_WD='a'"),
         (["NUM_HEADS=3"], "NUM_HEADS=3"),
+        (["MODEL_DIM=512", "--ranks", "7"], "7 ranks"),
         (["--cpu"], "no trials"),
-        (["--file", "absent.toml"], "absent.toml"),
+        (["XSA_LAST_N=1", "--file", "a.toml"], "XSA_LAST_N=1: --file has the trials"),
         (["XSA_LAST_N=1"], "--cpu"),  # no GPU is here
         (["XSA_LAST_N=1", "--cpu", "0"], "--cpu"),
         (["XSA_LAST_N=1", "--gpus", "0", "--ranks", "2"], "--ranks 2"),
@@ -157,14 +180,124 @@ def test_train_gpt_accepts_the_settings_of_every_study(path, tmp_path):
 def test_a_sweep_that_cannot_run_is_an_error(stub, out, monkeypatch, capsys, argv, message):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert run(out, *argv) == 2
-    assert message in capsys.readouterr().err
+    assert message in refused(out, capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("NUM_LAYER", "did you mean NUM_LAYERS?; unset it"),
+        ("num_layers", "did you mean NUM_LAYERS?; unset it"),
+        ("SEEDS", "did you mean SEED?"),
+        ("ROPE_YARN", "a setting of published scripts"),
+        ("SEED", "use --seeds"),
+        ("RUN_DIR", "use --out"),
+    ],
+)
+def test_no_variable_of_the_environment_is_ignored(stub, out, capsys, name, message):
+    env = {name: "3", "PATH": "/bin"}
+    assert message in refused(out, capsys, "MUON_WD=0", "--cpu", env=env)
+
+
+TRIALS = "\n[trials.a]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"[Base]\nPRESET='cpu'{TRIALS}", "Base is not known; did you mean base?"),
+        (f"[bases]{TRIALS}", "did you mean base?"),
+        (f"[other]{TRIALS}", "other is not one of seeds, base, trials"),
+        (f"PRESET = 'cpu'{TRIALS}", "PRESET stands outside [base] and [trials.NAME]"),
+        (f"seed = [1]{TRIALS}", "did you mean seeds?"),
+        (f"[base.inner]\nMUON_WD=0{TRIALS}", "[base]: inner is not a setting"),
+        ("[trials]\nPRESET='cpu'", "trials.PRESET is no table of settings"),
+        ("[trials.a.MUON_WD]\nx=0", "[trials.a]: MUON_WD = {'x': 0}: give"),
+        ("[[trials]]\nMUON_WD=0", "trials is no table"),
+        (f"base = 1{TRIALS}", "base is no table"),
+        (f"{TRIALS}MUON_WDD = 0", "[trials.a]: MUON_WDD is not known; did you mean MUON_WD?"),
+        (f"{TRIALS}muon_wd = 0", "did you mean MUON_WD?"),
+        (f"{TRIALS}QUANT_BITS = 6", "QUANT_BITS is a setting of published scripts"),
+        (f"{TRIALS}SEED = 6", "use --seeds"),
+        (f"{TRIALS}VE_LAYERS = [0, 1]", "VE_LAYERS = [0, 1]: give str, int, float"),
+        (f"{TRIALS}NUM_LAYERS = true", "NUM_LAYERS = True: give str, int, float"),
+        (f"{TRIALS}NUM_LAYERS = 4.0", "NUM_LAYERS='4.0': must be a whole number"),
+        (f"{TRIALS}MUON_WD = 2020-01-01", "MUON_WD = datetime.date(2020, 1, 1): give"),
+        (f"seeds = 7{TRIALS}", "seeds = 7: give whole numbers"),
+        (f"seeds = '1337'{TRIALS}", "seeds = '1337': give"),
+        (f"seeds = [true, 1.5]{TRIALS}", "seeds = [True, 1.5]: give"),
+        ("seeds = [1]", "no trials"),
+        (f"{TRIALS}MUON_WD = ", "Invalid value"),
+        ("[trials.'a[b]']", "[trials.a[b]]: use letters"),
+        (b"[trials.a\xff]", "can't decode byte"),
+    ],
+)
+def test_nothing_in_a_file_is_ignored(stub, out, tmp_path, capsys, text, message):
+    path = tmp_path / "sweep.toml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert message in refused(out, capsys, "--file", str(path), "--cpu")
+
+
+FAULTS_OF_FILES = {
+    "--file absent": (["--file", "absent"], lambda out: None, "absent: No such file"),
+    "--file dangling": (["--file", "d"], lambda out: Path("d").symlink_to("x"), "d: No such"),
+    "--file folder": (["--file", "d"], lambda out: Path("d").mkdir(), "d: Is a directory"),
+    "out is a file": ([], lambda out: out.touch(), "an out/sweep.json: Not a directory"),
+    "out below a file": ([], lambda out: out.touch(), "Not a directory"),
+    "out dangles": ([], lambda out: out.symlink_to("absent"), "an out: File exists"),
+    "plan": ([], lambda out: (out / "sweep.json").mkdir(parents=True), "sweep.json: Is a"),
+    "lock": ([], lambda out: (out / "sweep.lock").mkdir(parents=True), "sweep.lock: Is a"),
+    "trial is a file": ([], lambda out: [out.mkdir(), (out / "MUON_WD=0").touch()], "MUON_WD=0"),
+    "command": (
+        [],
+        lambda out: (out / "MUON_WD=0/seed1337/command.sh").mkdir(parents=True),
+        "Is a",
+    ),
+    "program": ([], lambda out: Path("checkout/train_gpt.py").unlink(), "train_gpt.py: No such"),
+    "weights": (["--quantize", "w"], lambda out: None, "w/seed1337/final_model.safetensors: no"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS_OF_FILES)
+def test_a_file_that_cannot_be_used_is_one_line(stub, out, capsys, fault):
+    argv, arrange, message = FAULTS_OF_FILES[fault]
+    arrange(out)
+    trials = [] if "--file" in argv else ["MUON_WD=0"]
+    error = refused(out, capsys, *trials, *argv, "--cpu")
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("how", ["--cpu", "--slurm", "--list"])
+def test_a_full_disk_is_one_line(stub, out, capsys, monkeypatch, how):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert "an out/sweep.json: No space left on device; free," in refused(
+        out, capsys, "MUON_WD=0", how
+    )
+
+
+def test_output_that_fails_is_one_line(stub, out):
+    """The device refuses each write, as a full disk does."""
+    process = start(out, "MUON_WD=0", "--list", stdout=open("/dev/full", "w"))
+    assert process.wait(60) == 2
+    assert process.stderr.read() == (
+        "error: the output: No space left on device; free, rename or remove it, or give another "
+        "path\n"
+    )
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "sweep.toml"
+    path.write_text("[trials.a]\n", encoding="utf-8-sig")
+    assert sweep.read_file(path, [7]) == ({}, [sweep.Trial("a", (), 7)])
 
 
 def test_a_trial_gets_its_own_settings_only(stub, out, monkeypatch):
     argv = ["MODEL_DIM=128,256", "--seeds", "42", "--cpu", "2"]
     monkeypatch.setenv("SMEAR_GATE", "0")  # of this process, not of the environment given
-    assert run(out, *argv, env={"NUM_LAYERS": "3", "SEED": "5", "RUN_ID": "mine"}) == 0
+    assert run(out, *argv, env={"NUM_LAYERS": "3", "HOME": "/"}) == 0
     folder = out / "MODEL_DIM=256/seed42"
     seen = json.loads((folder / "env.json").read_text())
     given = {name: seen[name] for name in sweep.SETTINGS if name in seen}
@@ -205,6 +338,9 @@ def test_trials_run_at_once_on_their_own_gpus(stub, out, tmp_path, monkeypatch):
 
 def test_weights_of_one_sweep_are_quantized_by_another(stub, out, tmp_path):
     weights = tmp_path / "first/base"
+    for seed in (7, 8):
+        (weights / f"seed{seed}").mkdir(parents=True)
+        (weights / f"seed{seed}/final_model.safetensors").touch()
     argv = ["GPTQ_CALIB=random,train", "--quantize", str(weights), "--seeds", "7,8"]
     plan, _ = sweep.parse([*argv, "--out", str(out)], {})
     plan.prepare()
@@ -334,7 +470,80 @@ def test_what_holds_for_all_trials_cannot_change(stub, out, capsys):
     assert set(states(out)) == {("TOKENIZER_PATH=0", 1337), ("base", 1), ("base", 2)}
 
 
+# ---- What is printed ----
+
+
+@pytest.mark.parametrize("name", ["o[/red]x", "o [red]x :smile:", "caf\u00e9 \udcff $HOME 'x'"])
+def test_any_name_of_a_folder_is_printed_as_it_is(stub, tmp_path, monkeypatch, name):
+    """On a terminal of ASCII, with a table of the last steps, and commands that can be pasted."""
+    out = tmp_path / name
+    for tool, argv in (
+        (run, (out, "TOKENIZER_PATH=0", "--seeds", "1", "--cpu")),
+        (compare.main, ([str(out)],)),
+        (plot.main, ([str(out), "--kind", "scores", "--out", str(out / "plots")],)),
+    ):
+        screen = io.TextIOWrapper(io.BytesIO(), "ascii")
+        monkeypatch.setattr(sys, "stdout", screen)
+        assert tool(*argv) == 0
+        printed = screen.buffer.getvalue().decode()
+        shown = name.encode("ascii", "backslashreplace").decode()
+        assert shown in printed.replace("'\"'\"'", "'") or tool is compare.main
+        if tool is run:
+            assert re.search(r" ok \W*60 \W*2\.0000 \W*1\.5000 plain \W*33 ", printed)
+            words = shlex.split(printed.splitlines()[-1])
+            assert words == ["python", str(ROOT / "records/compare.py"), f"{tmp_path}/{shown}"]
+    assert (out / "plots/scores.png").exists()
+
+
 # ---- Schedulers ----
+
+
+@pytest.mark.parametrize(
+    ("options", "lines"),
+    [
+        ("", []),
+        ("--gres=gpu:1 --time=20", ["--gres=gpu:1", "--time=20"]),
+        ("-p gpu --time 30 -N1", ["-p gpu", "--time 30", "-N1"]),
+        ("--comment='a b' -J \"it's\"", ["'--comment=a b'", "-J 'it'\"'\"'s'"]),
+        ("--nice -5 --mail-user=a@b", ["--nice -5", "--mail-user=a@b"]),
+    ],
+)
+def test_options_of_slurm_are_lines_as_the_shell_gave_them(stub, out, options, lines):
+    assert run(out, "MUON_WD=0", f"--slurm={options}") == 0
+    script = (out / "array.sbatch").read_text()
+    found = re.findall("^#SBATCH (.*)$", script, re.MULTILINE)
+    assert found[3:] == lines and found[1] == "--array=1-1"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("gpu -p", "gpu is no option"),
+        ("--comment='a", "No closing quotation"),
+        ("--array=1-2", "the sweep sets --array"),
+        ("-a 1-2", "the sweep sets --array"),
+        ("--comment='a\nb'", "options have one line"),
+    ],
+)
+def test_options_that_slurm_would_misread_are_errors(stub, out, capsys, options, message):
+    assert run(out, "MUON_WD=0", f"--slurm={options}") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_arrays_are_split_at_a_limit_and_failed_trials_can_be_among_them(stub, out, capsys):
+    argv = ["TOKENIZER_PATH=0,1,oom,3,4", "--array-limit", "2"]
+    assert run(out, "TOKENIZER_PATH=oom", "--cpu") == 1
+    assert run(out, *argv, "--retry", "--slurm") == 0
+    first, *commands = capsys.readouterr().out.splitlines()[-4:]
+    assert first == "# 3 arrays, each of at most 2 trials"
+    assert commands == [f"sbatch '{out}/array{n}.sbatch'" for n in (1, 2, 3)]
+    texts = [path.read_text() for path in sorted(out.glob("*.sbatch"))]
+    assert [re.search(r"--array=(\S+)", text)[1] for text in texts] == ["1-2", "1-2", "1-1"]
+    listed = [line.strip("'") for text in texts for line in re.findall(r"^'/.*", text, re.M)]
+    assert sorted(listed) == sorted(map(str, out.glob("*/*/command.sh")))
+    assert run(out, *argv[:1], "--slurm") == 0  # without the failed trial, in one array
+    assert [path.name for path in out.glob("*.sbatch")] == ["array.sbatch"]
+    assert run(out, *argv[:1], "--slurm", "--array-limit", "0") == 2
 
 
 def test_a_slurm_array_runs_what_is_due(stub, out, capsys):
