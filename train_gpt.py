@@ -12,7 +12,7 @@ Every setting is an environment variable; `--help` lists them.
 
 Sections, in reading order. A section uses itself and earlier ones only.
 
-    Settings       what the run is told: settings, their rules, presets
+    Settings       what the run is told: settings, their rules, presets, the command line
     Runtime        where it runs: the ranks of a distributed run, the device
     Attention      attention back ends, and the choice of one that works here
     Log and files  the run's log, atomic writes, tensors on disk
@@ -253,7 +253,7 @@ class Hyperparameters(ModelSettings):
         "A whole configuration under one name; other variables override parts of it.",
         choices=("", *PRESETS),
     )
-    run_id: str = setting("", "Name of the run; empty takes date, time and seed.")
+    run_id: str = setting("", "Name of the run; empty takes date, time, seed and process id.")
     run_dir: str = setting("", "Folder of the run; empty takes logs/<RUN_ID>.")
     checkpoint_every: str = setting(
         "0", "Steps (500) or training seconds (60s) between checkpoints; 0 writes none."
@@ -272,10 +272,13 @@ class Hyperparameters(ModelSettings):
     )
     # Data
     data_path: str = setting(
-        "", "Folder of token shards; empty takes ./data/datasets/<CORPUS>_sp<VOCAB_SIZE>."
+        "",
+        "Folder of token shards; empty takes ./data/datasets/<CORPUS>_sp<VOCAB_SIZE>, or _byte260.",
     )
     tokenizer_path: str = setting(
-        "", "SentencePiece model; empty takes ./data/tokenizers/<CORPUS>_<VOCAB_SIZE>_bpe.model."
+        "",
+        "SentencePiece model; empty takes ./data/tokenizers/<CORPUS>_<VOCAB_SIZE>_bpe.model, "
+        "without the 10B of CORPUS.",
     )
     max_unknown_fraction: float = setting(
         0.005, "Largest fraction of validation tokens that may be unknown to the tokenizer.", high=1
@@ -298,7 +301,7 @@ class Hyperparameters(ModelSettings):
     )
     jepa_phase2_frac: float = setting(
         0.5,
-        "Fraction of the run in which the weight of the JEPA losses rises; afterwards it is 0.",
+        "Fraction of the run, after JEPA_PHASE1_FRAC, in which their weight rises; then it is 0.",
         low=1e-9,
         high=1,
     )
@@ -391,7 +394,8 @@ class Hyperparameters(ModelSettings):
     def from_env(cls, env: Mapping[str, str]) -> "Hyperparameters":
         """Returns settings by precedence: environment, PRESET, rule of VOCAB_SIZE, default.
 
-        Raises SettingsError with all faults at once.
+        Raises SettingsError with all faults of the first of these that finds any: the values, the
+        rules of the model, the rules of the run.
         """
         given = {
             f.name: parse_value(env[f.name.upper()], f.type)
@@ -596,6 +600,25 @@ def settings_table() -> str:
         row = f"{f.name.upper():<28}{default!s:<12}"
         lines += textwrap.wrap(meaning, 100, initial_indent=row, subsequent_indent=" " * 40)
     return "\n".join(lines)
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Returns the command line; --help shows the settings."""
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__}\nSettings are environment variables:\n\n{settings_table()}",
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--check", action="store_true", help="check everything, train nothing")
+    add("--eval", metavar="ARTIFACT", type=Path, help="score an artifact again")
+    add("--quantize", metavar="CHECKPOINT", type=Path, help="pack and score saved weights again")
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(
+            f"unknown arguments: {shlex.join(unknown)}. Settings are environment variables and "
+            "stand before the command: NUM_LAYERS=3 python train_gpt.py"
+        )
+    return args
 
 
 def model_settings(settings: ModelSettings) -> dict[str, Any]:
@@ -1464,7 +1487,8 @@ class Context(NamedTuple):
     window: int  # positions that attention reaches back; 0 for all
 
 
-# The residual streams of a forward pass, each [B, T, D]; a Block has one.
+# The residual streams of a forward pass, each [B, T, D]. A Block has one; a block with parallel
+# lanes, which this program does not have yet, maps two to two.
 Lanes = tuple[Tensor, ...]
 
 
@@ -1613,7 +1637,11 @@ class LayerPlan(NamedTuple):
 
 
 def layer_plan(h: Hyperparameters) -> LayerPlan:
-    """Returns the plan that visits every block once; the decoder has the odd one."""
+    """Returns the plan that visits every block once; the decoder has the odd one.
+
+    The model has one plan for the whole run. A plan that changes during the run needs a field of
+    Phase, an entry in programs() for the warm-up, and the plan as an argument of GPT.backbone.
+    """
     half = h.num_layers // 2
     return LayerPlan(tuple(range(half)), tuple(range(half, h.num_layers)))
 
@@ -1723,7 +1751,8 @@ def stp_loss(states: Tensor, positions: Tensor) -> Tensor:
 class GPT(nn.Module):
     """The model. Weights are float32; activations have `dtype`.
 
-    `h` is an instance of Hyperparameters, or a class (it or a subclass) whose defaults are taken.
+    `h` is an instance of Hyperparameters, or the class or a subclass of it, whose defaults are
+    taken: reviewers build a model by `GPT(Hyperparameters)`.
     """
 
     role = "scalar"
@@ -3024,11 +3053,8 @@ def unpack_artifact(
     check(len(blob) >= HEADER.size, "it is shorter than a header")
     magic, description_size, _ = HEADER.unpack_from(blob)
     check(magic[:8] == MAGIC[:8], "it is not an artifact of this program")
-    check(
-        magic == MAGIC,
-        f"its version is {magic[8]}, this program reads {MAGIC[8]}; score it by the "
-        "train_gpt.py of its own folder",
-    )
+    remedy = "score it by the train_gpt.py of its own run"
+    check(magic == MAGIC, f"its version is {magic[8]}, not {MAGIC[8]}; {remedy}")
     check(description_size <= MAX_DESCRIPTION, f"its description has {description_size} bytes")
     body = blob[HEADER.size :]
     payload = body[description_size:]
@@ -3036,7 +3062,7 @@ def unpack_artifact(
     check(set(description) == {"codec", "settings"}, "its description is incomplete")
     check(description["codec"] in CODECS, f"its codec is unknown: {description['codec']!r:.40}")
     odd = sorted(model_settings(h).keys() ^ description["settings"].keys())
-    check(not odd, f"its settings are missing or unknown: {odd}")
+    check(not odd, f"its settings are missing or unknown: {odd}; {remedy}")
     h = replace(h, **description["settings"])
     with torch.device("meta"):
         layout = artifact_layout(GPT(h))
@@ -3572,25 +3598,6 @@ def conclude(log: Log, result: dict[str, Any]) -> int:
     if "reason" in result:
         log(f"error: {result['reason']}")
     return EXIT_STATUS[result["status"]]
-
-
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Returns the command line; --help shows the settings."""
-    parser = argparse.ArgumentParser(
-        description=f"{__doc__}\nSettings are environment variables:\n\n{settings_table()}",
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    add = parser.add_mutually_exclusive_group().add_argument
-    add("--check", action="store_true", help="check everything, train nothing")
-    add("--eval", metavar="ARTIFACT", type=Path, help="score an artifact again")
-    add("--quantize", metavar="CHECKPOINT", type=Path, help="pack and score saved weights again")
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        parser.error(
-            f"unknown arguments: {shlex.join(unknown)}. Settings are environment variables and "
-            "stand before the command: NUM_LAYERS=3 python train_gpt.py"
-        )
-    return args
 
 
 def main(argv: Sequence[str], env: Mapping[str, str]) -> int:

@@ -4,6 +4,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,12 +45,23 @@ def test_section_map_names_what_exists():
             assert re.search(rf"^\s*(def|class) {name.rpartition('.')[2]}\b|^{name} ", source, re.M)
 
 
-def test_example_feature_applies_and_trains(byte_corpus: Path, tmp_path: Path):
-    """The diff in README, applied to a copy, gives a feature that trains and is packed."""
-    shutil.copy(ROOT / "train_gpt.py", tmp_path)
+@pytest.fixture(scope="module")
+def changed_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the program and its tests to which README's example is applied."""
+    if "logit_bias" in (ROOT / "train_gpt.py").read_text():
+        pytest.skip("the example is applied already")
+    tree = tmp_path_factory.mktemp("tree")
+    shutil.copy(ROOT / "train_gpt.py", tree)
+    for folder in ("tests", "records", "data"):
+        ignored = shutil.ignore_patterns("track_*", "datasets", "tokenizers", "__pycache__")
+        shutil.copytree(ROOT / folder, tree / folder, ignore=ignored)
     diff = re.search(r"```diff\n(.*?)```", TEXT, re.S)[1]
-    subprocess.run(["git", "apply"], cwd=tmp_path, input=diff, text=True, check=True)
-    spec = importlib.util.spec_from_file_location("example", tmp_path / "train_gpt.py")
+    subprocess.run(["git", "apply"], cwd=tree, input=diff, text=True, check=True)
+    return tree
+
+
+def test_example_feature_trains_and_is_packed(changed_tree, byte_corpus: Path, tmp_path: Path):
+    spec = importlib.util.spec_from_file_location("example", changed_tree / "train_gpt.py")
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
     env = {**TINY, "ITERATIONS": "2", "DATA_PATH": str(byte_corpus)}
@@ -61,7 +73,19 @@ def test_example_feature_applies_and_trains(byte_corpus: Path, tmp_path: Path):
     assert with_bias == without + 260
     ids = torch.randint(4, 260, (2, 16))
     assert torch.equal(*(model.forward_logits(ids) for model in models))  # the bias starts at zero
-    folder = tmp_path / "run"
-    assert example.main([], {**env, "LOGIT_BIAS": "1", "RUN_DIR": str(folder)}) == 0
-    _, weights = example.load_artifact(folder / example.ARTIFACT, models[1].h)
+    assert example.main([], {**env, "LOGIT_BIAS": "1", "RUN_DIR": str(tmp_path)}) == 0
+    _, weights = example.load_artifact(tmp_path / example.ARTIFACT, models[1].h)
     assert weights["logit_bias.bias"].abs().max() > 0
+
+
+@pytest.mark.slow
+def test_example_feature_passes_the_tests_that_the_page_names(changed_tree):
+    (command,) = re.findall(r"`python (-m pytest tests/test_model.py -n 0)`", TEXT)
+    done = subprocess.run(
+        [sys.executable, *command.split(), "-o", "addopts=", "-m", "not slow"],
+        cwd=changed_tree,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "logit_bias" in (changed_tree / "tests" / "test_model.py").read_text()
