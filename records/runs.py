@@ -11,7 +11,7 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -30,9 +30,10 @@ INCIDENTAL = {"run_id", "run_dir", "resume", "seed", "data_path", "tokenizer_pat
 # Settings that belong to one run and are left out of the command that repeats it.
 OF_ONE_RUN = {"run_id", "run_dir", "resume", "seed"}
 
+NO_RUNS, GIVE_RUNS = "it has no result.json and no .log", "give finished runs"
 DONE = ("ok", "over a limit")  # the statuses of a run that reached its scores
 
-# The log's name of each score.
+# The score lines of train_gpt.py, by the names of its scores. Any other line has its own name.
 SCORE_LINES = {
     "float": "DIAGNOSTIC post_ema",
     "plain": "final_int6_roundtrip",
@@ -40,6 +41,20 @@ SCORE_LINES = {
     "window": "final_int6_window",
     "ttt": "legal_ttt",
 }
+NUMBER = r"[-+]?(?:\d[\d.]*(?:e[-+]?\d+)?|nan|inf)\b"
+# The values of a score, and names of what is no score of an artifact.
+LOSS, BPB = (re.compile(rf"\bval_{unit}\s*[:=]\s*({NUMBER})", re.I) for unit in ("loss", "bpb"))
+UNQUANTIZED = re.compile(r"pre[-_ ]?quant|post[-_ ]ema|unquantized", re.IGNORECASE)
+DIAGNOSTIC = re.compile("diagnostic", re.IGNORECASE)
+PROGRESS = re.compile(r"\d+/\d+|\d%|\b(step|epoch|iter\w*)s?\W*\d|\brunning", re.IGNORECASE)
+PART = re.compile("batch|chunk|running", re.IGNORECASE)  # of the validation text
+MIN_BPB = 0.5  # smaller numbers are differences
+# A number of two decimals or more beside the name of the unit: perhaps a score.
+ANY_BPB = re.compile(
+    r"(?:bpb|bits[ _-]per[ _-]byte)[^\w\n-]{0,12}(\d+\.\d\d+|nan\b|inf\b)|"
+    r"\b(\d+\.\d\d+) (?:bpb|bits per byte)\b",
+    re.IGNORECASE,
+)
 
 
 class RunError(ValueError):
@@ -56,7 +71,8 @@ class Run:
     reason: str = ""
     settings: dict[str, Any] = field(default_factory=dict)  # by lower-case name
     changed: dict[str, str] | None = None  # settings stated as changed; None if the log has no list
-    scores: dict[str, Score] = field(default_factory=dict)  # by float, plain, sliding, window, ttt
+    # By float, plain, sliding, window, ttt, or the name in a log of another script; in its order.
+    scores: dict[str, Score] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)  # bytes of code, model and total
     seconds: dict[str, float] = field(default_factory=dict)  # train, calibrate, pack, eval, ...
     verdicts: dict[str, str] = field(default_factory=dict)  # PASS or FAIL
@@ -101,7 +117,7 @@ class Run:
     @property
     def final(self) -> str:
         """The name of the score that counts, which is the last one; empty if there is none."""
-        return next((name for name in reversed(SCORE_LINES) if name in self.scores), "")
+        return next(reversed(self.scores), "")
 
 
 def by_name(runs: Iterable[Run]) -> dict[str, list[Run]]:
@@ -161,7 +177,10 @@ def read_run(path: str | Path) -> Run:
     try:
         run = read_folder(path) if path.is_dir() else read_log(path)
         _, seed = split_name(path)
-    except (OSError, ArithmeticError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        reason = f"{error.strerror}; give the folder of a run, or a log, that can be read"
+        raise RunError(f"{error.filename or path}: not a run: {reason}") from None
+    except (ArithmeticError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path}: not a run: {error or type(error).__name__}") from None
     named = {} if seed is None else {"seed": seed}
     return replace(run, settings=named | run.settings)
@@ -186,12 +205,30 @@ def trial_of(path: Path) -> str:
     return split_name(path)[0] or (trial_of(path.parent) if path.name else "")
 
 
+def decode(path: Path) -> str:
+    """Returns the text of a file, in UTF-8 or after a byte order mark in UTF-16, without colours.
+
+    What cannot be decoded is replaced.
+    """
+    data = path.read_bytes()
+    encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    text = re.sub(r"\r\n?", "\n", data.decode(encoding, errors="replace"))
+    return re.sub(r"\x1b\[[\d;]*m", "", text)
+
+
 def read_text(path: Path) -> str:
     """Returns the text of a file; empty if there is no such file."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return decode(path)
     except OSError:
         return ""
+
+
+def without_source(log: str) -> str:
+    """Returns a log without the program's source, which many scripts print before a line of =."""
+    parts = re.split(r"^={80,}$", log, flags=re.MULTILINE)
+    is_source = re.compile(r"^(?:import|from) \w", re.MULTILINE)
+    return "".join(part for part in parts if len(parts) == 1 or not is_source.search(part))
 
 
 def read_folder(path: Path) -> Run:
@@ -250,11 +287,12 @@ def read_curve(starts: Iterable[str]) -> tuple[tuple[int, float, float], ...]:
 
     A step that a later start repeated counts once, as it was repeated.
     """
-    line = r"^step:(\d+)/\d+ train_loss:(\S+).* train_time:(\d+)ms"
+    line = r"^(?:step:)?(\d+)/\d+ train_loss: ?(\S+).* train_time: ?([\d.]+)(ms|s|m)\b"
+    unit = {"ms": 0.001, "s": 1, "m": 60}
     steps: list[tuple[int, float, float]] = []
     for text in starts:
         found = re.findall(line, text, re.MULTILINE)
-        own = [(int(step), int(ms) / 1000, float(loss)) for step, loss, ms in found]
+        own = [(int(step), float(time) * unit[u], float(loss)) for step, loss, time, u in found]
         resumed = last_number(text, r"^resume: step (\d+)", int)
         if own or resumed:
             steps = [step for step in steps if step[0] <= (resumed or 0)] + own
@@ -274,44 +312,129 @@ def read_pairs(text: str, first: str, within: str = "") -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
+def of_artifact(name: str) -> bool:
+    """Returns whether a score of this name may be that of the artifact."""
+    return name != "float" and not DIAGNOSTIC.search(name)
+
+
+def read_score(line: str) -> tuple[str, str, str] | None:
+    """Returns name, nats a token and bits per byte of a line that states a score, or None.
+
+    Such a line has a name, one val_loss and one val_bpb, as in `final_roundtrip val_loss:2.1
+    val_bpb:1.2`. Lines of training and of progress state no score.
+    """
+    losses, bpbs = [*LOSS.finditer(line)], [*BPB.finditer(line)]
+    if len(losses) != 1 or len(bpbs) != 1:
+        return None
+    before = line[: min(losses[0].start(), bpbs[0].start())]
+    words = [word.strip(":|-[]()") for word in before.split() if not re.search(r"[:=]\d", word)]
+    name = " ".join(word for word in words if re.search("[A-Za-z]", word))
+    if not name or PROGRESS.search(before):
+        return None
+    return name.replace("_exact", ""), losses[0][1], bpbs[0][1]
+
+
+def is_rounded(text: str, exact: float) -> bool:
+    """Returns whether a decimal number is the exact one to the digits that it has."""
+    return math.isclose(float(text), exact, rel_tol=0, abs_tol=0.501 * 10.0 ** -decimals(text))
+
+
+def decimals(text: str) -> int:
+    """Returns the number of decimals of a decimal number."""
+    return len(text.partition(".")[2])
+
+
 def read_scores(text: str) -> dict[str, Score]:
-    """Returns the scores of a log. Tokens, bytes and stride are 0 where it does not state them."""
-    tokens = last_number(text, r"^val_loader:.* tokens:(\d+)", int) or 0
-    scores = {}
-    for name, line in SCORE_LINES.items():
-        exact = re.findall(rf"^{line}_exact val_loss:(\S+) val_bpb:(\S+)", text, re.MULTILINE)
-        if exact:
-            loss, bpb = map(float, exact[-1])
-            nats = tokens * loss
-            scores[name] = Score(
-                val_loss=loss,
-                val_bpb=bpb,
-                nats=nats,
-                tokens=tokens,
-                bytes=round(nats / (math.log(2) * bpb)) if bpb else 0,
-                seconds=(last_number(text, rf"^{line} .*eval_time:(\d+)ms") or math.nan) / 1000,
-                stride=last_number(text, rf"^{line} .*stride:(\d+)", int) or 0,
-            )
-    return scores
+    """Returns the scores of a log in its order; the last one is that of the run.
+
+    Tokens, bytes and stride are 0 where the log does not state them. A line of another name that
+    repeats the last score is no score of its own. Raises ValueError for a score that is not finite,
+    and for a line after the last score that seems to state another one.
+    """
+    scores: dict[str, tuple[float, float]] = {}
+    lines: dict[str, str] = {}
+    keys: dict[str, str] = {}
+    unread = ""
+    for line in text.splitlines():
+        score = read_score(line)
+        if score is None:
+            known = [bpb for _, bpb in scores.values()]
+            unread = line.strip() if may_be_score(line, known) else unread
+            continue
+        unread, (name, loss, bpb) = "", score
+        if not math.isfinite(float(loss) + float(bpb)):
+            raise ValueError(f"a score of NaN or infinity: {line.strip()}")
+        key = keys.setdefault(name, name_of(name, scores))
+        repeated = [
+            other
+            for other, values in scores.items()
+            if is_rounded(loss, values[0]) and is_rounded(bpb, values[1])
+        ]
+        repeats_last = bool(scores) and [*scores][-1] in repeated
+        if repeats_last and key not in scores and key not in SCORE_LINES:
+            continue
+        before = scores.pop(key, None)
+        scores[key] = before if before and key in repeated else (float(loss), float(bpb))
+        lines[key] = f"{lines.get(key, '')}{line}\n"
+    if unread:
+        raise ValueError(f"a line that seems to be a score is not understood: {unread:.200}")
+    tokens = last_number(text, r"(?:^val_loader:.* tokens|\bval_tokens): ?(\d+)", int) or 0
+    return {name: make_score(*scores[name], tokens, lines[name]) for name in scores}
+
+
+def name_of(line: str, known: Container[str]) -> str:
+    """Returns the name of a score whose line begins so; `known` are names that are taken."""
+    for name, start in SCORE_LINES.items():
+        if f" {line}".endswith(f" {start}"):
+            return name
+    return "float" if UNQUANTIZED.search(line) and "float" not in known else line
+
+
+def may_be_score(line: str, known: Iterable[float]) -> bool:
+    """Returns whether a line has a number of bits per byte that is none of the known ones."""
+    for number in ANY_BPB.finditer(line):
+        text, before = number[1] or number[2], line[: number.start()]
+        repeats = any(is_rounded(text, bpb) for bpb in known)
+        if not (float(text) < MIN_BPB or repeats or PROGRESS.search(before) or PART.search(before)):
+            return True
+    return False
+
+
+def make_score(loss: float, bpb: float, tokens: int, lines: str) -> Score:
+    """Returns a score from its two units, the tokens scored, and its lines in the log."""
+    nats = tokens * loss
+    ms = last_number(lines, r"\b(?:eval_)?time[:=](\d+)ms")
+    return Score(
+        val_loss=loss,
+        val_bpb=bpb,
+        nats=nats,
+        tokens=tokens,
+        bytes=round(nats / (math.log(2) * bpb)) if bpb else 0,
+        seconds=math.nan if ms is None else ms / 1000,
+        stride=last_number(lines, r"\bstride[:=](\d+)", int) or 0,
+    )
 
 
 def read_log(path: Path) -> Run:
     """Returns the run of a train log: its last start, and the steps that this one continued."""
-    starts = split_starts(path.read_text(encoding="utf-8", errors="replace"))
+    starts = split_starts(without_source(decode(path)))
     text = starts[-1]
     settings = {name: parse_setting(name, x) for name, x in read_pairs(text, "corpus").items()}
-    seed = last_number(text, r"\bseed:(\d+)", int)
+    seed = last_number(text, r"(?i)\bseed[\"']?\s*[:=]\s*(\d+)\b(?!\.)", int)
     if seed is not None:
         settings.setdefault("seed", seed)
     scores = read_scores(text)
-    ends = re.findall(r"^step:(\d+)/\d+ .*train_time:(\d+)ms step_avg:(\S+)ms", text, re.MULTILINE)
+    steps = last_number(text, r"^(?:step:)?(\d+)/\d+ .*(?:train|val)_loss:", int)
     verdicts = dict(re.findall(r"^limit:(\w+) .* (PASS|FAIL)$", text, re.MULTILINE))
-    status = "over a limit" if "FAIL" in verdicts.values() else "ok" if scores else "cut off"
+    # train_gpt.py states its verdicts last. Other scripts state nothing behind their last score.
+    ended = verdicts if settings.keys() - {"seed"} else set(filter(of_artifact, scores))
+    status = "cut off" if not (scores and ended) else "ok"
+    status = "over a limit" if "FAIL" in verdicts.values() else status
     error = re.search(r"^error: (.*)", text, re.MULTILINE | re.DOTALL)
     sizes = {
         "code": last_number(text, r"^Code size: (\d+) bytes", int),
-        "model": last_number(text, r"^Serialized model int6\+\w+: (\d+) bytes", int),
-        "total": last_number(text, r"^Total submission size int6\+\w+: (\d+) bytes", int),
+        "model": last_number(text, r"^Serialized model \S+: (\d+) bytes", int),
+        "total": last_number(text, r"^Total submission size(?: \S+)?: (\d+) bytes", int),
     }
     return Run(
         path=path,
@@ -325,8 +448,8 @@ def read_log(path: Path) -> Run:
         seconds={name: float(x) for name, x in read_pairs(text, "seconds").items() if x},
         verdicts=verdicts,
         curve=read_curve(starts),
-        steps=int(ends[-1][0]) if ends else 0,
-        step_ms=float(ends[-1][2]) if ends else math.nan,
+        steps=steps or 0,
+        step_ms=last_number(text, r"^step:.* step_avg: ?([\d.]+)ms") or math.nan,
         parameters=last_number(text, r"^model_params:(\d+)", int) or 0,
         machine=read_pairs(text, "device", " dtype:"),
         ranks=last_number(text, r"^world_size:(\d+)", int) or 1,
@@ -387,16 +510,48 @@ def read_runs(paths: Iterable[str | Path]) -> list[Run]:
     for path in map(Path, paths):
         if path.is_file() or (path / "result.json").exists():
             runs.append(read_run(path))
-            continue
-        found = {file.parent for name in ("result.json", "command.sh") for file in path.rglob(name)}
-        inner = sorted(found) or sorted(path.glob("*.log"))
-        if not inner:
-            raise RunError(f"{path}: it has no result.json and no .log; give finished runs")
-        for run in inner:
-            if not is_set_aside(run):
-                planned = (run / "command.sh").exists()
-                runs.append(read_trial(run) if planned else read_run(run))
+        else:
+            runs += [read_trial(run) if is_planned(run) else read_run(run) for run in find(path)]
     return runs
+
+
+def is_planned(run: Path) -> bool:
+    """Returns whether a folder is that of a sweep's trial, which may not have run."""
+    return (run / "command.sh").exists()
+
+
+def find(folder: Path) -> list[Path]:
+    """Returns the folders of runs in a folder, at any depth, or else its logs, in order.
+
+    The logs are those of the folder, or else of the folders in it. A copy of another log is left
+    out. Raises RunError if there are none.
+    """
+    names = ("result.json", "command.sh")
+    try:
+        list(folder.iterdir())  # rglob finds nothing in a folder that cannot be read
+        found = sorted({file.parent for name in names for file in folder.rglob(name)})
+        for logs in (folder.glob("*"), folder.rglob("*")):
+            found = found or distinct([path for path in sorted(logs) if is_log(path)])
+    except OSError as error:
+        raise RunError(f"{error.filename}: {NO_RUNS}: {error.strerror}; {GIVE_RUNS}") from None
+    if not found:
+        raise RunError(f"{folder}: {NO_RUNS}; {GIVE_RUNS}")
+    return [run for run in found if not is_set_aside(run)]
+
+
+def is_log(path: Path) -> bool:
+    """Returns whether a path is a log by its name: a .log, or a .txt with "log" or "train"."""
+    name = path.name.lower()
+    named = re.search("(?:log|train).*[.]txt$", f"{path.parent.name}/{name}".lower())
+    return name.endswith(".log") or bool(named and "requirements" not in name)
+
+
+def distinct(logs: list[Path]) -> list[Path]:
+    """Returns logs without copies; of equal logs the one whose name has a seed, or the first."""
+    by_text: dict[bytes, Path] = {}
+    for path in sorted(logs, key=lambda path: split_name(path)[1] is None):
+        by_text.setdefault(path.read_bytes() if path.is_file() else str(path).encode(), path)
+    return sorted(by_text.values())
 
 
 def is_set_aside(folder: Path) -> bool:

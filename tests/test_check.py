@@ -320,7 +320,7 @@ STUDY = {
     ),
     "the last score": (
         log(r"^(final_int8_zlib_roundtrip_exact .* val_bpb:\d\.\d{6})\d\d", r"\g<1>00"),
-        "last score .*; needed: .*, by sliding",
+        "last score final_int8_zlib_roundtrip; needed: one of float, plain, sliding, window, ttt",
     ),
     "a score of another text": (
         log(r"^(DIAGNOSTIC post_ema_exact .* val_bpb:)(\S+)", raise_bpb),
@@ -334,9 +334,10 @@ STUDY = {
         log(r"^(final_int6_roundtrip_exact val_loss:)\S+", r"\1nan"),
         f"{SEED7}: .*NaN.*; needed: a train log",
     ),
-    "no final score": (cut("final_int6"), f"{SEED7}: ok: its log ends too early; needed: a score"),
+    "no final score": (cut("final_int6"), f"{SEED7}: cut off: its log ends too early; nee"),
     "no score": (cut("DIAGNOSTIC"), f"{SEED7}: cut off: .*; needed: a score"),
-    "no verdicts": (cut("limit:"), "limits: {}; needed: 3 verdicts"),
+    "no verdicts": (cut("limit:"), f"{SEED7}: cut off: its log ends too early; needed: a score"),
+    "a missing verdict": (log("^limit:train_seconds.*\n", ""), "limits: {.*}; needed: 3 verdicts"),
     "a failed run": (log(r"\Z", "error: a signal\n"), "failed: a signal; needed: a score"),
     "code size": (log(r"^Code size: \d+", "Code size: 80000"), "Code size: 80000; needed: "),
     "the size of the source": (
