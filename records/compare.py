@@ -35,7 +35,7 @@ from train_gpt import VAL_BYTES, Score, env_form
 RECORD_GAIN, RECORD_P = 0.005, 0.01  # the challenge's rule: nats a token, and the p of that claim
 VAL_TOKENS = 62_021_845  # of the challenge's validation text, at a vocabulary of 1,024
 ALPHA, POWER = 0.05, 0.8
-LAST = "last"  # as the name of a score: the last one of each run, whatever the pass
+LAST = "last"  # the name of the score of a run that is its last, whatever the pass
 BASES = ("base", "none")  # usual names of the trial that changes nothing
 ONE_TRIAL = "Bits per byte (bpb): mean +- standard deviation over all seeds that have a score."
 LEGEND = f"""\
@@ -106,14 +106,12 @@ def difference(a: np.ndarray, b: np.ndarray, paired: bool) -> Difference:
 # ---- What can be compared ----
 
 
-def pass_of(run: Run, score: str) -> str:
-    """Returns the name of the run's own score that `score` means."""
-    return run.final if score == LAST else score
-
-
-def score_of(run: Run, score: str) -> Score:
-    """Returns the score of a run that `score` means."""
-    return run.scores[pass_of(run, score)]
+def with_last(runs: Iterable[Run]) -> list[Run]:
+    """Returns runs that have their last score under the name LAST as well."""
+    return [
+        replace(run, scores={LAST: run.scores[run.final], **run.scores}) if run.final else run
+        for run in runs
+    ]
 
 
 def common_score(runs: Sequence[Run], score: str | None) -> str:
@@ -122,13 +120,9 @@ def common_score(runs: Sequence[Run], score: str | None) -> str:
     Raises CompareError if there is none.
     """
     finished = [run for run in runs if run.finished]
-    common = [
-        name
-        for name in (finished[0].scores if finished else ())
-        if all(name in run.scores for run in finished)
-    ]
-    allowed = [*common, LAST] if all(run.scores for run in finished) else []
-    if finished and (score in allowed if score else common):
+    names = finished[0].scores if finished else {}
+    common = [name for name in names if all(name in run.scores for run in finished)]
+    if score in common or (not score and {*common} - {LAST}):
         return score or common[-1]
     found = "; ".join(f"{run.called} has {', '.join(run.scores) or 'none'}" for run in finished)
     raise CompareError(
@@ -139,9 +133,8 @@ def common_score(runs: Sequence[Run], score: str | None) -> str:
 
 def has_score(run: Run, score: str) -> bool:
     """Returns whether the run has finished with a finite score."""
-    if not run.finished or pass_of(run, score) not in run.scores:
-        return False
-    return math.isfinite(score_of(run, score).val_loss + score_of(run, score).val_bpb)
+    found = run.scores.get(score) if run.finished else None
+    return found is not None and math.isfinite(found.val_loss + found.val_bpb)
 
 
 def counted(group: Sequence[Run], score: str) -> list[Run]:
@@ -216,7 +209,7 @@ def is_one_training(x: Run, y: Run) -> bool:
 def check_seeds(pairs: Iterable[tuple[Run, Run]], score: str) -> None:
     """Raises CompareError if two runs are copies, or one training under two seeds."""
     for x, y in pairs:
-        a, b = (run.scores.get(pass_of(run, score)) for run in (x, y))
+        a, b = (run.scores.get(score) for run in (x, y))
         if a and b and (a.val_loss, a.val_bpb) == (b.val_loss, b.val_bpb):
             raise CompareError(
                 f"{x.called} and {y.called} have the same score to the last digit, {a.val_bpb}: "
@@ -234,8 +227,7 @@ def same_tokens(x: Run, y: Run, score: str) -> bool:
 
     Raises CompareError if the validation text differs, or the stride of scoring on equal tokens.
     """
-    a, b = score_of(x, score), score_of(y, score)
-    one_pass = pass_of(x, score) == pass_of(y, score)
+    a, b = x.scores[score], y.scores[score]
     # Other scripts leave out the end of the challenge's text; logs round the score.
     tolerance = 1e-4 if math.isclose(a.bytes, VAL_BYTES, rel_tol=1e-4) else 1e-7
     same_bytes = a.bytes > 0 and math.isclose(a.bytes, b.bytes, rel_tol=tolerance)
@@ -250,6 +242,7 @@ def same_tokens(x: Run, y: Run, score: str) -> bool:
         raise CompareError(
             f"different or unknown validation data: {'; '.join(texts)}; score both on one text"
         )
+    one_pass = score != LAST or x.final == y.final
     if same and one_pass and a.stride and b.stride and a.stride != b.stride:
         raise CompareError(
             f"{x.called} was scored at stride {a.stride}, {y.called} at {b.stride}; score both "
@@ -260,13 +253,14 @@ def same_tokens(x: Run, y: Run, score: str) -> bool:
 
 def check_effect(a: Sequence[Run], b: Sequence[Run], score: str) -> None:
     """Raises EqualScoresError if each seed has the same score in two groups of runs."""
-    of_a, of_b = ({run.seed: score_of(run, score)[:2] for run in side} for side in (a, b))
+    of_a, of_b = ({run.seed: run.scores[score][:2] for run in side} for side in (a, b))
     shared = of_a.keys() & of_b.keys()
     if len(shared) < min(len(a), len(b)) or any(of_a[seed] != of_b[seed] for seed in shared):
         return
     first, other = a[0].choices, b[0].choices
     names = [n for n in sorted({*first, *other}) if first.get(n) != other.get(n)]
-    reason = f"{', '.join(names).upper()} has no effect on it" if names else "they are copies"
+    reason = "what differs has no effect on it" if names else "they are copies"
+    reason += f": {', '.join(names).upper()}" * bool(names)
     if a[0].final != b[0].final:
         reason += f"; --score {LAST} compares {a[0].final} with {b[0].final}"
     raise EqualScoresError(f"each seed has the same score ({score}) as in {b[0].name}: {reason}")
@@ -347,12 +341,12 @@ def compare(group_a: Sequence[Run], group_b: Sequence[Run], score: str | None = 
         notes += [f"seed {x} is in one of {a[0].name} and {b[0].name} only" for x in unpaired]
         a, b = [seeds_a[seed] for seed in shared], [seeds_b[seed] for seed in shared]
 
-    bpb_a, bpb_b = (np.array([score_of(x, score).val_bpb for x in side]) for side in (a, b))
-    nats_a, nats_b = (np.array([score_of(x, score).val_loss for x in side]) for side in (a, b))
+    bpb_a, bpb_b = (np.array([x.scores[score].val_bpb for x in side]) for side in (a, b))
+    nats_a, nats_b = (np.array([x.scores[score].val_loss for x in side]) for side in (a, b))
     bpb, nats, record_p = difference(bpb_a, bpb_b, paired), None, None
     if one_tokenizer:
         nats = difference(nats_a, nats_b, paired)
-        if record_rule_applies(score_of(a[0], score)):
+        if record_rule_applies(a[0].scores[score]):
             record_p = float(t_test(nats_a + RECORD_GAIN, nats_b, paired, "less").pvalue)
     return Comparison(
         score=score,
@@ -428,7 +422,7 @@ def score_table(rows: list[Row]) -> Table:
         table[0] += [f"difference to {rows[0].name}", "95 % interval", "p", "p (Holm)"]
         table[0] += ["detectable", "test", "difference in nats"] + ["record"] * has_records
     for row in rows:
-        values = [score_of(run, score).val_bpb for run in counted(row.runs, score)]
+        values = [run.scores[score].val_bpb for run in counted(row.runs, score)]
         missing = f" of {len(row.runs)}" if len(values) < len(row.runs) else ""
         spread = f" +- {stdev(values):.5f}" if len(values) > 1 else ""
         cells = [row.name, f"{len(values)}{missing}", f"{fmean(values or [math.nan]):.5f}{spread}"]
@@ -528,12 +522,12 @@ def as_json(value: Run | Comparison) -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; returns its exit status."""
     args = parse(argv)
-    groups, base = by_name(read_runs(args.runs)), args.base
+    groups, base = by_name(with_last(read_runs(args.runs))), args.base
     if args.against:
         name, base = args.runs[0], args.against[0]
         if name == base:
             raise CompareError(f"{name} is on both sides; give another group after --against")
-        groups = {base: read_runs(args.against), name: read_runs(args.runs)}
+        groups = {base: with_last(read_runs(args.against)), name: with_last(read_runs(args.runs))}
     rows = compare_all(groups, base, args.score)
     if args.json:
         print(json.dumps([vars(row) for row in rows], indent=2, default=as_json))

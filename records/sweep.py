@@ -196,8 +196,8 @@ class Sweep:
     def due(self, retry: bool) -> list[Trial]:
         """Returns the trials that are to be run; with `retry` those that failed as well."""
         states = {trial: self.state(trial) for trial in self.trials}
-        again = {trial for trial in states if retry and states[trial] not in (*DONE, "running")}
-        return [trial for trial in states if states[trial] in DUE or trial in again]
+        kept = {*DONE, "running"}
+        return [t for t in states if states[t] in DUE or (retry and states[t] not in kept)]
 
     def weights_of(self, trial: Trial) -> Path | None:
         """Returns the weights that a trial quantizes. Raises SweepError if they do not exist."""
@@ -217,7 +217,7 @@ class Sweep:
 
         Raises SweepError if the folder has another sweep.
         """
-        unfinished = [trial for trial in self.trials if self.state(trial) not in (*DONE, "running")]
+        unfinished = self.due(retry=True)
         for trial in unfinished:
             self.weights_of(trial)
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ import train_gpt as tg
 sys.path.insert(0, str(ROOT / "records"))
 
 import plot
-from compare import CompareError, compare
+from compare import compare
 from runs import read_run, read_runs
 
 LONG = "XSA_LAST_N=0+MUON_WD=0.02+MATRIX_LR=0.03"
@@ -157,13 +157,6 @@ def test_a_run_is_read_from_its_log(finished):
     figure = plot.make([read_run(folder / "train.log")], "loss", x="tokens")
     assert names_of(figure) == ["tiny (1)"]
     assert [*points_of(figure)] == pytest.approx([0.001024 * n for n in range(1, 7)])
-
-
-def test_a_mean_is_over_seeds_of_the_same_settings(tmp_path):
-    run, other = runs_of(tmp_path, seed1={}, seed2={"h": settings(matrix_lr=0.5)})
-    for kind in {*plot.KINDS} - {"bytes"}:
-        with pytest.raises(CompareError, match="MATRIX_LR is"):
-            plot.make([run, other], kind)
 
 
 # ---- Loss and schedule ----
