@@ -31,12 +31,15 @@ from runs import (
     INCIDENTAL,
     SCORE_LINES,
     Run,
+    RunError,
     by_name,
-    decode,
+    is_one_training,
     parse_setting,
+    read_text,
     split_starts,
     train_gpt,
 )
+from tool import tool
 
 RECORD_SEEDS = 3
 RECORD_RANKS, RECORD_GPU = 8, "H100"
@@ -99,7 +102,7 @@ class Check:
             known = FILES.fullmatch(path.name)
             self.expect(known, path.name, "beside the program", "logs and pictures only")
             if plain and path.suffix in (".log", ".md", ".json", ".txt"):
-                found = MACHINE_PATH.search(decode(path))
+                found = MACHINE_PATH.search(read_text(path))
                 self.expect(not found, path.name, found and found[0], "no path of a machine")
         track, name = self.told.get("track"), f"{self.told.get('date')}_{self.told.get('name')}"
         at, tracks = self.folder.resolve(), (RECORD, NON_RECORD)
@@ -109,7 +112,7 @@ class Check:
 
     def check_logs(self) -> None:
         """Checks that each log is complete, consistent with itself and the program, and no copy."""
-        texts = [decode(run.path) for run in self.runs]
+        texts = [read_text(run.path) for run in self.runs]
         for run, text in zip(self.runs, texts, strict=True):
             file, named = run.path.name, LOG_NAME.fullmatch(run.path.name)
             self.expect(named, file, "its name", f"{LOGS} or train_<arm>_seed<N>.log")
@@ -137,8 +140,8 @@ class Check:
             if one.name == other.name:
                 if exact_scores(one) == exact_scores(other) != {}:
                     same.append("the scores")
-                if losses(one) == losses(other) != []:
-                    same.append("the losses")
+                if is_one_training(one, other):
+                    same.append("the training")
             found = f"{', '.join(same)} of {one.path.name}"
             self.expect(not same, other.path.name, found, "its own")
 
@@ -399,13 +402,11 @@ def may_share_weights(run: Run, other: Run) -> bool:
     return len(lengths) > 1 or math.isclose(a, b, rel_tol=1e-5)
 
 
-def losses(run: Run) -> list[float]:
-    """Returns the training losses of a run."""
-    return [loss for _, _, loss in run.curve]
-
-
 def find_faults(folder: Path, run: bool = True) -> list[str]:
-    """Returns all faults of a submission folder, a line each; the program runs only with `run`."""
+    """Returns all faults of a submission folder, a line each; the program runs only with `run`.
+
+    Raises OSError if there is no room for a copy of the program.
+    """
     check = Check(folder)
     parts = [check.check_files, check.check_logs, check.check_arms, check.check_one_text]
     parts += [check.check_record, check.check_submission, check.check_readme]
@@ -416,10 +417,13 @@ def find_faults(folder: Path, run: bool = True) -> list[str]:
         try:
             part()
         except Exception as error:  # a strange folder may raise any
+            if part == check.check_program and isinstance(error, OSError):
+                raise
             check.expect(False, "folder", f"{part.__name__}: {error!r:.300}", "what can be checked")
     return check.faults
 
 
+@tool
 def main(argv: list[str]) -> int:
     """Prints all faults of a folder; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -429,8 +433,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--no-run", action="store_true", help="do not import or run the program")
     args = parser.parse_args(argv)
     if not args.folder.is_dir():
-        print(f"error: {args.folder}: no such folder", file=sys.stderr)
-        return 2
+        raise RunError(f"{args.folder}: no such folder; give the folder of a submission")
+    list(args.folder.iterdir())  # raises OSError if it cannot be read
     faults = find_faults(args.folder, run=not args.no_run)
     ran = "the program was not run" if args.no_run else "the program was imported and run twice"
     print("\n".join(faults or [f"ok: files, logs, figures and rules; {ran}"]))

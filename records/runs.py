@@ -41,7 +41,7 @@ SCORE_LINES = {
     "window": "final_int6_window",
     "ttt": "legal_ttt",
 }
-NUMBER = r"[-+]?(?:\d[\d.]*(?:e[-+]?\d+)?|nan|inf)\b"
+NUMBER = r"[-+]?(?:\d+(?:\.\d+)?(?:e[-+]?\d+)?|nan|inf)\b"
 # The values of a score, and names of what is no score of an artifact.
 LOSS, BPB = (re.compile(rf"\bval_{unit}\s*[:=]\s*({NUMBER})", re.I) for unit in ("loss", "bpb"))
 UNQUANTIZED = re.compile(r"pre[-_ ]?quant|post[-_ ]ema|unquantized", re.IGNORECASE)
@@ -118,6 +118,20 @@ class Run:
     def final(self) -> str:
         """The name of the score that counts, which is the last one; empty if there is none."""
         return next(reversed(self.scores), "")
+
+
+def is_one_training(x: Run, y: Run) -> bool:
+    """Returns whether two runs have weights of one training, which was resumed or quantized again.
+
+    Their scores before quantization are equal, or the first losses that both have.
+    """
+    a, b = (run.scores.get("float") for run in (x, y))
+    if a and b and (a.val_loss, a.val_bpb) == (b.val_loss, b.val_bpb):
+        return True
+    losses_x, losses_y = ({step: loss for step, _, loss in run.curve} for run in (x, y))
+    steps = sorted(losses_x.keys() & losses_y.keys())[:3]
+    # Logs have four decimals. Few steps may be equal by chance.
+    return len(steps) > 2 and all(abs(losses_x[n] - losses_y[n]) < 1e-4 for n in steps)
 
 
 def by_name(runs: Iterable[Run]) -> dict[str, list[Run]]:

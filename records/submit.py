@@ -13,6 +13,7 @@ The folder is made only if records/check.py finds no fault in it.
 import argparse
 import json
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -27,7 +28,21 @@ import figures
 from check import MACHINE_PATH, find_faults
 from figures import FIGURES, NEEDS, NON_RECORD, PROGRAM, READABLE, RECORD, TEXT, scored
 from program import imported_packages, parse_source
-from runs import ROOT, Run, by_name, is_set_aside, read_run, read_text, read_trial, split_name
+from runs import (
+    ROOT,
+    Run,
+    RunError,
+    by_name,
+    is_set_aside,
+    read_run,
+    read_text,
+    read_trial,
+    split_name,
+)
+from tool import tool
+from train_gpt import env_form
+
+SCHEDULE = ("iterations", "max_wallclock_seconds")  # what RESUME may change of a training
 
 README = """# {name}
 
@@ -101,6 +116,10 @@ def find_disagreements(runs: list[Run]) -> list[str]:
         if len({run.seed for run in arm}) < len(arm):
             faults.append(f"{name}: seeds {[run.seed for run in arm]}; needed: each once")
     for run in runs:
+        changed = {k: x for k, x in run.resumed.get("changed", {}).items() if k in SCHEDULE}
+        if changed:
+            other = f"resumed from a run with {env_form(changed)}"
+            faults.append(f"{run.path}: {other}; needed: a training that its command repeats")
         if not (run.path / "train.log").exists():
             continue
         logged = read_run(run.path / "train.log")
@@ -143,12 +162,33 @@ def build(folder: Path, runs: list[Run], args: argparse.Namespace) -> None:
     (folder / FIGURES).write_text(text + "\n", encoding="utf-8")
     needs = requirements(source.decode(), first)
     (folder / NEEDS).write_text("\n".join([*needs, ""]), encoding="utf-8")
-    prose = args.text.read_text(encoding="utf-8").strip() + "\n\n" if args.text else ""
+    prose = read_prose(args.text) + "\n\n" if args.text else ""
     for path in draw_plots(runs, folder, base) if args.plots else []:
         prose += f"![{path.stem}]({path.name})\n\n"
     about |= {"figures": figures.block(logged, main, base), "prose": prose}
     about["source"] = f", packed; `{READABLE}` is its source" if packed else ""
     (folder / TEXT).write_text(README.format(**about), encoding="utf-8")
+
+
+def read_prose(path: Path) -> str:
+    """Returns the text of --text. Raises RunError if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise RunError(f"--text: {path}: {error.reason}; save it as UTF-8") from None
+
+
+def copy_whole(folder: Path, target: Path) -> None:
+    """Copies a folder. Raises OSError or RunError and leaves no part of it if that fails."""
+    partial = target.with_name(f"{target.name}.part")
+    try:
+        shutil.copytree(folder, partial)
+        partial.rename(target)
+    except shutil.Error as error:  # lists source, target and reason of each file
+        _, path, reason = error.args[0][0]
+        raise RunError(f"{path}: {reason}; make room, or give another --out") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def requirements(source: str, run: Run) -> list[str]:
@@ -181,8 +221,9 @@ def submit(args: argparse.Namespace) -> tuple[Path, list[str]]:
             faults.append(f"--{option}: {name}; needed: an arm with scores, of {', '.join(arms)}")
     if target.exists():
         faults.append(f"{target}: it exists; needed: another --name or --date")
-    if not re.fullmatch(r"[\w.+=-]+", args.name):
-        faults.append(f"--name: {args.name}; needed: letters, digits and _ . + = -")
+    if not re.fullmatch(r"[^\W_][\w.+=-]*", args.name):  # others could be Markdown
+        needed = "a letter or digit, then letters, digits and _ . + = -"
+        faults.append(f"--name: {args.name}; needed: {needed}")
     of_main = arms.get(args.main, [])
     if not scored(of_main):
         faults += [
@@ -194,7 +235,7 @@ def submit(args: argparse.Namespace) -> tuple[Path, list[str]]:
         build(staged, runs, args)
         faults += find_faults(staged, run=False)
         if not faults:
-            shutil.copytree(staged, target)
+            copy_whole(staged, target)
     return target, faults
 
 
@@ -216,16 +257,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@tool
 def main(argv: list[str]) -> int:
     """Makes the folder or prints all reasons against it; returns the exit status 0 or 2."""
+    args = parse(argv)
     try:
-        target, faults = submit(parse(argv))
-    except (OSError, ValueError) as error:  # of runs, plots and comparisons as well
-        target, faults = Path(), [str(error)]
+        target, faults = submit(args)
+    except ValueError as error:  # of runs, plots and comparisons as well
+        target, faults = args.out, [str(error)]
     for fault in faults:
         print(f"error: {fault}", file=sys.stderr)
     if not faults:
-        print(f"{target}\nnext: python records/check.py {target}")
+        print(f"{target}\nnext: python records/check.py {shlex.quote(str(target))}")
     return 2 if faults else 0
 
 

@@ -437,7 +437,10 @@ def test_all_reasons_are_listed_at_once(small, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"main": "tiny", "name": "../../b"}, "--name: ../../b; needed: letters"),
+        (
+            {"main": "tiny", "name": "../../b"},
+            "--name: ../../b; needed: a letter or digit, then letters",
+        ),
         ({"main": "other"}, "--main: other; needed: an arm with scores, of lost, plain, tiny"),
         ({"main": "lost"}, "seed42: nan: step"),
         ({"main": "tiny", "base": "lost"}, "--base: lost; needed: an arm with scores"),
