@@ -28,7 +28,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
-from runs import INCIDENTAL, Run, RunError, by_name, read_runs
+from runs import INCIDENTAL, Run, RunError, by_name, is_one_training, read_runs
 from tool import tool
 from train_gpt import VAL_BYTES, Score, env_form
 
@@ -124,7 +124,8 @@ def common_score(runs: Sequence[Run], score: str | None) -> str:
     common = [name for name in names if all(name in run.scores for run in finished)]
     if score in common or (not score and {*common} - {LAST}):
         return score or common[-1]
-    found = "; ".join(f"{run.called} has {', '.join(run.scores) or 'none'}" for run in finished)
+    kinds = {", ".join(run.scores) or "none": run.called for run in reversed(finished)}
+    found = "; ".join(f"{called} has {scores}" for scores, called in kinds.items())
     raise CompareError(
         f"not all runs have {f'the score {score}' if score else 'a common score'}: "
         f"{found or 'no run has finished'}; choose other runs, or --score {LAST}"
@@ -192,20 +193,6 @@ def check_group(runs: Sequence[Run], score: str = "") -> None:
     check_seeds(itertools.combinations(runs, 2), score)
 
 
-def is_one_training(x: Run, y: Run) -> bool:
-    """Returns whether two runs have weights of one training, which was resumed or quantized again.
-
-    Their scores before quantization are equal, or the first losses that both have.
-    """
-    a, b = (run.scores.get("float") for run in (x, y))
-    if a and b and (a.val_loss, a.val_bpb) == (b.val_loss, b.val_bpb):
-        return True
-    losses_x, losses_y = ({step: loss for step, _, loss in run.curve} for run in (x, y))
-    steps = sorted(losses_x.keys() & losses_y.keys())[:3]
-    # Logs have four decimals. Few steps may be equal by chance.
-    return len(steps) > 2 and all(abs(losses_x[n] - losses_y[n]) < 1e-4 for n in steps)
-
-
 def check_seeds(pairs: Iterable[tuple[Run, Run]], score: str) -> None:
     """Raises CompareError if two runs are copies, or one training under two seeds."""
     for x, y in pairs:
@@ -225,9 +212,12 @@ def check_seeds(pairs: Iterable[tuple[Run, Run]], score: str) -> None:
 def same_tokens(x: Run, y: Run, score: str) -> bool:
     """Returns whether two runs were scored on the same tokens, or else on the same bytes only.
 
-    Raises CompareError if the validation text differs, or the stride of scoring on equal tokens.
+    Of what a log does not state, nats per bit tell the tokenizer. Raises CompareError if the
+    validation text differs, or the stride of scoring on equal tokens.
     """
     a, b = x.scores[score], y.scores[score]
+    if not (a.tokens and b.tokens):
+        return math.isclose(a.val_loss * b.val_bpb, b.val_loss * a.val_bpb, rel_tol=1e-3)
     # Other scripts leave out the end of the challenge's text; logs round the score.
     tolerance = 1e-4 if math.isclose(a.bytes, VAL_BYTES, rel_tol=1e-4) else 1e-7
     same_bytes = a.bytes > 0 and math.isclose(a.bytes, b.bytes, rel_tol=tolerance)
@@ -239,9 +229,7 @@ def same_tokens(x: Run, y: Run, score: str) -> bool:
             f"{run.val_sha256[:8] or 'unknown'}"
             for run, s in ((x, a), (y, b))
         ]
-        raise CompareError(
-            f"different or unknown validation data: {'; '.join(texts)}; score both on one text"
-        )
+        raise CompareError(f"different validation data: {'; '.join(texts)}; score both on one text")
     one_pass = score != LAST or x.final == y.final
     if same and one_pass and a.stride and b.stride and a.stride != b.stride:
         raise CompareError(
@@ -279,6 +267,8 @@ def warnings_of(runs: Sequence[Run], score: str) -> list[str]:
         failed = [name for name, verdict in run.verdicts.items() if verdict == "FAIL"]
         if failed:
             found.append(f"{run.called} is over a limit: {', '.join(failed)}")
+        if not run.scores[score].tokens:
+            found.append(f"{run.called} does not state its validation tokens; they may be others")
         changed = {k: x for k, x in run.resumed.get("changed", {}).items() if k not in INCIDENTAL}
         if changed:
             found.append(f"{run.called} was resumed from a run with {env_form(changed)}")
@@ -346,7 +336,7 @@ def compare(group_a: Sequence[Run], group_b: Sequence[Run], score: str | None = 
     bpb, nats, record_p = difference(bpb_a, bpb_b, paired), None, None
     if one_tokenizer:
         nats = difference(nats_a, nats_b, paired)
-        if record_rule_applies(a[0].scores[score]):
+        if record_rule_applies(a[0].scores[score]) and b[0].scores[score].tokens:
             record_p = float(t_test(nats_a + RECORD_GAIN, nats_b, paired, "less").pvalue)
     return Comparison(
         score=score,

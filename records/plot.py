@@ -30,7 +30,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot, which needs a display
 from matplotlib.rcsetup import cycler
 
-from compare import CompareError, check_group, common_score, compare, counted, same_tokens
+from compare import CompareError, check_group, common_score, compare, counted, failures, same_tokens
 from runs import ROOT, Run, RunError, read_runs, train_gpt
 from tool import describe, tool
 from train_gpt import ARTIFACT
@@ -256,12 +256,8 @@ def with_score(trials: Trials) -> tuple[str, Trials, list[str]]:
     notes = []
     if any(run.final != score for run in runs):
         notes.append(f"Some runs have a later score than {score}.")
+    notes += [f"{line}." for of_trial in trials.values() for line in failures(of_trial, score)]
     kept = {name: counted(of_trial, score) for name, of_trial in trials.items()}
-    without = [
-        r.called for name, of_trial in trials.items() for r in of_trial if r not in kept[name]
-    ]
-    if without:
-        notes.append(f"Without a finite score, or without a seed: {', '.join(without)}.")
     kept = {name: of_trial for name, of_trial in kept.items() if of_trial}
     if not kept:
         raise PlotError(f"scores: {notes[-1]} Give other runs.")

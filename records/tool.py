@@ -17,7 +17,7 @@ def describe(error: Exception) -> str:
     """Returns the text of an error; of a file's, path, reason and remedy in one line."""
     if isinstance(error, OSError) and error.strerror:
         name = os.fsdecode(error.filename) if error.filename else "the output"
-        return f"{name}: {error.strerror}; free, rename or remove it, or give another path"
+        return f"{name}: {error.strerror}; give another path, or free, rename or remove it"
     return str(error)
 
 

@@ -295,7 +295,7 @@ def test_differences_of_scores_are_those_of_compare(tmp_path):
     assert not [line for line in right.lines if line.get_marker() == "o"]  # no pairs
     notes = note_of(figure)
     assert "lone is not compared: only seed 1 has a score" in notes
-    assert "Without a finite score, or without a seed: nan seed 2." in notes
+    assert "NOT COUNTED: nan seed 2: no finite score." in notes
     assert str(tmp_path) not in notes
 
 
@@ -306,7 +306,7 @@ def test_the_score_is_the_last_that_all_runs_have(tmp_path):
     assert figure.axes[0].lines[0].get_xdata() == pytest.approx([1.9])
     assert figure.axes[0].get_xlabel() == "bits per byte (float)"
     assert "Some runs have a later score than float." in note_of(figure)
-    assert "different or unknown validation data: a seed 1: 9 tokens" in note_of(figure)
+    assert "different validation data: a seed 1: 9 tokens" in note_of(figure)
 
 
 @pytest.mark.parametrize(("total", "near"), [(480_000, False), (15_900_000, True)])
@@ -377,7 +377,7 @@ LOG = "step:1/9 train_loss:3.0 train_time:0ms step_avg:0.0ms\n"
         (["good", "other/good"], ["a seed is twice in one group"]),
         (["failed"], ["(oom: no memory): failed seed 1337", "give finished runs"]),
         (["strange", "--kind", "schedule"], ["strange", "ITERATIONS"]),
-        (["good", "--out", "file/x"], ["file", "Not a directory; free, rename or"]),
+        (["good", "--out", "file/x"], ["file", "Not a directory; give another path"]),
         (["good", "--out", "file"], ["file: File exists"]),
         (["good", "--out", "dangling"], ["dangling: File exists"]),
         (["dangling"], ["dangling: it has no result.json"]),

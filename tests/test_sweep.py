@@ -244,7 +244,11 @@ FAULTS_OF_FILES = {
     "--file absent": (["--file", "absent"], lambda out: None, "absent: No such file"),
     "--file dangling": (["--file", "d"], lambda out: Path("d").symlink_to("x"), "d: No such"),
     "--file folder": (["--file", "d"], lambda out: Path("d").mkdir(), "d: Is a directory"),
-    "full disk": ([], lambda out: None, "an out/sweep.json: No space left on device; free"),
+    "full disk": (
+        [],
+        lambda out: None,
+        "an out/sweep.json: No space left on device; give another path",
+    ),
     "out is a file": ([], lambda out: out.touch(), "an out/sweep.json: Not a directory"),
     "out dangles": ([], lambda out: out.symlink_to("absent"), "an out: File exists"),
     "plan": ([], lambda out: (out / "sweep.json").mkdir(parents=True), "sweep.json: Is a"),
@@ -280,8 +284,8 @@ def test_output_that_fails_is_one_line(stub, out):
     process = start(out, "MUON_WD=0", "--list", stdout=open("/dev/full", "w"))
     assert process.wait(60) == 2
     assert process.stderr.read() == (
-        "error: the output: No space left on device; free, rename or remove it, or give another "
-        "path\n"
+        "error: the output: No space left on device; give another path, or free, rename or remove "
+        "it\n"
     )
 
 
