@@ -28,7 +28,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
-from runs import INCIDENTAL, Run, RunError, by_name, is_one_training, read_runs
+from runs import SCHEDULE, Run, RunError, by_name, is_one_training, read_runs
 from tool import tool
 from train_gpt import VAL_BYTES, Score, env_form
 
@@ -167,6 +167,11 @@ def scored_group(group: Sequence[Run], score: str) -> list[Run]:
     return runs
 
 
+def schedule_before(run: Run) -> dict[str, Any]:
+    """Returns the settings of the schedule that RESUME has changed, as they were before."""
+    return {k: x for k, x in run.resumed.get("changed", {}).items() if k in SCHEDULE}
+
+
 def check_group(runs: Sequence[Run], score: str = "") -> None:
     """Raises CompareError unless the runs are trainings that differ in SEED only.
 
@@ -177,9 +182,12 @@ def check_group(runs: Sequence[Run], score: str = "") -> None:
     if len(set(seeds)) < len(seeds):
         raise CompareError(f"a seed is twice in one group: {runs[0].name} has {seeds}")
     for run in runs[1:]:
-        first, own = runs[0].choices, run.choices
-        if score == LAST:
-            first, own = first | {"last score": runs[0].final}, own | {"last score": run.final}
+        first, own = (
+            x.choices
+            | {f"{k} before RESUME": value for k, value in schedule_before(x).items()}
+            | ({"last score": x.final} if score == LAST else {})
+            for x in (runs[0], run)
+        )
         for name in sorted({*first, *own}):
             if first.get(name) != own.get(name):
                 values = f"{first.get(name)} in {runs[0].called}, {own.get(name)} in {run.called}"
@@ -269,7 +277,7 @@ def warnings_of(runs: Sequence[Run], score: str) -> list[str]:
             found.append(f"{run.called} is over a limit: {', '.join(failed)}")
         if not run.scores[score].tokens:
             found.append(f"{run.called} does not state its validation tokens; they may be others")
-        changed = {k: x for k, x in run.resumed.get("changed", {}).items() if k not in INCIDENTAL}
+        changed = schedule_before(run)
         if changed:
             found.append(f"{run.called} was resumed from a run with {env_form(changed)}")
     for name, title in COMMON.items():

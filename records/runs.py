@@ -27,6 +27,7 @@ SETTING_TYPES: dict[str, Any] = {f.name: f.type for f in fields(train_gpt.Hyperp
 
 # Settings that say where or how a run was executed, not what was trained.
 INCIDENTAL = {"run_id", "run_dir", "resume", "seed", "data_path", "tokenizer_path", "preset"}
+SCHEDULE = ("iterations", "max_wallclock_seconds")  # what RESUME may change of a training
 # Settings that belong to one run and are left out of the command that repeats it.
 OF_ONE_RUN = {"run_id", "run_dir", "resume", "seed"}
 

@@ -262,6 +262,7 @@ def edit(*keys, seed=None, **values):
     return change
 
 
+LONGER = {"step": 5, "changed": {"iterations": 9, "run_dir": "x"}}
 RESUMED = edit(seed=9, train_losses=[3.1, 2.5, 2.0, 0.9])
 SAME_WEIGHTS = {"float": result(1.5, 0)["scores"]["plain"]}
 REFUSED = [
@@ -276,6 +277,7 @@ REFUSED = [
         {"change": edit("settings", seed=7, matrix_lr=0.04)},
     ),
     ("DATA_PATH is None in .*, b in a", {"change": edit("settings", seed=7, data_path="/a/b")}),
+    ("ITERATIONS BEFORE RESUME is None in .*, 9 in", {"change": edit(seed=7, resumed=LONGER)}),
     ("several programs.*a seed 7 has sha256 07", {"change": edit(seed=7, code_sha256="07")}),
     ("only seed 1337 has a score; .* another SEED", {"bpbs": BETTER[:1], "seeds": SEEDS[:1]}),
     ("no run has a score", {"change": edit(status="failed")}),
@@ -313,7 +315,7 @@ def test_the_score_is_one_that_all_runs_have(tmp_path):
     assert c.score == "plain"
     assert c.notes == ["compared by plain, but some runs have sliding: see --score last"]
     assert compare(base, trial(tmp_path / "c", BETTER)).score == "sliding"
-    with pytest.raises(CompareError, match="the score sliding: .*; a seed 1337 has plain;"):
+    with pytest.raises(CompareError, match=r"the score sliding: .*; a seed 1337 has plain;"):
         compare(lacking, base, "sliding")
     with pytest.raises(CompareError, match="a common score"):
         compare(lacking, trial(tmp_path / "d", BETTER, change=drop("plain")))
@@ -481,7 +483,7 @@ def test_limits_machines_and_programs_that_differ_are_named(tmp_path):
     def change(values):
         values |= {"status": "over a limit", "verdicts": {"a": "PASS", "total_bytes": "FAIL"}}
         values |= {"machine": {"device": "gpu"}, "code_sha256": "07her"}
-        values |= {"resumed": {"step": 5, "changed": {"iterations": 9, "run_dir": "x"}}}
+        values["resumed"] = LONGER
 
     notes = compare(trial(tmp_path / "a", BETTER, change=change), trial(tmp_path / "b")).notes
     assert "a seed 7 is over a limit: total_bytes" in notes
