@@ -30,6 +30,7 @@ from figures import FIGURES, NEEDS, NON_RECORD, PROGRAM, READABLE, RECORD, TEXT,
 from program import imported_packages, parse_source
 from runs import (
     ROOT,
+    SCHEDULE,
     Run,
     RunError,
     by_name,
@@ -41,8 +42,6 @@ from runs import (
 )
 from tool import tool
 from train_gpt import env_form
-
-SCHEDULE = ("iterations", "max_wallclock_seconds")  # what RESUME may change of a training
 
 README = """# {name}
 
@@ -70,7 +69,7 @@ def collect(paths: list[Path], alone: str) -> tuple[list[Run], list[str]]:
     folders = set()
     for path in paths:
         found = {file.parent.resolve() for file in path.rglob("*") if file.name in marks}
-        faults += [] if found else [f"{path}: no run is there"]
+        faults += [] if found else [f"{path}: no run is there; give folders of finished runs"]
         folders |= found
     for folder in sorted(folder for folder in folders if not is_set_aside(folder)):
         run = read_trial(folder)

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "records"))
 import check
 import train_gpt as tg
 from compare import markdown_table
-from runs import Run, command, read_run, read_runs
+from runs import Run, RunError, command, read_run, read_runs
 
 ENTRIES = sorted(path.parent for path in (ROOT / "records").glob("track_*/*/submission.json"))
 PAGE = (ROOT / "records" / "README.md").read_text(encoding="utf-8")
@@ -142,6 +142,130 @@ def test_the_tables_of_our_runs_are_those_of_compare():
     ]
     for name, text in tables:
         assert text == markdown_table(read_runs([ROOT / "records" / name]))
+
+
+# ---- Logs of other scripts ----
+
+STEP = "step:9/9 val_loss:2.0 val_bpb:1.3 train_time:60ms step_avg:6.67ms\n"
+BASELINE = f"""\
+import torch
+a, b = 3, 1.2341 bpb
+{"=" * 100}
+val_loader:shards pattern=./data/fineweb_val_*.bin tokens:62021632
+seed:1337
+step:1/9 train_loss:6.9 train_time:40ms step_avg:40.00ms
+{STEP}Serialized model int8+zlib: 100 bytes
+Total submission size int8+zlib: 150 bytes
+final_int8_zlib_roundtrip val_loss:2.0727 val_bpb:1.2244 eval_time:1401ms
+final_int8_zlib_roundtrip_exact val_loss:2.07269931 val_bpb:1.22436570
+"""
+REPEATED = "int6 val_loss:2.1 val_bpb:1.30001\nsliding val_loss:2 val_bpb:1.2\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "bpb"),
+    [
+        (BASELINE, "final_int8_zlib_roundtrip", 1.2243657),
+        (f"{BASELINE}my_ttt val_loss:2.05 val_bpb:1.2143 elapsed:9s\n", "my_ttt", 1.2143),
+        (f"{BASELINE}eval stride:64 val_loss:2.01 val_bpb:1.191\n", "eval", 1.191),
+        (f"{BASELINE}q_exact sliding val_loss:2.0 sliding val_bpb:1.18\n", "q sliding", 1.18),
+        (f"{BASELINE}ttt:done val_loss=1.9 val_bpb=1.1\n", "ttt:done", 1.1),
+        (f"{BASELINE}[10:20:30] 7 mine val_bpb: 1.1 val_loss: 1.9\n", "mine", 1.1),
+        (f"{BASELINE}legal_ttt val_loss:1.9 val_bpb:1.1\nval_bpb:   1.1\n", "ttt", 1.1),
+        (f"{BASELINE}chunk 1/9 bpb=1.2\nrunning_bpb:1.1111\ngap: 0.0123 bpb\n", None, 1.2243657),
+        (f"{REPEATED}last val_loss:2 val_bpb:1.2000\n", "sliding", 1.2),
+        (f"{REPEATED}last val_loss:2.1 val_bpb:1.3000\n", "last", 1.3),
+        (f"{REPEATED}int6 val_loss:2.3 val_bpb:1.4\n", "int6", 1.4),
+    ],
+)
+def test_the_last_score_of_a_log_is_the_score(tmp_path, text, name, bpb):
+    (tmp_path / "a.log").write_text(text)
+    run = read_run(tmp_path / "a.log")
+    assert (run.status, run.scores[run.final].val_bpb) == ("ok", bpb)
+    assert run.final == (name or "final_int8_zlib_roundtrip")
+    if text.startswith(BASELINE):
+        assert (run.seed, run.steps, run.step_ms) == (1337, 9, 6.67)
+        assert run.sizes == {"model": 100, "total": 150}
+        first = run.scores["final_int8_zlib_roundtrip"]
+        assert (first.tokens, first.seconds) == (62021632, 1.401)
+    else:  # unknown is not a value
+        assert (run.seed, run.scores[run.final].tokens, run.steps) == (None, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("FINAL_BPB=1.1234", '"post_ttt_val_bpb": 1.0631,', "1.0712 bits per byte"),
+        *("val_loss:1.9 val_bpb:1.1234", "final val_bpb:1.1234", "mine val_loss:nan val_bpb:nan"),
+        "both val_loss:2.0 val_bpb:1.22 sliding val_loss:1.9 val_bpb:1.15",
+    ],
+)
+def test_a_line_that_may_be_a_score_is_named(tmp_path, line):
+    (tmp_path / "a.log").write_text(f"{BASELINE}{line}\n")
+    with pytest.raises(RunError, match=re.escape(line)):
+        read_run(tmp_path / "a.log")
+
+
+@pytest.mark.parametrize(
+    "end", ["", "diagnostic quantized val_loss:2 val_bpb:1.2", "pre-quant val_loss:2 val_bpb:1.2"]
+)
+def test_a_log_without_the_score_of_an_artifact_has_not_finished(tmp_path, end):
+    (tmp_path / "a.log").write_text(STEP + end)
+    assert read_run(tmp_path / "a.log").status == "cut off"
+
+
+@pytest.mark.parametrize(
+    ("change", "seeds"),
+    [
+        (lambda text: text, [1337]),
+        (lambda text: text.replace("seed:1337", ""), [None, 1337]),
+        (lambda text: text.replace("seed:1337", "seed = 7"), [7, 1337]),
+    ],
+)
+def test_another_log_is_another_seed_only_if_it_says_so(tmp_path, change, seeds):
+    (tmp_path / "train_seed1337.log").write_text(BASELINE)
+    (tmp_path / "train.log").write_text(change(BASELINE))
+    assert [run.seed for run in read_runs([tmp_path])] == seeds
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(BASELINE.encode(encoding) for encoding in ("utf-8-sig", "utf-16")),
+        BASELINE.replace("\n", "\r\n").encode(),
+        b"caf\xe9 \xff\n" + BASELINE.encode(),
+        BASELINE.replace("final", "\x1b[32mfinal\x1b[0m").encode(),
+    ],
+)
+def test_a_log_of_any_encoding_is_read(tmp_path, data):
+    for name, content in (("a.log", BASELINE.encode()), ("b.log", data)):
+        (tmp_path / name).write_bytes(content)
+    a, b = (read_run(tmp_path / name) for name in ("a.log", "b.log"))
+    assert (a.scores, a.curve, a.settings) == (b.scores, b.curve, b.settings)
+
+
+def put_link(path, to):
+    path.symlink_to(to)
+    return path
+
+
+BROKEN = {
+    "missing": lambda at: at / "x.log",
+    "dangling": lambda at: put_link(at / "x.log", at / "none"),
+    "a loop": lambda at: put_link(at / "x.log", at / "x.log"),
+    "a long name": lambda at: at / ("x" * 300),
+    "below a file": lambda at: (at / "x").write_text("") or Path(at / "x" / "y"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize("name", ["compare", "submit", "check"])
+def test_a_path_that_cannot_be_used_ends_in_one_line(tmp_path, capsys, kind, name):
+    path = BROKEN[kind](tmp_path)
+    who = "--name A --author A --github-id a --blurb b".split() if name == "submit" else []
+    assert importlib.import_module(name).main([str(path), *who]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and str(path) in line and ";" in line
 
 
 # ---- The command of a run ----

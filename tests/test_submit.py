@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -365,6 +366,18 @@ def end_run(runs, name, text):
     shutil.rmtree(runs / "seed1337")
 
 
+def set_resumed(runs, changed):
+    result = load(runs / "seed7/result.json") | {"resumed": {"step": 2, "changed": changed}}
+    (runs / "seed7/result.json").write_text(json.dumps(result))
+
+
+def copy_training(runs):
+    """Seed 42 is a continuation of seed 7 that states another seed, as older programs allowed."""
+    lines = re.findall("^step:./6 train_loss.*", (runs / "seed7/train.log").read_text(), re.M)
+    for number, line in enumerate(lines, 1):
+        edit(runs / "seed42/train.log", f"^step:{number}/6 train_loss.*", line)
+
+
 def lock_run(runs):
     lock = open(runs / "seed7.lock", "w")
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -397,6 +410,14 @@ REFUSED = {
         "seed7: ok; needed: runs that have ended, with their logs",
     ),
     "a failed run": (fail_run, "train_seed7.log: failed: out of memory; needed: a score"),
+    "a resumed schedule": (
+        lambda runs: set_resumed(runs, {"iterations": 3, "compile": False}),
+        "seed7: resumed from a run with ITERATIONS=3; needed: a training that its command repeats",
+    ),
+    "one training": (
+        copy_training,
+        "train_seed7.log: the training of train_seed42.log; needed: its own",
+    ),
     "a seed twice": (
         lambda runs: shutil.copytree(runs / "seed7", runs / "again/tiny/seed7"),
         r"tiny: seeds \[7, 1337, 42, 7\]; needed: each once",
@@ -445,6 +466,7 @@ def test_all_reasons_are_listed_at_once(small, tmp_path, capsys):
         ({"main": "lost"}, "seed42: nan: step"),
         ({"main": "tiny", "base": "lost"}, "--base: lost; needed: an arm with scores"),
         ({}, "--main: None; needed: an arm with scores, of lost, plain, tiny"),
+        *[({"main": "tiny", "name": x}, f"--name: {x}; needed") for x in ("__a__", "*a*", "#a")],
         ({"main": "tiny", "date": "2026-3-5"}, "date: 2026-3-5; needed: YYYY-MM-DD"),
         ({"main": "tiny", "author": " "}, "author: ; needed: text"),
         ({"main": "tiny", "text": "nowhere.md"}, "nowhere.md"),
@@ -455,4 +477,49 @@ def test_options_are_refused(small, tmp_path, capsys, options, reason):
 
 
 def test_a_folder_without_runs_is_refused(tmp_path, capsys):
-    assert refusal(capsys, tmp_path, tmp_path) == [f"error: {tmp_path}: no run is there"]
+    reason = f"error: {tmp_path}: no run is there; give folders of finished runs"
+    assert refusal(capsys, tmp_path, tmp_path) == [reason]
+
+
+def full(*_, **__):
+    raise OSError(28, "No space left on device", "the disk")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda track, patch: track.write_text(""), "track_non_record"),
+        (lambda track, patch: track.symlink_to(track / "a/b"), "track_non_record"),
+        (lambda track, patch: patch.setattr(Path, "write_text", full), "the disk: No space left"),
+        (lambda track, patch: patch.setattr(Path, "rename", full), "the disk: No space left"),
+        (lambda track, patch: patch.setattr(shutil, "copystat", full), "No space left"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_leaves_nothing(
+    small, tmp_path, capsys, monkeypatch, spoil, reason
+):
+    track = tmp_path / "track_non_record_16mb"
+    if spoil(track, monkeypatch) is None and not track.is_symlink():
+        track.mkdir()
+    (line,) = refusal(capsys, tmp_path, small / "tiny")
+    assert reason in line and ";" in line
+
+
+@pytest.mark.parametrize("name", ["with space", "it's", "a;b"])
+def test_the_next_command_can_be_pasted(small, tmp_path, capsys, name):
+    make_entry(tmp_path / name, small / "tiny")
+    folder, command = capsys.readouterr().out.splitlines()
+    assert shlex.split(command)[-2:] == ["records/check.py", folder]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_text_is_read_with_or_without_a_byte_order_mark(small, tmp_path, capsys, encoding):
+    text, out = tmp_path / "text.md", tmp_path / "out"
+    text.write_bytes("Größe\n".encode(encoding))
+    if encoding == "utf-16":
+        out.mkdir()
+        (line,) = refusal(capsys, out, small / "tiny", text=text)
+        assert f"{text}: " in line and "save it as UTF-8" in line
+    else:
+        page = (make_entry(out, small / "tiny", text=text) / "README.md").read_text("utf-8")
+        assert "\nGröße\n" in page and "\ufeff" not in page
