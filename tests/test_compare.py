@@ -167,34 +167,24 @@ def test_the_detectable_difference_is_found_four_times_in_five(a, b, paired):
 
 
 @pytest.mark.parametrize(
-    ("gain", "noise", "is_record"),
+    ("gain", "noise", "text", "verdict"),
     [
-        (0.005, 1e-7, False),
-        (0.0051, 1e-7, True),
-        (0.02, 1e-7, True),
-        (0.02, 0.005, False),
-        (-0.02, 1e-7, False),
+        (0.005, 1e-7, CHALLENGE, "no, p = "),
+        (0.0051, 1e-7, CHALLENGE, "yes, p = "),
+        (0.02, 0.005, CHALLENGE, "no, p = "),
+        (-0.02, 1e-7, CHALLENGE, "no, p = "),
+        (0.02, 1e-7, (VAL_BYTES, VAL_BYTES), ""),  # the rule is for that text and those tokens
+        (0.02, 1e-7, (VAL_TOKENS, 25 * BYTES), ""),
     ],
 )
-def test_a_record_is_better_by_more_than_5_millinats(tmp_path, capsys, gain, noise, is_record):
-    nats_per_bpb = math.log(2) * VAL_BYTES / VAL_TOKENS
+def test_a_record_is_better_by_more_than_5_millinats(tmp_path, capsys, gain, noise, text, verdict):
+    nats_per_bpb = math.log(2) * text[1] / text[0]
     change = (gain + noise * np.array([1, -1, 1.5, -1.5])) / nats_per_bpb
-    base = trial(tmp_path / "base", text=CHALLENGE)
-    c = compare(trial(tmp_path / "a", np.array(BASE) - change, text=CHALLENGE), base)
-    assert (c.record_p < 0.01) is is_record
+    base = trial(tmp_path / "base", text=text)
+    c = compare(trial(tmp_path / "a", np.array(BASE) - change, text=text), base)
     assert c.nats.mean == pytest.approx(-gain, abs=1e-9)
-    row = printed(capsys, tmp_path)[0][1]
-    assert row["record"].startswith("yes, p = " if is_record else "no, p = ")
-
-
-@pytest.mark.parametrize(
-    "text", [(TOKENS, BYTES), (VAL_BYTES, VAL_BYTES), (VAL_TOKENS, 25 * BYTES)]
-)
-def test_the_rule_for_records_is_for_the_challenges_text_and_tokens(tmp_path, capsys, text):
-    trial(tmp_path / "base", text=text)
-    trial(tmp_path / "a", BETTER, text=text)
-    row = printed(capsys, tmp_path)[0][1]
-    assert "record" not in row and numbers(row["difference in nats"])[0] < 0
+    assert (c.record_p is None) == (not verdict)
+    assert printed(capsys, tmp_path)[0][1].get("record", "").startswith(verdict)
 
 
 # ---- Pairs ----
@@ -270,7 +260,6 @@ REFUSED = [
     ("different validation data", {"change": edit(seed=7, val_sha256="07her")}),
     ("999,997 bytes.*score both on one text", {"text": (TOKENS, BYTES - 3)}),
     ("200,000 tokens, 500,000 bytes", {"text": (TOKENS // 2, BYTES // 2)}),
-    ("200,000 tokens, 1,000,000 bytes", {"text": (TOKENS // 2, BYTES)}),  # of one hash
     ("at stride 128.*at 64.*EVAL_STRIDE", {"change": edit("scores", "sliding", stride=128)}),
     (
         "MATRIX_LR is 0.02 in a seed 1337, 0.04 in",
@@ -412,7 +401,6 @@ def test_logs_of_a_folder_are_trials_by_name(tmp_path, capsys):
     [
         ("logs/seed_test", "seed_test", None),
         ("logs/base/seed-7", "base", -7),
-        ("logs/base_seed7", "base", 7),
         ("logs/v1.2/seed7", "v1.2", 7),
         ("logs/base/seed7/train.log", "base", None),
         ("2026-03-25_Theirs/train_seed42.log", "2026-03-25_Theirs", 42),
@@ -424,13 +412,6 @@ def test_logs_of_a_folder_are_trials_by_name(tmp_path, capsys):
 )
 def test_trial_and_seed_by_name(path, trial, seed):
     assert (trial_of(Path(path)), split_name(Path(path))[1]) == (trial, seed)
-
-
-def test_the_seed_of_a_log_is_that_of_its_text_or_else_of_its_name(tmp_path):
-    first, second = (put_log(tmp_path / f"train_seed{s}.log", 1.5, s) for s in (3, 4))
-    first.write_text(first.read_text().replace("seed:3", ""))
-    second = second.rename(tmp_path / "train_seed9.log")
-    assert [read_run(first).seed, read_run(second).seed] == [3, 4]
 
 
 # ---- What is printed ----

@@ -90,7 +90,7 @@ def run(out, *argv, env=None):
     return sweep.main([*argv, "--out", str(out)], env or {})
 
 
-def start(out, *argv, stdout=subprocess.PIPE):
+def start(out, *argv):
     """Starts a sweep of the stub in a process of its own."""
     code = f"""
 import signal, sys
@@ -102,7 +102,7 @@ sweep.ROOT = Path({str(sweep.ROOT)!r})
 sys.exit(sweep.main(sys.argv[1:], {{}}))
 """
     command = [sys.executable, "-c", code, *argv, "--out", str(out)]
-    return subprocess.Popen(command, env=KEPT, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=KEPT, stdout=subprocess.PIPE, text=True)
 
 
 def wait_until(holds, seconds=60):
@@ -124,7 +124,8 @@ def test_grid_one_at_a_time_and_file(tmp_path):
     path = tmp_path / "sweep.toml"
     path.write_text(
         "seeds = [3, 4]\n[base]\nSMEAR_GATE = true\nPRESET = 'cpu'\n"
-        "[trials.layers]\nVE_LAYERS = '0,1'\n[trials.none]\n"
+        "[trials.layers]\nVE_LAYERS = '0,1'\n[trials.none]\n",
+        encoding="utf-8-sig",
     )
     base, trials = sweep.read_file(path, [])
     assert base == {"SMEAR_GATE": "1", "PRESET": "cpu"}
@@ -159,9 +160,8 @@ def refused(out, capsys, *argv, env=None):
         (["--num_layers", "3"], "--num_layers: unknown; settings are given as NUM_LAYERS=3"),
         (["WEATHER=1"], "WEATHER is not a setting"),
         (["SEED=1,2"], "--seeds"),
-        (["RUN_ID=a"], "--out"),
         (["XSA_LAST_N"], "SETTING=VALUE"),
-        (["XSA_LAST_N=1,1"], "the same name and seed"),
+        (["XSA_LAST_N=1", "--seeds", "1,1"], "the same name and seed"),
         (["XSA_LAST_N=1", "--seeds=-1"], "seed -1"),
         (["XSA_LAST_N=1", "--seeds", "1,b"], "1,b"),
         (["XSA_LAST_N=1", "--seeds", ""], "give whole numbers"),
@@ -171,12 +171,10 @@ def refused(out, capsys, *argv, env=None):
         (["--cpu"], "no trials"),
         (["XSA_LAST_N=1", "--file", "a.toml"], "XSA_LAST_N=1: --file has the trials"),
         (["XSA_LAST_N=1"], "--cpu"),  # no GPU is here
-        (["XSA_LAST_N=1", "--cpu", "0"], "--cpu"),
         (["XSA_LAST_N=1", "--gpus", "0", "--ranks", "2"], "--ranks 2"),
         (["MUON_WD=0", "--slurm=gpu -p"], "gpu is no option"),
         (["MUON_WD=0", "--slurm=--comment='a"], "No closing quotation"),
         (["MUON_WD=0", "--slurm=--array=1-2"], "the sweep sets --array"),
-        (["MUON_WD=0", "--slurm=-a 1-2"], "the sweep sets --array"),
         (["MUON_WD=0", "--slurm=--comment='a\nb'"], "options have one line"),
         (["MUON_WD=0", "--slurm", "--array-limit", "0"], "at least 1"),
     ],
@@ -218,8 +216,6 @@ TRIALS = "\n[trials.a]\n"
         ("[trials.a.MUON_WD]\nx=0", "[trials.a]: MUON_WD = {'x': 0}: give"),
         ("[[trials]]\nMUON_WD=0", "trials is no table"),
         (f"{TRIALS}MUON_WDD = 0", "[trials.a]: MUON_WDD is not known; did you mean MUON_WD?"),
-        (f"{TRIALS}muon_wd = 0", "did you mean MUON_WD?"),
-        (f"{TRIALS}QUANT_BITS = 6", "QUANT_BITS is a setting of published scripts"),
         (f"{TRIALS}SEED = 6", "use --seeds"),
         (f"{TRIALS}VE_LAYERS = [0, 1]", "VE_LAYERS = [0, 1]: give str, int, float"),
         (f"{TRIALS}NUM_LAYERS = true", "NUM_LAYERS = True: give str, int, float"),
@@ -228,7 +224,6 @@ TRIALS = "\n[trials.a]\n"
         (f"seeds = 7{TRIALS}", "seeds = 7: give whole numbers"),
         (f"seeds = '1337'{TRIALS}", "seeds = '1337': give"),
         (f"seeds = [true, 1.5]{TRIALS}", "seeds = [True, 1.5]: give"),
-        ("seeds = [1]", "no trials"),
         (f"{TRIALS}MUON_WD = ", "Invalid value"),
         ("[trials.'a[b]']", "[trials.a[b]]: use letters"),
         (b"[trials.a\xff]", "can't decode byte"),
@@ -240,6 +235,7 @@ def test_nothing_in_a_file_is_ignored(stub, out, tmp_path, capsys, text, message
     assert message in refused(out, capsys, "--file", str(path), "--cpu")
 
 
+COMMAND = "MUON_WD=0/seed1337/command.sh"
 FAULTS_OF_FILES = {
     "--file absent": (["--file", "absent"], lambda out: None, "absent: No such file"),
     "--file dangling": (["--file", "d"], lambda out: Path("d").symlink_to("x"), "d: No such"),
@@ -254,11 +250,7 @@ FAULTS_OF_FILES = {
     "plan": ([], lambda out: (out / "sweep.json").mkdir(parents=True), "sweep.json: Is a"),
     "lock": ([], lambda out: (out / "sweep.lock").mkdir(parents=True), "sweep.lock: Is a"),
     "trial is a file": ([], lambda out: [out.mkdir(), (out / "MUON_WD=0").touch()], "MUON_WD=0"),
-    "command": (
-        [],
-        lambda out: (out / "MUON_WD=0/seed1337/command.sh").mkdir(parents=True),
-        "Is a",
-    ),
+    "command": ([], lambda out: (out / COMMAND).mkdir(parents=True), "command.sh: Is a directory"),
     "program": ([], lambda out: Path("checkout/train_gpt.py").unlink(), "train_gpt.py: No such"),
     "weights": (["--quantize", "w"], lambda out: None, "w/seed1337/final_model.safetensors: no"),
 }
@@ -279,20 +271,9 @@ def test_a_file_that_cannot_be_used_is_one_line(stub, out, capsys, monkeypatch, 
     assert message in error and error.count("\n") == 1
 
 
-def test_output_that_fails_is_one_line(stub, out):
-    """The device refuses each write, as a full disk does."""
-    process = start(out, "MUON_WD=0", "--list", stdout=open("/dev/full", "w"))
-    assert process.wait(60) == 2
-    assert process.stderr.read() == (
-        "error: the output: No space left on device; give another path, or free, rename or remove "
-        "it\n"
-    )
-
-
-def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
-    path = tmp_path / "sweep.toml"
-    path.write_text("[trials.a]\n", encoding="utf-8-sig")
-    assert sweep.read_file(path, [7]) == ({}, [sweep.Trial("a", (), 7)])
+def test_output_that_fails_is_one_line(stub, out, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))
+    assert "error: the output: No space left" in refused(out, capsys, "MUON_WD=0", "--list")
 
 
 def test_a_trial_gets_its_own_settings_only(stub, out, monkeypatch):
