@@ -19,9 +19,13 @@ from pathlib import Path
 from textwrap import dedent
 
 import torch
-from conftest import ROOT
+from conftest import ROOT, TINY
 
 import train_gpt as tg
+
+# A smaller model than TINY, and steps of 4 sequences in 2 micro-batches; 2 ranks may share them.
+QUICK = {**TINY, "NUM_LAYERS": "2", "TRAIN_BATCH_TOKENS": "256", "MICRO_BATCH_TOKENS": "128"}
+QUICK |= {"EVAL_STRIDE": "0"}
 
 KEPT = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
 KEPT |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
@@ -154,7 +158,7 @@ class Ranks:
         """Returns everything that the ranks have printed."""
         return self.out.read_text(encoding="utf-8", errors="replace")
 
-    def end(self, seconds: float = 60.0) -> list[int]:
+    def end(self, seconds: float = 120.0) -> list[int]:
         """Returns the exit statuses. Kills ranks that take longer and raises AssertionError."""
         ends = time.monotonic() + seconds
         for process in self.ranks:
