@@ -46,13 +46,12 @@ NUMBER = r"[-+]?(?:\d+(?:\.\d+)?(?:e[-+]?\d+)?|nan|inf)\b"
 # The values of a score, and names of what is no score of an artifact.
 LOSS, BPB = (re.compile(rf"\bval_{unit}\s*[:=]\s*({NUMBER})", re.I) for unit in ("loss", "bpb"))
 UNQUANTIZED = re.compile(r"pre[-_ ]?quant|post[-_ ]ema|unquantized", re.IGNORECASE)
-DIAGNOSTIC = re.compile("diagnostic", re.IGNORECASE)
+DIAGNOSTIC = re.compile("^float$|diagnostic", re.IGNORECASE)
 PROGRESS = re.compile(r"\d+/\d+|\d%|\b(step|epoch|iter\w*)s?\W*\d|\brunning", re.IGNORECASE)
-PART = re.compile("batch|chunk|running", re.IGNORECASE)  # of the validation text
 MIN_BPB = 0.5  # smaller numbers are differences
 # A number of two decimals or more beside the name of the unit: perhaps a score.
 ANY_BPB = re.compile(
-    r"(?:bpb|bits[ _-]per[ _-]byte)[^\w\n-]{0,12}(\d+\.\d\d+|nan\b|inf\b)|"
+    r"(?<!running_)(?<!batch_)(?:bpb|bits[ _-]per[ _-]byte)[^\w\n-]{0,12}(\d+\.\d\d+|nan\b|inf\b)|"
     r"\b(\d+\.\d\d+) (?:bpb|bits per byte)\b",
     re.IGNORECASE,
 )
@@ -327,11 +326,6 @@ def read_pairs(text: str, first: str, within: str = "") -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-def of_artifact(name: str) -> bool:
-    """Returns whether a score of this name may be that of the artifact."""
-    return name != "float" and not DIAGNOSTIC.search(name)
-
-
 def read_score(line: str) -> tuple[str, str, str] | None:
     """Returns name, nats a token and bits per byte of a line that states a score, or None.
 
@@ -351,12 +345,8 @@ def read_score(line: str) -> tuple[str, str, str] | None:
 
 def is_rounded(text: str, exact: float) -> bool:
     """Returns whether a decimal number is the exact one to the digits that it has."""
-    return math.isclose(float(text), exact, rel_tol=0, abs_tol=0.501 * 10.0 ** -decimals(text))
-
-
-def decimals(text: str) -> int:
-    """Returns the number of decimals of a decimal number."""
-    return len(text.partition(".")[2])
+    decimals = len(text.partition(".")[2])
+    return abs(float(text) - exact) <= 0.501 * 10.0**-decimals
 
 
 def read_scores(text: str) -> dict[str, Score]:
@@ -410,7 +400,7 @@ def may_be_score(line: str, known: Iterable[float]) -> bool:
     for number in ANY_BPB.finditer(line):
         text, before = number[1] or number[2], line[: number.start()]
         repeats = any(is_rounded(text, bpb) for bpb in known)
-        if not (float(text) < MIN_BPB or repeats or PROGRESS.search(before) or PART.search(before)):
+        if not (float(text) < MIN_BPB or repeats or PROGRESS.search(before)):
             return True
     return False
 
@@ -442,9 +432,9 @@ def read_log(path: Path) -> Run:
     steps = last_number(text, r"^(?:step:)?(\d+)/\d+ .*(?:train|val)_loss:", int)
     verdicts = dict(re.findall(r"^limit:(\w+) .* (PASS|FAIL)$", text, re.MULTILINE))
     # train_gpt.py states its verdicts last. Other scripts state nothing behind their last score.
-    ended = verdicts if settings.keys() - {"seed"} else set(filter(of_artifact, scores))
-    status = "cut off" if not (scores and ended) else "ok"
-    status = "over a limit" if "FAIL" in verdicts.values() else status
+    final = [name for name in scores if not DIAGNOSTIC.search(name)]
+    ended = final and (verdicts or not settings.keys() - {"seed"})
+    status = "over a limit" if "FAIL" in verdicts.values() else "ok" if ended else "cut off"
     error = re.search(r"^error: (.*)", text, re.MULTILINE | re.DOTALL)
     sizes = {
         "code": last_number(text, r"^Code size: (\d+) bytes", int),
@@ -526,13 +516,10 @@ def read_runs(paths: Iterable[str | Path]) -> list[Run]:
         if path.is_file() or (path / "result.json").exists():
             runs.append(read_run(path))
         else:
-            runs += [read_trial(run) if is_planned(run) else read_run(run) for run in find(path)]
+            for run in find(path):
+                planned = (run / "command.sh").exists()
+                runs.append(read_trial(run) if planned else read_run(run))
     return runs
-
-
-def is_planned(run: Path) -> bool:
-    """Returns whether a folder is that of a sweep's trial, which may not have run."""
-    return (run / "command.sh").exists()
 
 
 def find(folder: Path) -> list[Path]:
@@ -555,17 +542,17 @@ def find(folder: Path) -> list[Path]:
 
 
 def is_log(path: Path) -> bool:
-    """Returns whether a path is a log by its name: a .log, or a .txt with "log" or "train"."""
+    """Returns whether a path is a file named as a log: a .log, or a .txt with "log" or "train"."""
     name = path.name.lower()
     named = re.search("(?:log|train).*[.]txt$", f"{path.parent.name}/{name}".lower())
-    return name.endswith(".log") or bool(named and "requirements" not in name)
+    return not path.is_dir() and (name.endswith(".log") or bool(named and "require" not in name))
 
 
 def distinct(logs: list[Path]) -> list[Path]:
     """Returns logs without copies; of equal logs the one whose name has a seed, or the first."""
     by_text: dict[bytes, Path] = {}
     for path in sorted(logs, key=lambda path: split_name(path)[1] is None):
-        by_text.setdefault(path.read_bytes() if path.is_file() else str(path).encode(), path)
+        by_text.setdefault(path.read_bytes(), path)
     return sorted(by_text.values())
 
 

@@ -144,6 +144,12 @@ def test_the_tables_of_our_runs_are_those_of_compare():
         assert text == markdown_table(read_runs([ROOT / "records" / name]))
 
 
+def test_the_page_states_the_rules_that_check_applies():
+    assert check.RECORD_SEEDS == 3
+    assert f"three seeds on {check.RECORD_RANKS}x{check.RECORD_GPU} within" in PAGE
+    assert f"`{check.figures.NON_RECORD}`, the default" in PAGE
+
+
 # ---- Logs of other scripts ----
 
 STEP = "step:9/9 val_loss:2.0 val_bpb:1.3 train_time:60ms step_avg:6.67ms\n"
