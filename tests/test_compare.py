@@ -401,13 +401,10 @@ def test_logs_of_a_folder_are_trials_by_name(tmp_path, capsys):
     [
         ("logs/seed_test", "seed_test", None),
         ("logs/base/seed-7", "base", -7),
-        ("logs/v1.2/seed7", "v1.2", 7),
         ("logs/base/seed7/train.log", "base", None),
         ("2026-03-25_Theirs/train_seed42.log", "2026-03-25_Theirs", 42),
         ("x/train_MUON_WD=0.1+seed_test_seed42.log", "MUON_WD=0.1+seed_test", 42),
         ("x/training_seed_3.txt", "training", 3),
-        ("x/trainseed3.log", "trainseed3", None),
-        ("/seed3", "", 3),
     ],
 )
 def test_trial_and_seed_by_name(path, trial, seed):
@@ -541,10 +538,11 @@ def test_what_cannot_be_compared_is_an_error(sweep, capsys, monkeypatch, argv, m
         assert "NOT COUNTED: lone seed 42: oom: lower MICRO_BATCH_TOKENS" in captured.err
 
 
-@pytest.mark.parametrize("name", ["a|b", "[red]x[b]", "_x_ <b>", "*`[a](b)`*", "a\\|b", ":smile:"])
+@pytest.mark.parametrize("name", ["a|b", "[red]x", "_x_ <b>", "*`[a](b)`*", "a\\|b", "x\ny"])
 def test_a_name_is_no_markup(tmp_path, capsys, monkeypatch, name):
     trial(tmp_path / name, BETTER)
     runs = [*trial(tmp_path / "base"), *read_runs([tmp_path / name])]
+    name = name.replace("\n", " ")
     html = MarkdownIt("commonmark").enable("table").render(markdown_table(runs))
     assert f"<td>{escape(name, quote=False)}</td>" in html
     monkeypatch.setenv("COLUMNS", "200")

@@ -407,9 +407,9 @@ def test_what_cannot_be_drawn_is_an_error(tmp_path, capsys, monkeypatch, argv, w
 
 
 def test_a_kind_that_cannot_be_drawn_leaves_the_others(tmp_path, capsys):
-    folder = write_run(tmp_path / "a")
+    folder = write_run(tmp_path / "a\udcff")
     assert plot.main([str(folder), "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr()
     assert len([*tmp_path.glob("*.png")]) == 5
-    assert "Without final_model.int6.ptz: a seed 1337." in printed.out
+    assert "Without final_model.int6.ptz: a\\udcff seed 1337." in printed.out
     assert printed.err.startswith("error: bytes: ")
