@@ -47,7 +47,9 @@ NUMBER = r"[-+]?(?:\d+(?:\.\d+)?(?:e[-+]?\d+)?|nan|inf)\b"
 LOSS, BPB = (re.compile(rf"\bval_{unit}\s*[:=]\s*({NUMBER})", re.I) for unit in ("loss", "bpb"))
 UNQUANTIZED = re.compile(r"pre[-_ ]?quant|post[-_ ]ema|unquantized", re.IGNORECASE)
 DIAGNOSTIC = re.compile("^float$|diagnostic", re.IGNORECASE)
-PROGRESS = re.compile(r"\d+/\d+|\d%|\b(step|epoch|iter\w*)s?\W*\d|\brunning", re.IGNORECASE)
+PROGRESS = re.compile(
+    r"(?<![\d/])\d+/\d+(?![\d/])|\d%|\b(step|epoch|iter\w*)s?\W*\d|\brunning", re.IGNORECASE
+)
 MIN_BPB = 0.5  # smaller numbers are differences
 # A number of two decimals or more beside the name of the unit: perhaps a score.
 ANY_BPB = re.compile(

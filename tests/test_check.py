@@ -227,22 +227,15 @@ EXEC = b', "exec"))\n'
 BPB = r"^(.*val_bpb:)(\d+\.\d+)"
 OTHER_CORPUS = every_log("^corpus:fineweb10B ", "corpus:other ")
 SLIDING = "final_int6_sliding_window"
-LONGER = r"step:6/6 \1 train_time:650000ms step_avg:108333.33ms"
 
 # Plants by the folder that they change, each with a pattern of the fault that is found.
 STUDY = {
     # submission.json
     "bytes_total": (state(bytes_total=1), r"bytes_total: 1; needed: \d{5,6}, by"),
-    "bytes_code": (state(bytes_code=84_000), r"bytes_code: 84000; needed: \d+, by"),
     "a score": (state(val_bpb=1.1), rf"{JSON}: val_bpb: 1.1; needed: 3\.\d+"),
-    "a score of a seed": (state("42", val_loss=2.0), r"_results.42.val_loss: 2.0; needed: 2\.\d+"),
-    "one more claim": (state(claimed=1.0), "claimed: 1.0; needed: nothing, by the logs"),
-    "a missing score": (state(val_bpb=None), r"val_bpb: missing; needed: 3\."),
     "NaN": (figure(r'^(  "val_loss":) [\d.]+', r"\1 NaN"), "NaN is no number; needed: a file that"),
     "damaged json": (write(JSON, "{"), f"{JSON}: Expecting .*; needed: a file that can be read"),
     "json of no object": (write(JSON, "[]"), "author: None; needed: text"),
-    "no author": (state(author=None), "author: None; needed: text"),
-    "hardware": (state(hardware="8x H100"), "hardware: 8x H100; needed: 1x "),
     "hardware that no log states": (
         both(every_log("^device:.* dtype:.*$", ""), state(hardware="H100")),
         "hardware: H100; needed: null, by the logs",
@@ -253,7 +246,6 @@ STUDY = {
     "marks": (state(blurb="Small. <details>"), "blurb: Small. <details>; needed: one line"),
     "no date": (state(date="25.03.2026"), "date: 25.03.2026; needed: YYYY-MM-DD"),
     "another date": (state(date="2026-03-26"), "folder: 2026-03-25_Tiny; needed: 2026-03-26_"),
-    "another track": (state(track="10min_16mb"), "track 10min_16mb; needed: track_non_record_16mb"),
     "no track": (move, "folder: in track_of_mine; needed: track_10min_16mb or track_non"),
     "all scores a tenth less": (every_log(BPB, lower_bpb), r"scores of \d+ bytes of text; needed"),
     "all scores a tenth less, of another corpus": (
@@ -295,49 +287,27 @@ STUDY = {
         log(r"^(DIAGNOSTIC post_ema_exact .* val_bpb:)(\S+)", raise_bpb),
         "nats a bit .*; needed: one, as of one text",
     ),
-    "other tokens": (
-        log(r"^(val_loader:.* tokens:)\d+", r"\g<1>3998"),
-        "tokens {.*}; needed: one, as of one text",
-    ),
-    "a score of NaN": (
-        log(r"^(final_int6_roundtrip_exact val_loss:)\S+", r"\1nan"),
-        f"{SEED7}: .*NaN.*; needed: a train log",
-    ),
+    "other tokens": (log(r"^(val_loader:.* tokens:)\d+", r"\g<1>3998"), "tokens {.*}; needed: one"),
+    "a score of NaN": (log(r"^(final_int6_roundtrip_exact \w+:)\S+", r"\1nan"), "NaN.*; needed: a"),
     "no final score": (cut("final_int6"), f"{SEED7}: cut off: its log ends too early; nee"),
-    "no score": (cut("DIAGNOSTIC"), f"{SEED7}: cut off: .*; needed: a score"),
-    "no verdicts": (cut("limit:"), f"{SEED7}: cut off: its log ends too early; needed: a score"),
     "a missing verdict": (log("^limit:train_seconds.*\n", ""), "limits: {.*}; needed: 3 verdicts"),
     "a failed run": (log(r"\Z", "error: a signal\n"), "failed: a signal; needed: a score"),
     "code size": (log(r"^Code size: \d+", "Code size: 80000"), "Code size: 80000; needed: "),
     "packed bytes": (log(r"^size: \d+", "size: 1000"), r"size: 1000 bytes packed; needed: \d+, as"),
-    "the sum of bytes": (
-        log(r"^(Total submission size int6\+zstd:) \d+", r"\1 100000"),
-        r"\d+ \+ \d+ = 100000 bytes; needed: the sum",
-    ),
-    "a wrong verdict": (
-        log(r"^(limit:eval_seconds .*) PASS", r"\1 FAIL"),
-        r"limit:eval_seconds .* FAIL; needed: .* of 600.0 PASS",
-    ),
+    "the sum of bytes": (log(r"^(Total .*zstd:) \d+", r"\1 100000"), "= 100000 bytes; needed: the"),
+    "a wrong verdict": (log(r"^(limit:eval_seconds .*) PASS", r"\1 FAIL"), "FAIL; needed: .* PASS"),
     "more steps": (log(" iterations:6 ", " iterations:9000 "), "steps of .6.; needed: 9000, by"),
     "an end too early": (log(r"^step:6/6 val", "step:5/6 val"), "5 steps; needed: 6, where it"),
     "steps not shown": (log(r"^step:2/6 .*\nstep:3/6 .*\n", ""), r"no line of steps \[2, 3\]"),
     "training seconds": (
-        log(r"^step:6/6 (val_loss.*) train_time:\d+ms step_avg:\S+", LONGER),
+        log(r"^(step:6/6 val_loss.* step_avg:)\S+", r"\g<1>108333.33ms"),
         r"\d\.\d s of training; needed: 650.0, the sum of its lines",
-    ),
-    "scoring seconds": (
-        log(r"^(final_int6_roundtrip val_loss.*eval_time):\d+", r"\1:700000"),
-        r"\d\.\d s of scoring; needed: 700\.\d, the sum of its lines",
     ),
     "other settings": (
         log42(" muon_wd:0.04 ", " muon_wd:0.05 "),
         rf"{SEED42}: {{'muon_wd': \(0.05, 0.04\)}}; needed: the settings of {SEED7}",
     ),
     "a copy": (copy_log(), f"{SEED42}: the scores, the training of {SEED7}"),
-    "copied scores": (
-        copy_log(r"(train_loss:\d)\.", r"\1.9"),
-        f"{SEED42}: the scores, the training of {SEED7}",
-    ),
     "copied losses": (copy_log(r"(val_(?:loss|bpb):)\d", r"\g<1>1"), f"{SEED42}: the training of"),
     "a copy of all": (
         lambda folder: [shutil.copyfile(folder / SEED7, folder / SEED42)],
@@ -360,21 +330,16 @@ STUDY = {
     "a plain program beside its source": (twin(lambda text: text), NOT_WRAPPER),
     "a source too long": (twin(lambda x: twin_of(lzma2(x + bytes(1 << 20)))), NOT_DECODED),
     "a literal cut short": (replace(PROGRAM, b'")\n', b'\n")\n'), NOT_DECODED),
-    "an early end": (twin(lambda x: twin_of(lzma2(x)[:-10])), NOT_DECODED),
-    "a second end": (twin(lambda x: twin_of(lzma2(x) + lzma2(b"print(1)"))), NOT_DECODED),
-    "no base85": (replace(PROGRAM, b'b85decode("', b'b85decode("\\'), NOT_DECODED),
     "a source that is no text": (
         both(lambda folder: (folder / READABLE).write_bytes(b"\xff"), twin(pack)),
         f"{READABLE}: .*can't decode.*; needed: a file that can be read by Python 3.10",
     ),
     "Python 3.12": (source("^RATE.*", "type Rate = int"), f"{READABLE}: .* by Python 3.10"),
     # The rest of the folder
-    "no requirements": (remove(NEEDS), f"{NEEDS}: No such file"),
     "another torch": (need("^torch==.*", "torch==1.0"), r"torch==1.0 .*; needed: .*, as it ran"),
     "a missing package": (need(r"^zstandard.*\n", ""), "without zstandard; needed: all packages"),
     "a package from elsewhere": (need(r"\Z", "x @ https://x.org/x.whl\n"), "a plain name with a"),
     "code beside it": (write("helpers.py", ""), f"helpers.py: {BESIDE}"),
-    "a plot that is no PNG": (write("loss.svg", "<svg/>"), f"loss.svg: {BESIDE}"),
     "a folder": (lambda folder: (folder / "a.png").mkdir(), "a.png: no plain file; needed: files"),
     "a link": (link_program, f"{PROGRAM}: no plain file; needed: files only"),
 }
@@ -389,24 +354,15 @@ SEVERAL = {
 RECORD = {
     "two seeds": (remove(SEED7), "train_seed<N>.log: 2 seeds; needed: 3 or more"),
     "a byte too many": (exceed_size, "16,000,001 bytes of code and artifact; needed: at most 16,0"),
-    "training": (
-        log(r"^seconds: train:\S+", "seconds: train:600.1"),
-        "600.1 training seconds; need",
-    ),
+    "training": (log(r"^seconds: train:\S+", "seconds: train:600.1"), "600.1 training sec.*; need"),
     "scoring": (log(r"^(seconds: .*) eval:\S+", r"\1 eval:600.1"), "600.1 scoring seconds; needed"),
-    "a verdict": (
-        log("^(limit:eval_seconds .*) PASS", r"\1 FAIL"),
-        "over a limit .*; needed: PASS",
-    ),
-    "no training": (
-        log(r"^(step:.*\n)+(?s:.*)^(step:.*\n)", ""),
-        "no training; needed: the steps of its training",
-    ),
+    "a verdict": (log("^(limit:eval_seconds .*) PASS", r"\1 FAIL"), "over a limit .*ed: PASS"),
+    "no training": (log(r"^(step:.*\n)+(?s:.*)^(step:.*\n)", ""), "no training; needed: the steps"),
     "another GPU": (log("NVIDIA H100 80GB HBM3", "NVIDIA A100"), "8x NVIDIA A100; needed: 8xH100"),
     "fewer GPUs": (log("^world_size:8", "world_size:4"), "4x NVIDIA H100 .*; needed: 8xH100"),
     "another text": (
-        log(r"^(val_loader:.*) tokens:\d+", r"\1 tokens:62000"),
-        r"\d+ bytes scored; needed: 151080113",
+        log(r"^(val_loader.* tokens:)\d+", r"\g<1>62000"),
+        "scored; needed: 151080113",
     ),
 }
 PLANTS = {

@@ -476,11 +476,6 @@ def test_options_are_refused(small, tmp_path, capsys, options, reason):
     assert any(reason in said for said in refusal(capsys, tmp_path, small, **options))
 
 
-def test_a_folder_without_runs_is_refused(tmp_path, capsys):
-    reason = f"error: {tmp_path}: no run is there; give folders of finished runs"
-    assert refusal(capsys, tmp_path, tmp_path) == [reason]
-
-
 def full(*_, **__):
     raise OSError(28, "No space left on device", "the disk")
 
