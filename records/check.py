@@ -3,11 +3,11 @@
     python records/check.py records/track_10min_16mb/2026-03-25_Name
 
 Each fault is one line: the file, what was found, what is needed. Exit status: 0 no fault, 1 faults,
-2 no folder, or one that cannot be read. The program is decoded without executing it, and compared with its readable source.
-Then a copy of it is imported and run twice on a CPU with a tiny model. Of the source itself only
-the syntax and the imported packages are checked: it is not searched for forbidden code, so the
-check shows what the program did in these runs and nothing else. A README's command may omit
-settings if the logs, of an older program, do not state which settings were changed.
+2 no folder that can be read. The program is decoded without executing it, and compared with its
+readable source. Then a copy of it is imported and run twice on a CPU with a tiny model. Of the
+source itself only the syntax and the imported packages are checked: it is not searched for
+forbidden code, so the check shows what the program did in these runs and nothing else. A README's
+command may omit settings if the logs, of an older program, do not state which were changed.
 """
 
 import argparse
