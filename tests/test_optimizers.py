@@ -101,6 +101,20 @@ def test_a_gradient_is_clipped_to_its_largest_norm(size):
     torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.fault(34)
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_reaches_no_weight(value):
+    h = settings()
+    model = tg.GPT(h)
+    optimizers = tg.Optimizers(model, h, tg.Ranks())
+    for p in model.parameters():
+        p.grad.fill_(0.1)
+    optimizers.gradient[7] = value
+    assert not optimizers.step(tg.Phase(1.0, 0.9, 0.0, 0.0)).isfinite()
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert all(state.isfinite().all() for state in optimizers.state().values())
+
+
 # ---- The average of the weights ----
 
 

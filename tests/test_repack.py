@@ -1,4 +1,4 @@
-"""--quantize: a saved model packed and scored again, under these settings or others."""
+"""A finished run used again: by --quantize, and by RESUME under other settings."""
 
 import json
 from pathlib import Path
@@ -6,17 +6,16 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import TINY
-from launch import result_of
+from launch import QUICK, result_of
 
 import train_gpt as tg
 
 ARTIFACT, WEIGHTS = "final_model.int6.ptz", "final_model.safetensors"
 SETTINGS = {
-    **TINY,
+    **QUICK,
     "ITERATIONS": "4",
     "WARMDOWN_ITERS": "2",
-    "EVAL_STRIDE": "0",
+    "CHECKPOINT_EVERY": "3",
     "GPTQ_ENABLED": "1",
     "GPTQ_CALIB_TOKENS": "256",
 }
@@ -54,7 +53,8 @@ def test_the_same_settings_give_the_same_bytes_once(run, env, tmp_path):
     assert before["verdicts"].keys() - result["verdicts"].keys() == {"train_seconds"}
     assert before["seconds"].keys() == {"train", "calibrate", "pack", "diagnose", "eval"}
     assert before["seconds"]["train"] > result["seconds"]["train"] == 0
-    assert {path.name for path in (tmp_path / "again").iterdir()} == files.keys() - {WEIGHTS}
+    written = {path.name for path in (tmp_path / "again").iterdir()}
+    assert written == files.keys() - {WEIGHTS, tg.CHECKPOINT}
     for folder in (run, tmp_path / "again"):  # it never overwrites a run
         assert tg.main(["--quantize", str(run / WEIGHTS)], {**env, "RUN_DIR": str(folder)}) == 2
     assert {path.name: path.read_bytes() for path in run.iterdir()} == files
@@ -65,7 +65,7 @@ def test_neither_model_variables_nor_training_data_are_needed(run, env, byte_cor
     (tmp_path / shard).write_bytes((byte_corpus / shard).read_bytes())
     keep = ("GPTQ_CALIB_TOKENS", "MICRO_BATCH_TOKENS", "EVAL_STRIDE", "RUN_DIR")
     few = {name: env[name] for name in keep} | {"DATA_PATH": str(tmp_path)}
-    assert repack(run / WEIGHTS, few)[0] == (run / ARTIFACT).read_bytes()
+    assert repack(run, few)[0] == (run / ARTIFACT).read_bytes()  # a folder stands for its weights
 
 
 TTT = {"TTT_ENABLED": "1", "TTT_CHUNK_TOKENS": "1024"}
@@ -113,3 +113,35 @@ def test_a_file_that_is_no_checkpoint_is_refused_in_a_line(run, env, tmp_path, c
         assert line.startswith(f"error: {path}: cannot be read as a checkpoint"), name
         assert len(line) < 500
         assert not (tmp_path / "again").exists()  # nor has a run begun
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_weights_without_our_metadata_are_packed(dtype, run, env, tmp_path, capsys):
+    """Those of another shape are refused by the name of a weight."""
+    path, weights = tmp_path / "other.safetensors", safetensors.torch.load_file(run / WEIGHTS)
+    safetensors.torch.save_file({name: w.to(dtype) for name, w in weights.items()}, path)
+    assert repack(path, env)[1]["status"] == "ok"
+    assert tg.main(["--quantize", str(path)], {**env, "NUM_LAYERS": "3"}) == 2
+    assert "blocks.2." in capsys.readouterr().out
+
+
+# ---- RESUME ----
+
+
+@pytest.mark.parametrize("name", ["SEED", "TRAIN_BATCH_TOKENS", "MATRIX_LR", "STP_ENABLED"])
+def test_resume_under_other_settings_is_refused(name, run, env, capsys):
+    other = {"SEED": "3", "TRAIN_BATCH_TOKENS": "512", "MATRIX_LR": "0.5", "STP_ENABLED": "1"}
+    path = run / tg.CHECKPOINT
+    assert tg.main([], {**env, "RESUME": str(path), name: other[name]}) == 2
+    shown = capsys.readouterr().out
+    assert f"RESUME={path}" in shown
+    assert name in shown
+    assert not Path(env["RUN_DIR"], tg.PROGRAM).exists()  # the same folder can be used again
+
+
+def test_a_longer_resume_is_allowed_and_recorded(run, env):
+    longer = {"ITERATIONS": "6", "EVAL_STRIDE": "16", "MICRO_BATCH_TOKENS": "256"}
+    assert tg.main([], {**env, "RESUME": str(run), **longer}) == 0
+    result = result_of(Path(env["RUN_DIR"]))
+    assert (result["resumed"]["step"], result["steps"]) == (3, 6)
+    assert result["resumed"]["changed"]["iterations"] == 4

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import train_gpt as tg
@@ -84,9 +85,7 @@ NARROW = {"model_dim": 64, "num_heads": 2, "num_kv_heads": 1}
     ("made", "layers", "model_dim"),
     [
         (Tiny, 2, 512),
-        (Tiny.from_env({}), 2, 512),
         (dataclasses.replace(Tiny(), **NARROW), 2, 64),
-        (Tinier, 2, 128),
         (Tinier(**NARROW), 2, 64),
         (Tiny.from_env({"NUM_LAYERS": "3"}), 3, 512),
         (Tiny.from_env({"PRESET": "byte_jepa"}), 13, 512),
@@ -139,14 +138,13 @@ def assert_refused(text: str, says: str) -> None:
     ("text", "says"),
     [
         ("NUM_LAYERS=eleven", "must be a whole number"),
-        ("NUM_LAYERS=", "must be a whole number"),
         ("NUM_LAYERS=0", "must be from 1 to 200"),
-        ("SEED=1.0", "must be a whole number"),
         ("MATRIX_LR=", "must be a number"),
         ("MATRIX_LR=nan", "must be from 0 to 1e+18"),
         ("MATRIX_LR=-0.1", "must be from 0 to 1e+18"),
+        pytest.param("MAX_WALLCLOCK_SECONDS=inf", "must be from 0 to", marks=fault(25)),
+        pytest.param("MAX_WALLCLOCK_SECONDS=-1", "must be from 0 to", marks=fault(25)),
         ("SMEAR_GATE=true", "must be 0 or 1"),
-        ("SMEAR_GATE=2", "must be 0 or 1"),
         ("PRESET=gpu", "must be one of cpu, "),
         ("ATTN=fast", "must be one of auto, "),
     ],
@@ -155,22 +153,14 @@ def test_a_value_of_another_kind_is_refused(text, says):
     assert_refused(text, says)
 
 
-@fault(25)
-@pytest.mark.parametrize("value", ["inf", "-1", "nan"])
-def test_the_cap_is_a_finite_number(value):
-    assert_refused(f"MAX_WALLCLOCK_SECONDS={value}", "must be from 0 to")
-
-
 @fault(21)
 @pytest.mark.parametrize(
     ("text", "says"),
     [
         ("MODEL_DIM=500", "must be an even multiple of NUM_HEADS=8"),
-        ("MODEL_DIM=520", "must be an even multiple of NUM_HEADS=8"),
         ("NUM_HEADS=0", "must be from 1 to 4096"),
         ("NUM_KV_HEADS=3", "must divide NUM_HEADS=8"),
         ("ROPE_DIMS=15", "must be even and at most 64"),
-        ("ROPE_DIMS=128", "must be even and at most 64"),
     ],
 )
 def test_heads_that_do_not_fit_are_refused(text, says):
@@ -182,7 +172,6 @@ def test_heads_that_do_not_fit_are_refused(text, says):
     [
         ("BIGRAM_VOCAB_SIZE=1", "must be 0 (disabled) or at least 2"),
         ("VE_LAYERS=9,11", "must be layers below NUM_LAYERS=11, as 9,10"),
-        ("VE_LAYERS=last", "must be layers below NUM_LAYERS=11, as 9,10"),
         ("TRAIN_SEQ_LEN=1", "must be from 2"),
         ("TRAIN_SEQ_LEN=2 STP_ENABLED=1", "STP_ENABLED=1 needs at least 3"),
         ("TRAIN_BATCH_TOKENS=5000", "TRAIN_SEQ_LEN=2048 x 1 ranks, such as 4096"),
@@ -204,7 +193,7 @@ def test_all_bad_values_come_in_one_error():
 
 
 @fault(52)
-@pytest.mark.parametrize("text", ["../x", "..", "/x", "a\\b", "a b", ".hidden", "-x", "x\n", "x\0"])
+@pytest.mark.parametrize("text", ["../x", "..", "/x", "a\\b", ".hidden", "-x", "x\n"])
 def test_what_becomes_part_of_a_path_is_a_plain_name(text):
     for name in ("CORPUS", "RUN_ID"):
         said = message({name: text})
@@ -219,7 +208,8 @@ def test_plain_names_are_taken():
         assert (h.corpus, h.run_id) == (text, text)
 
 
-@pytest.mark.parametrize(("world_size", "near"), [(2, 4096), (3, 6144), (8, 16_384)])
+@fault(22, 23)
+@pytest.mark.parametrize(("world_size", "near"), [(3, 6144), (8, 16_384)])
 def test_a_batch_is_divided_by_all_ranks(world_size, near):
     h = tg.Hyperparameters(train_batch_tokens=2048)
     says = f"TRAIN_BATCH_TOKENS=2048: .* x {world_size} ranks, such as {near}$"
@@ -234,14 +224,18 @@ def test_a_batch_is_divided_by_all_ranks(world_size, near):
 @fault(19)
 def test_rules_and_near_misses_are_logged():
     env = {"VOCAB_SIZE": "260", "NUM_LAYER": "9", "matrix_lr": "1", "LOOP_START": "3"}
-    env |= {"EVAL_STRIDE": "4096", "HOME": "/root", "LANG": "C", "PATH": "/bin"}
-    assert tg.settings_notes(from_env(env), env) == [
+    env |= {"LATE_QAT_THRESHOLD": "0.15"}
+    env |= {"EVAL_STRIDE": "2048", "HOME": "/root", "LANG": "C", "PATH": "/bin"}
+    notes = tg.settings_notes(from_env(env), env)
+    (ignored,) = [note for note in notes if "LATE_QAT" in note]
+    assert ignored.startswith("warning: LATE_QAT_THRESHOLD is ignored")
+    assert [note for note in notes if note != ignored] == [
         "rule: VOCAB_SIZE=260 sets VE_ENABLED=0 GPTQ_ENABLED=0 ROPE_TRAIN_SEQ_LEN=4096, "
         "unless given",
         "warning: NUM_LAYER is not a setting; did you mean NUM_LAYERS?",
         "warning: matrix_lr is not a setting; did you mean MATRIX_LR?",
         "warning: LOOP_START is a setting of published scripts that is not built here",
-        "warning: EVAL_STRIDE=4096 is not below the window of 2048 tokens, so there is no sliding "
+        "warning: EVAL_STRIDE=2048 is not below the window of 2048 tokens, so there is no sliding "
         "score",
     ]
     assert not tg.settings_notes(tg.Hyperparameters(), {"HOME": "/root"})
@@ -254,12 +248,6 @@ def test_the_published_command_is_the_defaults():
     assert env.keys() - set(NAMES) == {"LATE_QAT_THRESHOLD"}
     assert from_env(env) == tg.Hyperparameters()
     assert not tg.settings_notes(from_env(env), env)
-
-
-def test_late_qat_is_ignored_with_a_warning():
-    for text in ("0.15", "on"):
-        (note,) = tg.settings_notes(from_env({}), {"LATE_QAT_THRESHOLD": text})
-        assert note.startswith("warning: LATE_QAT_THRESHOLD is ignored")
 
 
 def test_the_table_for_help_has_every_setting_once():
@@ -296,6 +284,7 @@ def test_changed_settings_give_the_same_settings_again(env):
     assert read_again(from_env(env)) == from_env(env)
 
 
+@hypothesis_settings(max_examples=30, derandomize=True, deadline=None)
 @given(
     path=st.text(),
     rate=st.floats(0, 1e18),
