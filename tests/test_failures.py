@@ -304,36 +304,33 @@ OUT_OF_MEMORY = [
 ]
 
 
-@pytest.mark.fault(32)
-def test_out_of_memory_in_training_says_what_to_lower(env, monkeypatch, capsys):
+@pytest.mark.fault(32, 34)
+@pytest.mark.parametrize(
+    ("kind", "status", "says"),
+    [
+        ("oom", 3, r"memory; peak \d+ MiB; lower MICRO_BATCH_TOKENS, EVAL_SEQ_LEN or EVAL_WINDOW"),
+        ("nan", 4, r"step 5: the loss is nan.*; lower MATRIX_LR"),
+    ],
+)
+def test_a_failed_training_keeps_the_previous_checkpoint(kind, status, says, env, capsys):
+    """It says what to lower. Weights that are saved are finite."""
     assert all(map(tg.is_out_of_memory, OUT_OF_MEMORY))
     assert not tg.is_out_of_memory(RuntimeError("another error"))
-    with monkeypatch.context() as patch:
-        fail_in("Trainer.take_step", 5, error=OUT_OF_MEMORY[2], patch=patch.setattr)
-        assert tg.main([], env) == 3
-    assert result()["status"] == "oom"
-    advice = r"memory; peak \d+ MiB; lower MICRO_BATCH_TOKENS, EVAL_SEQ_LEN or EVAL_WINDOW"
-    assert re.search(advice, result()["reason"])
-    assert capsys.readouterr().out.splitlines()[-1] == f"error: {result()['reason']}"
-    assert ARTIFACT not in files()
-    assert FINAL in files()
-    assert_resumes(env, 3)
 
-
-@pytest.mark.fault(34)
-def test_a_loss_that_is_not_finite_keeps_the_previous_checkpoint(env, monkeypatch, capsys):
-    def diverge(step: int, trainer: tg.Trainer, *_: object) -> None:
+    def fail(step: int, trainer: tg.Trainer, *_: object) -> None:
+        if step == 5 and kind == "oom":
+            raise OUT_OF_MEMORY[2]
         if step == 5:
             trainer.model.tok_emb.weight.data.fill_(float("inf"))
 
-    with monkeypatch.context() as patch:
-        before_call("Trainer.take_step", diverge, patch.setattr)
-        assert tg.main([], env) == 4
-    assert result()["status"] == "nan"
-    assert re.match(r"step 5: the loss is nan.*; lower MATRIX_LR", result()["reason"])
-    assert result()["reason"] in capsys.readouterr().out.splitlines()[-1]
+    with pytest.MonkeyPatch.context() as patch:
+        before_call("Trainer.take_step", fail, patch.setattr)
+        assert tg.main([], env) == status
+    assert result()["status"] == kind
+    assert re.search(says, result()["reason"])
+    assert capsys.readouterr().out.splitlines()[-1] == f"error: {result()['reason']}"
     assert ARTIFACT not in files()
-    if FINAL in files():  # then its weights are finite
+    if kind == "oom" or FINAL in files():
         tg.load_checkpoint(Path("run") / FINAL, tg.Hyperparameters())
     assert_resumes(env, 3)
 
