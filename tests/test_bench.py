@@ -66,14 +66,14 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"grad_clip_norm": 0.05, "adam_eps": 1e-3},  # so that a gradient's length matters
+        # So that a gradient's length matters.
+        {"grad_clip_norm": 0.05, "adam_eps": 1e-3, "tie_embeddings": 0, "stp_enabled": 1},
         {"jepa_chunk_size": 4, "jepa_lr": 0.02, "grad_clip_norm": 0, "ema_enabled": 0},
-        {"tie_embeddings": 0, "stp_enabled": 1},
     ],
 )
 def test_the_plain_loop_takes_the_steps_of_the_trainer(changes, machine):
     """Losses and averaged weights agree while the momentum rises and the rates fall."""
-    h = settings(iterations=12, muon_momentum_warmup_steps=8, **changes)
+    h = settings(iterations=10, muon_momentum_warmup_steps=6, num_layers=2, **changes)
     data = harness.random_data(h)
     model, plain = (harness.random_model(h, machine).train() for _ in range(2))
     ours, loop = trainer(model, data, h, machine.device), reference.Loop(plain, h)
@@ -90,7 +90,7 @@ def test_the_plain_loop_takes_the_steps_of_the_trainer(changes, machine):
         losses.append((terms["train_loss"].item(), plain_loss))
     found, expected = zip(*losses, strict=True)
     assert found == pytest.approx(expected, rel=1e-5)
-    assert found[-1] < found[0] - 0.2  # it learns
+    assert found[-1] < found[0] - 0.1  # it learns
     weights = torch.cat([w.flatten() for w in ours.average.weights.values()])
     same = torch.cat([w.flatten() for w in loop.average])
     torch.testing.assert_close(same, weights, atol=2e-4, rtol=0)

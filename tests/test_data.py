@@ -13,6 +13,7 @@ import sentencepiece
 import torch
 from conftest import TINY, byte_tokens, load, settings, shard_bytes
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import train_gpt as tg
@@ -44,13 +45,11 @@ def with_header(index: int, value: int) -> bytes:
     [
         pytest.param(b"", "0 tokens need 1024 bytes, the file has 0;", marks=fault(6)),
         pytest.param(GOOD[:1023], "4 tokens need 1032 bytes, the file has 1023;", marks=fault(6)),
-        pytest.param(GOOD[:1024], "4 tokens need 1032 bytes, the file has 1024;", marks=fault(4)),
         pytest.param(GOOD[:-1], "4 tokens need 1032 bytes, the file has 1031;", marks=fault(4)),
         pytest.param(GOOD + b"x", "4 tokens need 1032 bytes, the file has 1033;", marks=fault(4)),
         pytest.param(with_header(0, 7), "magic 7", marks=fault(5)),
         pytest.param(with_header(1, 2), "version 2", marks=fault(5)),
         pytest.param(with_header(2, 0), "0 tokens", marks=fault(7)),
-        pytest.param(with_header(2, 0)[:1024], "0 tokens", marks=fault(7)),
         pytest.param(with_header(2, -4), "-4 tokens", marks=fault(7)),
         pytest.param(with_header(2, 2**31 - 1), "2147483647 tokens", marks=fault(8)),
     ],
@@ -323,7 +322,7 @@ def test_the_table_counts_the_bytes_of_decoded_text(tokenizer):
     for text in TEXTS:
         check(text)
     no_marks = st.characters(exclude_characters="\u2581\0", exclude_categories=("Cs",))
-    given(st.text(no_marks))(check)()
+    hypothesis_settings(max_examples=40, derandomize=True)(given(st.text(no_marks))(check))()
 
 
 @fault(13)
@@ -407,6 +406,14 @@ def test_unknown_validation_tokens_are_refused_or_warned_of(tmp_path: Path, caps
         load(h)
     (warning,) = warnings_of(tg.replace(h, max_unknown_fraction=0.04), capsys)
     assert warning.startswith(f"warning: {says}")
+    for unknown in (4, 6):  # of 1,000 bytes
+        write_split(tmp_path / "b", [[1, *[tg.BYTE_UNKNOWN_ID] * unknown, *[9] * 994]], "val")
+        write_split(tmp_path / "b", [[1, *[8] * 999]])
+        h = settings(data_path=tmp_path / "b", corpus="own")
+        if unknown == 4:
+            assert "4 of " in warnings_of(h, capsys)[0]
+        else:
+            assert "6 of " in refused(data_path=tmp_path / "b")
 
 
 @fault(10)

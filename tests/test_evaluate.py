@@ -187,12 +187,11 @@ def make_pass(kind: str, model: tg.GPT, h: tg.Hyperparameters, cpu: tg.Device) -
     return tg.sliding_pass(model.forward_logits, h, learner)
 
 
-@pytest.mark.parametrize(
-    "kind", ["plain", "sliding 4", "sliding 20", "one pass", "ttt 32", "ttt 5"]
-)
+@pytest.mark.parametrize("kind", ["plain", "sliding 20", "one pass", "ttt 32", "ttt 5"])
 def test_a_token_changes_no_score_before_it(kind, cpu):
     """With all features; bit for bit. Test-time training carries its influence on."""
     h = settings(eval_seq_len=32, jepa_chunk_size=4, ttt_chunk_tokens=64, ttt_epochs=1, ttt_lr=0.05)
+    h = tg.replace(h, num_layers=2, jepa_latent_dim=8, jepa_proj_hidden=8)
     model = randomize(tg.GPT(h)).eval()
     start = {name: p.clone() for name, p in model.state_dict().items()}
     text = some_ids(200)
@@ -204,7 +203,7 @@ def test_a_token_changes_no_score_before_it(kind, cpu):
         return recorder.nats
 
     before = nats(text)
-    for t in (1, 31, 32, 33, 63, 64, 65, 100, 128, 129, 199):
+    for t in (1, 32, 33, 64, 65, 129, 199):
         other = text.clone()
         other[t] = 4 + (other[t] + 77) % 256
         after = nats(other)
@@ -320,3 +319,41 @@ def test_the_scores_of_an_artifact_are_independent_and_the_last_is_the_one_that_
         assert f"{name}_exact val_loss:{of['val_loss']:.8f} val_bpb:{of['val_bpb']:.8f}" in log
     last = f"final_int8_zlib_roundtrip_exact val_loss:{found['ttt']['val_loss']:.8f}"
     assert last in log
+
+
+# ---- Test-time training by SGD ----
+
+LEARNER = {"num_layers": 2, "train_seq_len": 16, "ttt_enabled": 1, "ttt_chunk_tokens": 64}
+
+
+def test_test_time_training_learns_by_sgd_with_momentum_at_half_a_cosine(cpu):
+    """One sequence, two epochs: the update by its formula, the gradient clipped to norm 1."""
+    model = random_model(**LEARNER, ttt_epochs=2, ttt_lr=0.1, label_smoothing=0.5)
+    twin, ids = random_model(**LEARNER), some_ids(17)
+    tg.TestTimeLearner(model, model.h, cpu, tg.Ranks()).learn(ids, 0.25)
+    rate, momenta = 0.1 * (1 + math.cos(math.pi / 4)) / 2, [0.0] * 100
+    params, ids = list(twin.parameters()), ids.long()
+    for _ in range(2):
+        logits = twin.forward_logits(ids[None, :-1])[0]
+        loss = F.cross_entropy(logits, ids[1:])  # not smoothed
+        grads = torch.autograd.grad(loss, params)
+        norm = torch.cat([g.double().flatten() for g in grads]).norm().item()
+        assert norm > 1  # so that clipping shows
+        for i, (p, g) in enumerate(zip(params, grads, strict=True)):
+            momenta[i] = 0.9 * momenta[i] + g / norm
+            p.data -= rate * momenta[i]
+    for p, want in zip(model.parameters(), params, strict=True):
+        torch.testing.assert_close(p, want, atol=1e-5, rtol=1e-4)
+
+
+def test_test_time_training_helps_on_text_that_repeats(cpu):
+    torch.manual_seed(0)
+    h = settings(**LEARNER, eval_stride=8, ttt_lr=0.3)
+    model = tg.GPT(h).eval()
+    text = torch.tensor(byte_tokens("all work and no play makes Jack a dull boy. " * 20)).int()
+    val = val_of(text)
+    learner = tg.TestTimeLearner(model, h, cpu, tg.Ranks())
+    without = score(tg.sliding_pass(model.forward_logits, h), val, cpu)
+    learned = score(tg.sliding_pass(model.forward_logits, h, learner), val, cpu, 48)
+    assert learned.tokens == without.tokens == len(text) - 1
+    assert learned.val_bpb < without.val_bpb - 0.5

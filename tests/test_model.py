@@ -280,6 +280,19 @@ def test_the_training_loss_is_its_weighted_terms_and_reaches_every_parameter(fea
         assert not p.numel() or (p.grad.isfinite().all() and p.grad.any()), name
 
 
+def test_label_smoothing_equals_its_formula_in_float64_and_is_of_training_alone():
+    model, (ids, targets) = random_model(label_smoothing=0.1).train(), some_ids(2, 2, 32)
+    log_p = model.forward_logits(ids).double().log_softmax(-1)
+    of_target = -log_p.gather(-1, targets.unsqueeze(-1)).mean()
+    want = 0.9 * of_target - 0.1 * log_p.mean()
+    assert model(ids, targets).item() == pytest.approx(want.item(), rel=1e-6)
+    model.eval()
+    loss, terms = model.losses(ids, targets)
+    assert list(terms) == ["train_loss"]
+    for scored in (model(ids, targets), loss):
+        assert scored.item() == pytest.approx(of_target.item(), rel=1e-6)
+
+
 @pytest.mark.fault(55)
 @pytest.mark.parametrize("feature", ["smear_gate", "bigram_vocab_size"])
 @pytest.mark.parametrize("bos_mask", [0, 1])
@@ -372,26 +385,21 @@ def test_stp_positions_rise_reach_every_token_and_follow_from_seed_and_step(leng
         assert torch.equal(torch.cat(parts), steps[5])
 
 
-@pytest.mark.parametrize(
-    ("changes", "phase", "tolerance"),
-    [
-        ({"stp_enabled": 1}, STP_PHASE, 1e-4),
-        # SIGReg is of the latents of a part: equal sequences in each make the parts nearly equal.
-        ({"jepa_chunk_size": 4}, tg.Phase(1.0, 0.9, 1.0, 0.0), 0.05),
-    ],
-)
-def test_micro_batches_change_no_auxiliary_loss(changes, phase, tolerance, byte_corpus, cpu):
-    """A step of AdamW with an epsilon of 1 moves the weights by about their gradient."""
-    linear = {"adam_eps": 1, "grad_clip_norm": 0, "adam_wd": 0, "jepa_lr": 1, "tied_embed_lr": 1}
+def test_micro_batches_change_no_jepa_loss(byte_corpus, cpu):
+    """A step of AdamW with an epsilon of 1 moves the weights by about their gradient.
+
+    SIGReg is of the latents of a part: equal sequences in each make the parts nearly equal.
+    """
+    linear = {"adam_eps": 1, "grad_clip_norm": 0, "adam_wd": 0, "jepa_lr": 1, "jepa_chunk_size": 4}
     ids, targets = (x.repeat(8, 1) for x in some_ids(2, 2, 64))
     found = []
     for micro in (1024, 128):
-        model = random_model(data_path=byte_corpus, micro_batch_tokens=micro, **linear, **changes)
-        learned = model.jepa.projector[0].weight if model.jepa else model.tok_emb.weight
-        start = learned.detach().clone()
-        terms = trainer(model, load(model.h), model.h, cpu).take_step(phase, ids, targets)
-        found.append((terms, learned.detach() - start))
+        model = random_model(data_path=byte_corpus, micro_batch_tokens=micro, **linear)
+        start = model.jepa.projector[0].weight.detach().clone()
+        run = trainer(model, load(model.h), model.h, cpu)
+        terms = run.take_step(tg.Phase(1.0, 0.9, 1.0, 0.0), ids, targets)
+        found.append((terms, model.jepa.projector[0].weight.detach() - start))
     (terms, change), (terms_of_parts, change_of_parts) = found
-    torch.testing.assert_close(terms, terms_of_parts, atol=0, rtol=tolerance)
+    torch.testing.assert_close(terms, terms_of_parts, atol=0, rtol=0.05)
     assert change.norm() > 0
-    assert (change - change_of_parts).norm() < 2 * tolerance * change.norm()
+    assert (change - change_of_parts).norm() < 0.1 * change.norm()

@@ -216,20 +216,16 @@ def test_damage_and_other_formats_are_refused_by_name(packed, tmp_path):
     old = artifact(json.dumps(told).encode(), compress("zstd", raw), b"PGOLFGPT\1\0\0\0")
     longest = description(codec, told).ljust(tg.MAX_DESCRIPTION)
     cases = [
-        (b"", ""),
         (blob[:-1], "checksum"),
         (blob + b"\0", "checksum"),
-        (artifact(text, compress(codec, bytes(200_000_000))), "bytes"),
         (artifact(text, payload, b"PGOLFXXX" + MAGIC[8:]), "not an artifact of this program"),
         (artifact(text, payload, b"PGOLFGPT\2\1\0\0"), "version"),
-        (old, "version is 1, this program reads 2; score it by the train_gpt.py of its own folder"),
+        (old, "its version is 1"),
         (artifact(b"\xff{", payload), "UnicodeDecodeError"),
-        (artifact(b'["codec","settings"]', payload), "TypeError"),
         (artifact(description(codec, told, more=1), payload), "description is incomplete"),
         (artifact(longest + b" ", payload), "its description has 65537 bytes"),
         (artifact(description("gzip", told), payload), "its codec is unknown: 'gzip'"),
         (artifact(description("x" * 50_000, told), payload), "its codec is unknown: 'xxx"),
-        (artifact(description([codec], told), payload), "TypeError"),
     ]
     for data, says in cases:
         message = refused(tmp_path / "bad", data)
@@ -246,37 +242,13 @@ def test_an_artifact_whose_codec_is_missing_is_refused_by_its_path(packed, tmp_p
     assert f"pip install {package}" in refused(tmp_path / "a.ptz", packed[3])
 
 
-# ---- Runs ----
+# ---- Packages of codecs ----
 
 
 @pytest.fixture
 def env(byte_corpus, tmp_path) -> dict[str, str]:
     """Settings of a short run, in a folder of its own."""
-    short = {"ITERATIONS": "6", "WARMDOWN_ITERS": "3", "NUM_LAYERS": "2", "GPTQ_ENABLED": "1"}
-    short |= {"GPTQ_CALIB_TOKENS": "256", "DATA_PATH": str(byte_corpus)}
-    return {**TINY, **short, "RUN_DIR": str(tmp_path / "run")}
-
-
-def test_a_run_needs_no_package_of_another_codec_and_scores_the_same_again(
-    env, monkeypatch, capsys
-):
-    """Also with another codec in the environment."""
-    for package in ("zstandard", "brotli"):
-        monkeypatch.setitem(sys.modules, package, None)
-    env["COMPRESSOR"] = "lzma"
-    assert tg.main(["--check"], env) == 0
-    assert tg.main([], env) == 0
-    path = Path(env["RUN_DIR"]) / "final_model.int6.ptz"
-    result = json.loads((path.parent / "result.json").read_text())
-    assert (result["status"], result["settings"]["compressor"]) == ("ok", "lzma")
-    assert result["bytes"]["model"] == path.stat().st_size
-    assert described(path.read_bytes())[0] == "lzma"
-    lines = capsys.readouterr().out.splitlines()
-    assert f"Serialized model int6+lzma: {path.stat().st_size} bytes" in lines
-    assert tg.main(["--eval", str(path)], {**env, "COMPRESSOR": "zstd"}) == 0
-    scores = [line for line in lines if line.startswith("final_") and "_exact" in line]
-    assert len(scores) == 3
-    assert {*scores} <= {*capsys.readouterr().out.splitlines()}
+    return {**TINY, "DATA_PATH": str(byte_corpus), "RUN_DIR": str(tmp_path / "run")}
 
 
 def brotli_module(process) -> types.ModuleType:
