@@ -25,51 +25,26 @@ with atheris.instrument_imports(include=["train_gpt"]):
     import train_gpt as tg
 
 from conftest import randomize
-from hostile import (
-    artifact,
-    compress,
-    described,
-    judge,
-    load_checkpoint,
-    odd_artifact,
-    odd_checkpoint,
-    pack,
-    parts,
-    resigned,
-    tiny,
-)
+from hostile import judge_bytes, load_checkpoint, odd_artifact, odd_checkpoint, pack, resigned, tiny
 
 FILE = Path("/dev/shm" if Path("/dev/shm").is_dir() else ".") / f"fuzz-{os.getpid()}"
-ROOM = 1 << 16
 
 
 def one_input(data: bytes) -> None:
     """Asserts what must hold for every input."""
-    of_checkpoint = data[:1] and data[0] % 2
-    FILE.write_bytes(data[1:] if of_checkpoint else resigned(data[1:]))
-    judge(FILE, load_checkpoint if of_checkpoint else tg.load_artifact)
-
-
-def mutated_artifact(data: bytes, rng: random.Random) -> bytes:
-    """Returns an artifact of which one part is changed; raises some error for what is none."""
-    (text, payload), (codec, _, raw) = parts(data), described(data)
-    how = rng.randrange(4)
-    if how == 0:
-        return artifact(atheris.Mutate(text, ROOM), payload)
-    if how == 1:
-        return artifact(text, atheris.Mutate(payload, ROOM))
-    if how == 2:
-        return artifact(text, compress(codec, atheris.Mutate(raw, ROOM)))
-    return odd_artifact(rng, data)
+    if data[:1] and data[0] % 2:
+        judge_bytes(FILE, data[1:], load_checkpoint)
+    else:
+        judge_bytes(FILE, resigned(data[1:]))
 
 
 def mutate(data: bytes, most: int, seed: int) -> bytes:
     """Returns an input with any bytes changed, or one part of its file."""
     rng = random.Random(seed)
-    if data and rng.randrange(6):
-        with suppress(Exception):
-            made = odd_checkpoint(rng, data[1:]) if data[0] % 2 else mutated_artifact(data[1:], rng)
-            return (data[:1] + made)[:most]
+    if data and rng.randrange(2):
+        with suppress(Exception):  # it is no longer a file of its kind
+            change = odd_checkpoint if data[0] % 2 else odd_artifact
+            return (data[:1] + change(rng, data[1:]))[:most]
     return atheris.Mutate(data, most)
 
 

@@ -1,6 +1,5 @@
 """Damaged and forged artifacts and checkpoints, and the only two results a reader may have."""
 
-import copy
 import ctypes
 import hashlib
 import importlib.util
@@ -8,11 +7,11 @@ import json
 import lzma
 import math
 import random
+import re
 import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -134,19 +133,20 @@ def load_checkpoint(path: Path, h: tg.Hyperparameters) -> tuple[tg.Hyperparamete
 
 
 def judge(path: Path, read: Callable = tg.load_artifact) -> str:
-    """Returns "" if a file loads as its settings declare, else the refusal.
+    """Returns "" if a file loads as its settings declare, else the refusal without the path.
 
-    Raises AssertionError at all else, and at 10 s.
+    Raises AssertionError at all else, and at 10 s of processor time.
     """
-    began = time.monotonic()
+    began = time.process_time()
     try:
         h, weights = read(path, DEFAULTS)
     except tg.DataError as error:
-        assert str(error).startswith(f"{path}: ")
-        assert len(str(error)) < len(str(path)) + 400
-        return str(error)
+        refusal = str(error).removeprefix(f"{path}: ")
+        assert refusal != str(error)
+        assert len(refusal) < 400
+        return refusal
     finally:
-        assert time.monotonic() - began < 10
+        assert time.process_time() - began < 10
     with torch.device("meta"):
         model = tg.GPT(h).state_dict()
     assert weights.keys() == model.keys()
@@ -157,9 +157,9 @@ def judge(path: Path, read: Callable = tg.load_artifact) -> str:
 
 
 def judge_bytes(path: Path, data: bytes, read: Callable = tg.load_artifact) -> str:
-    """Writes a file and returns what `judge` says of it, without its path."""
+    """Writes a file and returns what `judge` says of it."""
     path.write_bytes(data)
-    return judge(path, read).removeprefix(str(path))
+    return judge(path, read)
 
 
 def peak_memory(call: Callable[[], object]) -> int:
@@ -190,7 +190,8 @@ VALUES = [
     *'"" "0" "0,0" "../x" "\\ud800" "\\u0000" "F16" "I32" "Q" "zstd" "lzma" "zlib"'.split(),
     *("9" * 4000, "9" * 9000, "[" * 9000, "[" * 9000 + "]" * 9000, '"' + "x" * 60_000 + '"'),
 ]
-MARK = "\u2021"  # stands for a text that is not JSON
+SCALAR = re.compile(r'"(?:[^"\\]|\\.)*"|[-+.\w]+')  # a name or a value
+ENTRY = re.compile(r'"[^"\\]*": ?("[^"\\]*"|[-+.\w]+), ?')  # a name with its value
 
 
 def damage(rng: random.Random, data: bytes) -> bytes:
@@ -213,37 +214,17 @@ def damage(rng: random.Random, data: bytes) -> bytes:
     return bytes(changed)
 
 
-def places(tree: Any) -> list[tuple[Any, Any]]:
-    """Returns every object and list of a JSON tree with each of its keys or indices."""
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    found = []
-    for key, value in items:
-        found.append((tree, key))
-        if isinstance(value, (dict, list)):
-            found += places(value)
-    return found
-
-
-def odd_json(rng: random.Random, tree: Any) -> bytes:
-    """Returns JSON of which one value is another, missing, there twice, or misnamed."""
-    tree = copy.deepcopy(tree)
-    (parent, key), (other, another) = rng.choices(places(tree), k=2)
-    value, how = parent[key], rng.randrange(8)
-    texts = [rng.choice(VALUES), json.dumps(other[another])]
-    if isinstance(value, int):
-        texts.append(str(value + rng.choice((-64, -4, -1, 1, 4, 64))))
-    if how == 0:
-        del parent[key]
-    elif how == 1 and isinstance(parent, dict):
-        parent[key + MARK] = value  # the name twice
-        parent[key] = MARK
-    elif how == 2 and isinstance(parent, dict):
-        parent[rng.choice((f"{key}s", "more", "", "\ud800", "x" * 60_000))] = parent.pop(key)
-    else:
-        parent[key] = MARK
-    escaped = json.dumps(MARK)
-    text = json.dumps(tree).replace(escaped, rng.choice(texts)).replace(escaped[1:-1], "")
-    return damage(rng, text.encode()) if rng.random() < 0.1 else text.encode()
+def odd_json(rng: random.Random, text: str) -> str:
+    """Returns JSON with one name or value replaced, or one entry missing or there twice."""
+    if rng.randrange(4) == 0:
+        entry = rng.choice([*ENTRY.finditer(text)])
+        times = rng.choice((0, 2))
+        return text[: entry.start()] + times * entry[0] + text[entry.end() :]
+    old, other = rng.choices([*SCALAR.finditer(text)], k=2)
+    new = [rng.choice(VALUES), other[0]]
+    if old[0].isdigit():
+        new.append(str(int(old[0]) + rng.choice((-64, -4, -1, 1, 4, 64))))
+    return text[: old.start()] + rng.choice(new) + text[old.end() :]
 
 
 def odd_numbers(rng: random.Random, raw: bytes, form: str) -> bytes:
@@ -264,7 +245,7 @@ def odd_artifact(rng: random.Random, blob: bytes) -> bytes:
         at, near = rng.choice((0, 8, 10, 12)), rng.choice((0, 1, len(text) + 1, 65_536, 1 << 31))
         return resigned(blob[:at] + struct.pack("<I", near) + blob[at + 4 :])
     if how == 1:
-        return artifact(odd_json(rng, json.loads(text)), payload)
+        return artifact(odd_json(rng, text.decode()).encode(), payload)
     if how == 2:
         return artifact(text, compress(codec, odd_numbers(rng, raw, "<e")))
     if how == 3:
@@ -278,16 +259,16 @@ def odd_artifact(rng: random.Random, blob: bytes) -> bytes:
 def odd_checkpoint(rng: random.Random, blob: bytes) -> bytes:
     """Returns a checkpoint with its header, settings, floats or length at fault."""
     head, body = layout(blob)
+    text = json.dumps(head)
     how = rng.randrange(6)
     if how < 2:
-        return checkpoint(odd_json(rng, head), body)
+        return checkpoint(odd_json(rng, text).encode(), body)
     if how == 2:
-        told = odd_json(rng, json.loads(head["__metadata__"]["settings"])).decode(errors="replace")
+        told = odd_json(rng, head["__metadata__"]["settings"])
         return checkpoint({**head, "__metadata__": {"settings": told}}, body)
     if how == 3:
-        text = json.dumps(head).encode()
         sizes = (0, 1, len(text) - 1, len(text) + 4, len(body), 1 << 20, 1 << 40, (1 << 64) - 1)
-        return checkpoint(text, body, rng.choice(sizes))
+        return checkpoint(text.encode(), body, rng.choice(sizes))
     if how == 4:
         odd = (body[:-4], body + b"\0", body * 2, b"", *3 * [odd_numbers(rng, body, "<f")])
         return checkpoint(head, rng.choice(odd))

@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -113,12 +112,7 @@ def measure(path: Path, data: bytes, read: Callable = tg.load_artifact) -> tuple
     path.write_bytes(data)
     said: list[str] = []
     peak = peak_memory(lambda: said.append(judge(path, read)))
-    return said[0].removeprefix(str(path)), peak
-
-
-def refused(path: Path, data: bytes, says: str, read=tg.load_artifact) -> None:
-    refusal = judge_bytes(path, data, read)
-    assert says in refusal, refusal or "loaded"
+    return said[0], peak
 
 
 @measured
@@ -132,37 +126,87 @@ def test_these_tests_write_the_formats_of_the_program(made, good, tmp_path):
         assert not judge_bytes(tmp_path / "a", artifact(made.text, payload))
     for forged in (good, checkpoint(*layout(good))):
         assert not judge_bytes(tmp_path / "b", forged, load_checkpoint)
-    refused(tmp_path / "a", made.blob, "cannot be read as a checkpoint", load_checkpoint)
-    refused(tmp_path / "b", good, "cannot be read as an artifact")
+    assert "read as a checkpoint" in judge_bytes(tmp_path / "a", made.blob, load_checkpoint)
+    assert "read as an artifact" in judge_bytes(tmp_path / "b", good)
 
 
-# ---- Artifacts ----
+# ---- Mutations at random ----
 
 
-@pytest.mark.fault(36)
-@pytest.mark.parametrize("cases", CASES)
-def test_damage_is_always_found(cases, made, memory):
-    """SHA-256 finds it."""
-    rng = random.Random(1)
-    for case in range(cases):
-        data = damage(rng, made.blob)
-        assert bool(judge_bytes(memory / "a", data)) == (data != made.blob), case
+def judge_mutations(
+    mutate: Callable, good: bytes, cases: int, path: Path, read: Callable = tg.load_artifact
+) -> list[str]:
+    """Returns what is said of mutations of a file; reads them in little memory."""
+    rng, said = random.Random(1), []
+    assert not judge_bytes(path, good, read)  # loads the libraries
+
+    def read_all() -> None:
+        said.extend(judge_bytes(path, mutate(rng, good), read) for _ in range(cases))
+
+    assert peak_memory(read_all) < 64 << 20
+    assert len(set(said)) > cases // 20  # the cases go to many places
+    return said
 
 
 @measured
 @pytest.mark.fault(36)
 @pytest.mark.parametrize("cases", CASES)
 def test_an_artifact_with_a_right_checksum_is_refused_or_read(cases, made, memory):
-    """With any header, description, arrays or frame, in little memory."""
-    rng, said = random.Random(2), []
-
-    def read_all() -> None:
-        said.extend(judge_bytes(memory / "a", odd_artifact(rng, made.blob)) for _ in range(cases))
-
-    assert peak_memory(read_all) < 64 << 20
+    """With any header, description, arrays or frame."""
+    said = judge_mutations(odd_artifact, made.blob, cases, memory / "a")
     assert cases // 10 < said.count("") < cases // 2
     assert not any("checksum" in refusal for refusal in said)
-    assert len(set(said)) > cases // 20  # the cases go to many places
+
+
+def load_as_stated(path: Path, h: tg.Hyperparameters) -> tuple[tg.Hyperparameters, dict]:
+    """Reads a checkpoint and asserts that the library of its format reads the same."""
+    found, weights, tensors = tg.load_checkpoint(path, h)
+    stated = safetensors.torch.load(path.read_bytes())
+    assert tensors.keys() == stated.keys()
+    for name, tensor in stated.items():
+        torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=0, equal_nan=True)
+    prefix = "average/" if f"average/{NAME}" in stated else ""
+    for name, weight in weights.items():  # a scalar may be stored as [1]
+        assert torch.equal(weight, stated[prefix + name].float().view_as(weight))
+    return found, weights
+
+
+@measured
+@pytest.mark.fault(37)
+@pytest.mark.parametrize("kind", ["weights", "state"])
+@pytest.mark.parametrize("cases", CASES)
+def test_damaged_checkpoints_are_refused_or_read_as_stated(cases, kind, good, state, memory):
+    """Mutations of the header, of the settings in it, of floats and of any bytes."""
+    whole = good if kind == "weights" else state
+    said = judge_mutations(odd_checkpoint, whole, cases, memory / "a", load_as_stated)
+    assert cases // 20 < said.count("") < cases // 2
+
+
+@measured
+@pytest.mark.fault(4, 8, 36)
+@pytest.mark.parametrize("cases", CASES)
+def test_damage_of_an_artifact_or_a_shard_is_found(cases, memory):
+    """SHA-256 finds it in an artifact. A shard is refused, or read as its bytes state."""
+    rng, path, refusals = random.Random(4), memory / "a", []
+    blob, shard = pack(randomize(tg.GPT(tiny()))), shard_bytes([*range(500)])
+
+    def read_all() -> None:
+        for case in range(cases):
+            data = damage(rng, blob)
+            assert bool(judge_bytes(path, data)) == (data != blob), case
+            data = damage(rng, shard)
+            path.write_bytes(data)
+            try:
+                assert tg.read_shard(path).tobytes() == data[1024:]
+            except tg.DataError as error:
+                refusals.append(str(error).startswith(f"{path}: not a complete shard"))
+
+    assert peak_memory(read_all) < 16 << 20
+    assert all(refusals)
+    assert cases // 4 < len(refusals) < cases
+
+
+# ---- Artifacts ----
 
 
 @pytest.mark.fault(38)
@@ -178,7 +222,6 @@ def test_an_artifact_with_a_right_checksum_is_refused_or_read(cases, made, memor
         ("ln_scale", "1", "LN_SCALE=1: must be 0 or 1"),
         ("corpus", '"a\\u0000b"', "CORPUS="),
         ("corpus", '"../../../x"', "CORPUS='../../../x': must be a name"),
-        ("corpus", r'"a\\b"', "must be a name"),
         ("ve_layers", '"../x"', "VE_LAYERS='../x'"),
         ("ve_layers", '"' + "9" * 5000 + '"', "cannot be read"),
         ("model_dim", "999999999999999998", "cannot be read"),
@@ -187,22 +230,14 @@ def test_an_artifact_with_a_right_checksum_is_refused_or_read(cases, made, memor
         ("corpus", '"' + "x" * 66_000 + '"', "its description has"),
     ],
 )
-def test_illegal_settings_are_refused_by_name(name, value, says, tmp_path):
-    blob = pack(randomize(tg.GPT(tiny())))
-    codec, told, _ = described(blob)
+def test_illegal_settings_are_refused_by_name(name, value, says, tmp_path, capsys):
+    """The exit status of --eval is 2."""
+    codec, told, _ = described(pack(tg.GPT(tiny())))
     text = description(codec, {**told, name: "its value"}).replace(b'"its value"', value.encode())
-    refused(tmp_path / "a", artifact(text, parts(blob)[1]), says)
-
-
-@pytest.mark.fault(38)
-def test_scoring_a_forged_artifact_ends_with_status_2(made, tmp_path, capsys):
     path = tmp_path / "a.ptz"
-    text = description(made.codec, {**made.told, "corpus": "../../../x"})
-    path.write_bytes(artifact(text, made.payload))
+    assert says in judge_bytes(path, artifact(text, parts(pack(tg.GPT(tiny())))[1]))
     assert tg.main(["--eval", str(path)], {}) == 2
-    said = capsys.readouterr().out
-    assert said.startswith(f"error: {path}: cannot be read as an artifact")
-    assert "CORPUS='../../../x'" in said
+    assert capsys.readouterr().out.startswith(f"error: {path}: cannot be read as an artifact")
     assert [*tmp_path.iterdir()] == [path]
 
 
@@ -233,9 +268,8 @@ def bombs(codec: str, raw: bytes) -> dict[str, bytes]:
         import brotli
 
         # Noise first, so that little of what is decoded is the same byte.
-        noise = random.Random(0).randbytes(len(raw) // 2)
+        data = random.Random(0).randbytes(len(raw) // 2) + bytes(20_000_000)
         for window in (10, 24):
-            data = noise + bytes(20_000_000)
             found[f"window {window}"] = brotli.compress(data, quality=5, lgwin=window)
         found["large window"] = b"\x11" + bytes([30]) + compress("brotli", raw)[1:]
     return found
@@ -270,60 +304,29 @@ def test_a_payload_that_is_not_the_arrays_alone_takes_no_memory(made, tmp_path):
 @pytest.mark.fault(36)
 @pytest.mark.parametrize("codec", CODECS)
 def test_memory_of_an_artifact_is_bounded_by_what_its_settings_declare(codec, tmp_path):
-    """Of a larger model, whole and as a bomb, and of the most layers."""
-    large = tiny(model_dim=128, num_layers=4, bigram_vocab_size=16_000, bigram_dim=128)
-    arrays, _ = tg.quantize_model(randomize(tg.GPT(large)), {}, tg.Ranks())
-    by_columns = tg.CODECS[codec].transpose
-    raw = b"".join(
-        (a.mT if by_columns and name.endswith(".codes") else a).contiguous().numpy().tobytes()
-        for name, a in arrays.items()
-    )
-    text = description(codec, tg.model_settings(large))
-    whole = artifact(text, compress(codec, raw))
-    bomb = artifact(text, compress(codec, raw + bytes(100_000_000)))
-    deep = pack(tg.GPT(tiny(**DEEP)), codec)
-    for h, data, is_read in (
-        (large, whole, True),
-        (large, bomb, False),
-        (tiny(**DEEP), deep, True),
-    ):
+    """Of a larger model, whole and as a bomb."""
+    large = tiny(model_dim=128, num_layers=2, bigram_vocab_size=16_000, bigram_dim=128)
+    whole = pack(tg.GPT(large), codec)
+    bomb = artifact(parts(whole)[0], compress(codec, described(whole)[2] + bytes(100_000_000)))
+    for data, is_read in ((whole, True), (bomb, False)):
         refusal, peak = measure(tmp_path / "a", data)
         assert is_read == (not refusal), refusal
-        assert peak < 4 * parameter_bytes(h) + (16 << 20)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_numbers_that_are_not_finite_are_refused_by_name(value, made, tmp_path):
-    for name in (f"{NAME}.scales", "smear.gate"):
-        bad = made.arrays[name].clone()
-        bad[3] = value
-        forged = tg.pack_artifact(made.h, {**made.arrays, name: bad}, made.codec)
-        refused(tmp_path / "a", forged, f"{name.removesuffix('.scales')} is not finite float32")
-
-
-def test_a_weight_is_its_code_times_its_scale(made, tmp_path):
-    codes, scales = (made.arrays[f"{NAME}.{part}"].clone() for part in ("codes", "scales"))
-    codes[0, :4], scales[:3] = torch.tensor([-128, 127, 32, 0]), torch.tensor([65504.0, 0.0, -1.0])
-    changed = {**made.arrays, f"{NAME}.codes": codes, f"{NAME}.scales": scales}
-    (tmp_path / "a").write_bytes(tg.pack_artifact(made.h, changed, made.codec))
-    _, weights = tg.load_artifact(tmp_path / "a", made.h)
-    assert torch.equal(weights[NAME], codes.float() * scales.float()[:, None])
+        assert peak < 4 * parameter_bytes(large) + (16 << 20)
 
 
 # ---- Checkpoints ----
 
 
 @pytest.mark.fault(36)
-def test_a_file_of_ten_gigabytes_is_not_read(made, good, tmp_path):
-    for data, read in ((made.blob, tg.load_artifact), (good, load_checkpoint)):
+def test_a_file_of_ten_gigabytes_is_not_read(good, tmp_path):
+    for data, read in ((pack(tg.GPT(tiny())), tg.load_artifact), (good, load_checkpoint)):
         for size in (len(data), 8):  # whole and followed; no more than the size of a header
             with (tmp_path / "huge").open("wb") as file:
                 file.write(data[:size])
                 file.truncate(10_000_000_000)
             assert judge(tmp_path / "huge", read)
-    for nothing in (tmp_path / "absent", tmp_path, Path("/dev/null")):
-        assert judge(nothing)
-        assert judge(nothing, load_checkpoint)
+        for nothing in (tmp_path / "absent", tmp_path, Path("/dev/null")):
+            assert judge(nothing, read)
 
 
 def headers(good: bytes) -> dict[str, tuple[bytes, str]]:
@@ -331,7 +334,6 @@ def headers(good: bytes) -> dict[str, tuple[bytes, str]]:
     head, body = layout(good)
     of, meta = head[NAME], head["__metadata__"]
     (at, to), end = of["data_offsets"], len(body)
-    text = json.dumps(head).encode()
     nothing = {"dtype": "F32", "shape": [0], "data_offsets": [end, end]}
     library = "SafetensorError"  # whose words differ between versions
 
@@ -346,21 +348,16 @@ def headers(good: bytes) -> dict[str, tuple[bytes, str]]:
         "past the end": (told(data_offsets=[at, 1 << 63]), library),
         "a terabyte": (told(shape=[1 << 34, 16], data_offsets=[at, at + (1 << 40)]), library),
         "another shape": (told(shape=[16, 48]), NAME),
-        "nothing": (told(shape=[0, 1 << 40], data_offsets=[at, at]), library),
-        "negative": (told(shape=[-48, -16]), library),
         "huge": (told(shape=[1 << 62, 1 << 62]), library),
         "F64": (told(dtype="F64", shape=[24, 16]), NAME),
         "I32": (told(dtype="I32"), NAME),
-        "unknown dtype": (told(dtype="<f4"), library),
         "all missing": (checkpoint({"__metadata__": meta}, b""), "Missing key"),
         "more": (checkpoint({**head, "more": nothing}, body), "more"),
         "no JSON in settings": (settings({"settings": "{"}), "JSONDecodeError"),
         "unknown setting": (settings({"settings": '{"more": 1}'}), "['more']"),
         "deep settings": (settings({"settings": "[" * 60_000}), "RecursionError"),
-        "no JSON": (checkpoint(b"\xff{", body), library),
-        "size of a terabyte": (checkpoint(text, body, 1 << 40), "its header has"),
-        "of 2 MiB of spaces": (checkpoint(text.ljust(1 << 21), body), "its header has"),
-        "of 2 MiB of a name": (checkpoint({**head, "x" * (1 << 21): nothing}, body), "its header"),
+        "size of a terabyte": (checkpoint(b"{}", body, 1 << 40), "its header has"),
+        "of 2 MiB of spaces": (checkpoint(b"{}".ljust(1 << 21), body), "its header has"),
         "of 2 MiB of a list": (checkpoint(b'{"a":[' + b"1," * (1 << 20), body), "its header has"),
     }
 
@@ -379,11 +376,9 @@ def test_forged_headers_are_refused_and_take_no_memory(good, tmp_path):
 @pytest.mark.fault(37)
 def test_a_cut_or_extended_checkpoint_is_refused(good, memory):
     size = 8 + int.from_bytes(good[:8], "little")
-    ends = {0, 1, 7, 8, 9, size - 1, size, size + 1, *range(0, len(good), 999), len(good) - 1}
-    for end in sorted(ends):
-        assert judge_bytes(memory / "a", good[:end], load_checkpoint), end
-    for more in (b"\0", bytes(64), good):
-        assert judge_bytes(memory / "a", good + more, load_checkpoint), len(more)
+    ends = [0, 1, 7, 8, 9, size - 1, size, size + 1, *range(0, len(good), 2999), len(good) - 1]
+    for data in (*(good[:end] for end in ends), good + b"\0", good + bytes(64), good + good):
+        assert judge_bytes(memory / "a", data, load_checkpoint), len(data)
 
 
 class Trap:
@@ -396,96 +391,58 @@ class Trap:
         return (Path.touch, (self.path,))
 
 
-def traps(good: bytes, trap: Path) -> dict[str, bytes]:
-    """Pickles, alone and inside other formats, that execute something when they are loaded."""
-    files = {f"pickle {n}": pickle.dumps(Trap(trap), protocol=n) for n in range(6)}
-    told = tg.model_settings(tiny())
-    for value in (Trap(trap), {"settings": told, "weights": Trap(trap)}):
-        for zipped in (True, False):
-            file = io.BytesIO()
-            torch.save(value, file, _use_new_zipfile_serialization=zipped)
-            files[f"torch.save {len(files)}"] = file.getvalue()
-    return files
-
-
 @pytest.mark.fault(37)
 def test_files_of_other_formats_are_refused_and_execute_nothing(good, tmp_path):
-    trap = tmp_path / "executed"
-    files, (head, body) = traps(good, trap), layout(good)
+    """Pickles, alone and inside other formats, that execute something when they are loaded."""
+    trap, (head, body) = tmp_path / "executed", layout(good)
+    files = {f"pickle {n}": pickle.dumps(Trap(trap), protocol=n) for n in range(6)}
+    for zipped in (True, False):
+        file = io.BytesIO()
+        value = {"settings": tg.model_settings(tiny()), "weights": Trap(trap)}
+        torch.save(value, file, _use_new_zipfile_serialization=zipped)
+        files[f"torch.save {zipped}"] = file.getvalue()
     inner = files["pickle 2"]
     entry = {"dtype": "U8", "shape": [len(inner)], "data_offsets": [len(body), len(body) + 9]}
     others = {
-        "pickle within": checkpoint({**head, "a/0": entry}, body + inner),
-        "pickle as header": checkpoint(inner, body),
+        "within": checkpoint({**head, "a/0": entry}, body + inner),
+        "as header": checkpoint(inner, body),
         "of the library": safetensors.torch.save({NAME: torch.zeros(48, 16)}),
     }
     for name, data in {**files, **others}.items():
         for path in (tmp_path / name, tmp_path / f"{name}.pt"):
-            refused(path, data, "cannot be read as a checkpoint", load_checkpoint)
-            refused(path, data, "cannot be read as an artifact")
+            assert "read as a checkpoint" in judge_bytes(path, data, load_checkpoint)
+            assert "read as an artifact" in judge_bytes(path, data)
         assert not trap.exists(), name
     for name, data in files.items():  # the traps work
         with contextlib.suppress(Exception):
-            if name.startswith("pickle"):
-                pickle.loads(data)
             torch.load(io.BytesIO(data), weights_only=False)
+            pickle.loads(data)
         assert trap.exists(), name
         trap.unlink()
 
 
-@pytest.mark.fault(34, 37)
+@pytest.mark.fault(34, 36, 37)
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
-def test_weights_that_are_not_finite_are_refused_by_name(value, good, tmp_path):
-    head, body = layout(good)
+def test_numbers_that_are_not_finite_are_refused_by_name(value, made, good, tmp_path):
+    for name in (f"{NAME}.scales", "smear.gate"):
+        bad = made.arrays[name].clone()
+        bad[3] = value
+        forged = tg.pack_artifact(made.h, {**made.arrays, name: bad}, made.codec)
+        says = f"{name.removesuffix('.scales')} is not finite float32"
+        assert says in judge_bytes(tmp_path / "a", forged)
+    weights = safetensors.torch.load(good)
     for name in (NAME, "smear.gate", "value_embedding.scale"):
-        for at in (head[name]["data_offsets"][0], head[name]["data_offsets"][1] - 4):
-            bad = body[:at] + struct.pack("<f", value) + body[at + 4 :]
-            says = f"{name} is not finite float32"
-            refused(tmp_path / "a", checkpoint(head, bad), says, load_checkpoint)
-
-
-def check_against_its_header(path: Path) -> None:
-    """Asserts that the program reads what a file's header states."""
-    _, weights, tensors = tg.load_checkpoint(path, DEFAULTS)
-    head, body = layout(path.read_bytes())
-    assert tensors.keys() == head.keys() - {"__metadata__"}
-    kinds = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I32": "<i4", "I64": "<i8", "U8": "u1"}
-    for name, tensor in tensors.items():
-        of = head[name]
-        if of["dtype"] in kinds:
-            array = np.frombuffer(body[slice(*of["data_offsets"])], kinds[of["dtype"]])
-            want = array.reshape(of["shape"])
-            assert np.array_equal(tensor.numpy(), want, equal_nan=of["dtype"].startswith("F"))
-    prefix = "average/" if f"average/{NAME}" in tensors else ""
-    for name, weight in weights.items():  # a scalar may be stored as [1]
-        assert torch.equal(weight, tensors[prefix + name].float().view_as(weight))
-
-
-@measured
-@pytest.mark.fault(37)
-@pytest.mark.parametrize("kind", ["weights", "state"])
-@pytest.mark.parametrize("cases", CASES)
-def test_damaged_checkpoints_are_refused_or_read_as_stated(cases, kind, good, state, memory):
-    """Mutations of the header, of the settings in it, of floats and of any bytes."""
-    rng, said, path = random.Random(3), [], memory / "a"
-
-    def read_all() -> None:
-        for _ in range(cases):
-            mutated = odd_checkpoint(rng, good if kind == "weights" else state)
-            said.append(judge_bytes(path, mutated, load_checkpoint))
-            if not said[-1]:
-                check_against_its_header(path)
-
-    assert peak_memory(read_all) < 64 << 20
-    assert cases // 20 < said.count("") < cases // 2
-    assert len(set(said)) > cases // 20  # the cases go to many places
+        bad = weights[name].clone()
+        bad.view(-1)[-1] = value
+        data = safetensors.torch.save({**weights, name: bad}, layout(good)[0]["__metadata__"])
+        says = f"{name} is not finite float32"
+        assert says in judge_bytes(tmp_path / "a", data, load_checkpoint)
 
 
 @pytest.mark.fault(37)
 def test_any_file_of_the_library_that_fits_is_read(good, tmp_path):
     """Whatever the order of its tensors, and whatever else a checkpoint holds."""
     head, body = layout(good)
-    path = tmp_path / "a"
     weights = safetensors.torch.load(good)
     more = {"clock/steps": torch.rand(2, 3, dtype=torch.float64), "more": torch.ones(1, 2, 3)}
     averages = {f"average/{name}": p for name, p in weights.items()}
@@ -494,15 +451,14 @@ def test_any_file_of_the_library_that_fits_is_read(good, tmp_path):
         safetensors.torch.save(weights, head["__metadata__"]),
         safetensors.torch.save(averages | more, head["__metadata__"]),
     ):
-        path.write_bytes(data)
-        _, found, tensors = tg.load_checkpoint(path, tiny())
+        (tmp_path / "a").write_bytes(data)
+        _, found = load_as_stated(tmp_path / "a", DEFAULTS)
         assert found.keys() == weights.keys()
         assert all(torch.equal(found[name], weights[name]) for name in weights)
-        assert all(torch.equal(tensors[name], more[name]) for name in more if name in tensors)
 
 
-def test_a_checkpoint_of_the_most_layers_and_many_steps_is_read(tmp_path):
-    """Its header, with the whole state of training, is not longer than a header may be."""
+def test_files_of_the_most_layers_and_many_steps_are_read(tmp_path):
+    """A header with the whole state of training is not longer than a header may be."""
     h, steps = tiny(**DEEP, jepa_chunk_size=4), 20_000
     before, after = training(h), training(h)
     before.clock.elapsed = steps / 7
@@ -512,33 +468,9 @@ def test_a_checkpoint_of_the_most_layers_and_many_steps_is_read(tmp_path):
     data = written(h, tensors, tmp_path)
     longer = 2 * 12 + 2 * 5  # of offsets and shapes of a model that is wider
     assert int.from_bytes(data[:8], "little") + longer * len(tensors) < 1 << 20
-    _, weights, kept = tg.load_checkpoint(tmp_path / "made", h)
-    assert weights.keys() == tg.GPT(h).state_dict().keys()
-    after.restore(kept)
+    after.restore(tg.load_checkpoint(tmp_path / "made", h)[2])
     assert after.step == steps
     assert after.step_log.times == before.step_log.times
     assert after.step_log.losses == before.step_log.losses
     assert after.clock.elapsed == before.clock.elapsed
-
-
-# ---- Shards ----
-
-
-@measured
-@pytest.mark.fault(4, 8)
-@pytest.mark.parametrize("cases", CASES)
-def test_a_damaged_shard_is_refused_or_read_as_stated(cases, memory):
-    rng, good, path, refusals = random.Random(4), shard_bytes([*range(500)]), memory / "a.bin", []
-
-    def read_all() -> None:
-        for _ in range(cases):
-            data = damage(rng, good)
-            path.write_bytes(data)
-            try:
-                assert tg.read_shard(path).tobytes() == data[1024:]
-            except tg.DataError as error:
-                refusals.append(str(error).startswith(f"{path}: not a complete shard"))
-
-    assert peak_memory(read_all) < 16 << 20
-    assert all(refusals)
-    assert cases // 4 < len(refusals) < cases
+    assert not judge_bytes(tmp_path / "a", pack(tg.GPT(tiny(**DEEP))))
