@@ -99,10 +99,8 @@ def test_a_file_that_is_no_checkpoint_is_refused_in_a_line(run, env, tmp_path, c
     for name, data in {
         "absent": None,
         "text": b"no checkpoint at all",
-        "cut": whole[: len(whole) // 2],
         "artifact": (run / ARTIFACT).read_bytes(),
         "a weight missing": safetensors.torch.save(less, told),
-        "another shape": safetensors.torch.save({**less, first: torch.ones(3)}, told),
         "illegal settings": safetensors.torch.save(weights, illegal),
     }.items():
         if data is not None:
