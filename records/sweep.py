@@ -488,9 +488,8 @@ def parse(argv: list[str], env: Mapping[str, str]) -> tuple[Sweep, argparse.Name
         raise SweepError(f"--seeds {args.seeds}: give whole numbers, as 1337,42,7") from None
     if min(1 if args.cpu is None else args.cpu, args.ranks, args.array_limit) < 1:
         raise SweepError("--cpu, --ranks and --array-limit must be at least 1")
-    ignored = train_gpt.settings_notes(train_gpt.Hyperparameters(), env)
-    if ignored:
-        raise SweepError(f"environment: {ignored[0].removeprefix('warning: ')}; unset it")
+    for note in train_gpt.settings_notes(train_gpt.Hyperparameters(), env):
+        print(note, file=sys.stderr)  # another program's variable may have a similar name
     before = read_plan(args.out)
     base = {key: env[key] for key in SETTINGS if key in env}
     if before and not (args.axes or args.file or seeds or args.quantize or args.ranks > 1):

@@ -185,20 +185,26 @@ def test_a_sweep_that_cannot_run_is_an_error(stub, out, monkeypatch, capsys, arg
     assert message in refused(out, capsys, *argv)
 
 
+@pytest.mark.parametrize(("name", "message"), [("SEED", "use --seeds"), ("RUN_DIR", "use --out")])
+def test_a_variable_that_the_sweep_sets_itself_is_an_error(stub, out, capsys, name, message):
+    env = {name: "3", "PATH": "/bin"}
+    assert message in refused(out, capsys, "MUON_WD=0", "--cpu", env=env)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("NUM_LAYER", "did you mean NUM_LAYERS?; unset it"),
-        ("num_layers", "did you mean NUM_LAYERS?; unset it"),
-        ("SEEDS", "did you mean SEED?"),
+        ("NUM_LAYER", "did you mean NUM_LAYERS?"),
+        ("num_layers", "did you mean NUM_LAYERS?"),
         ("ROPE_YARN", "a setting of published scripts"),
-        ("SEED", "use --seeds"),
-        ("RUN_DIR", "use --out"),
     ],
 )
-def test_no_variable_of_the_environment_is_ignored(stub, out, capsys, name, message):
+def test_a_variable_near_a_setting_is_warned_of(stub, out, capsys, name, message):
     env = {name: "3", "PATH": "/bin"}
-    assert message in refused(out, capsys, "MUON_WD=0", "--cpu", env=env)
+    assert sweep.main(["MUON_WD=0", "--list", "--out", str(out)], env) == 0
+    warning = capsys.readouterr().err
+    assert warning.startswith(f"warning: {name} ")
+    assert message in warning
 
 
 TRIALS = "\n[trials.a]\n"
