@@ -185,22 +185,18 @@ def await_(true: Callable[[], object], seconds: float, said: Callable[[], str]) 
         time.sleep(0.02)
 
 
-def start(cwd: Path, *command: object, **env: object) -> subprocess.Popen:
-    """Starts Python in its own session; its output goes to cwd/screen.txt."""
+def torchrun(cwd: Path, script: Path, *how: str, **env: object) -> subprocess.Popen:
+    """Starts a script by torchrun in its own session; its output goes to cwd/screen.txt."""
+    command = [sys.executable, "-m", "torch.distributed.run", *(how or ("--standalone",))]
     with (cwd / "screen.txt").open("ab") as screen:
         return subprocess.Popen(
-            [sys.executable, *map(str, command)],
+            [*command, str(script)],
             cwd=cwd,
             env={**KEPT, **{name: str(value) for name, value in env.items()}},
             stdout=screen,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-
-
-def torchrun(cwd: Path, script: Path, *how: str, **env: object) -> subprocess.Popen:
-    """Starts a script by torchrun."""
-    return start(cwd, "-m", "torch.distributed.run", *(how or ("--standalone",)), script, **env)
 
 
 def ranks_of(agent: subprocess.Popen) -> dict[int, int]:
