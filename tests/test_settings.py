@@ -171,6 +171,8 @@ def test_heads_that_do_not_fit_are_refused(text, says):
         ("JEPA_CHUNK_SIZE=1025", "two chunks must fit in TRAIN_SEQ_LEN=2048"),
         ("RESUME=auto", "needs RUN_ID or RUN_DIR"),
         ("CHECKPOINT_EVERY=60m", "must be steps, such as 500, or seconds"),
+        ("CHECKPOINT_EVERY=-5", "must be steps, such as 500, or seconds"),
+        ("CHECKPOINT_EVERY=1.5", "must be steps, such as 500, or seconds"),
         ("GPTQ_RESERVE_SECONDS=600 GPTQ_CALIB=train", "must be below MAX_WALLCLOCK_SECONDS=600"),
     ],
 )
