@@ -437,7 +437,8 @@ def find_devices(args: argparse.Namespace) -> list[str]:
 
 def show(sweep: Sweep) -> None:
     """Prints the table of trials with the last state of each, wide if the output is no terminal."""
-    grid = rich.table.Table(title=str(sweep.folder), box=rich.box.SIMPLE_HEAD)
+    print(sweep.folder)  # in one line, as a title of the table would not be
+    grid = rich.table.Table(box=rich.box.SIMPLE_HEAD)
     for column in ("trial", "seed", "state", "step", "loss", "bpb", "seconds", "reason"):
         grid.add_column(column, overflow="fold")
     for run in (read_trial(sweep.folder_of(trial)) for trial in sweep.trials):
