@@ -292,3 +292,15 @@ def test_any_values_are_read_again_from_their_text(path, rate, seed, gate, std):
         data_path=path, matrix_lr=rate, seed=seed, smear_gate=gate, tied_embed_init_std=std
     )
     assert read_again(h) == h
+
+
+@pytest.mark.parametrize("text", ["MUON_MOMENTUM=1", "MUON_MOMENTUM_WARMUP_START=1", "EMA_DECAY=1"])
+def test_a_decay_that_would_never_forget_is_refused(text):
+    name, value = text.split("=")
+    with pytest.raises(tg.SettingsError, match=name):
+        tg.Hyperparameters.from_env({name: value})
+
+
+def test_defaults_of_test_time_training_are_those_of_pr_549():
+    h = tg.Hyperparameters()
+    assert (h.ttt_chunk_tokens, h.ttt_epochs, h.ttt_lr) == (32_768, 3, 0.002)
