@@ -3,13 +3,15 @@
 import argparse
 import contextlib
 import errno
+import io
 import json
+import os
 import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import numpy as np
 
@@ -20,6 +22,15 @@ from train_gpt import DataError, shard_header, write_atomically
 DATA = Path(__file__).resolve().parent
 SPLITS = ("train", "val")
 MAX_SHARD_TOKENS = 2**31 - 1  # the header of a shard stores the count as int32
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REMEDIES = {
+    **dict.fromkeys(DISK_FULL, "make room, then run again"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "change its permissions, or give another path"),
+    errno.EROFS: "choose a folder that can be written",
+    errno.EISDIR: "a file is needed there",
+    errno.ENOTDIR: "a folder is needed there",
+    errno.ELOOP: "replace the link that leads to itself",
+}
 
 
 class InputError(Exception):
@@ -43,7 +54,7 @@ def staging_folder(folder: Path) -> Iterator[Path]:
 
 
 def check_writable(folder: Path) -> None:
-    """Creates the folder of --out. Raises InputError if no file can be written there."""
+    """Creates a folder below --out. Raises InputError if no file can be written there."""
     try:
         with staging_folder(folder):
             pass
@@ -62,7 +73,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     manifest: dict[str, Any] = {"tokenizers": [], "datasets": []}
     try:
-        if path.exists():
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             manifest |= json.loads(path.read_bytes())
         if all(isinstance(e["name"], str) for e in manifest["tokenizers"] + manifest["datasets"]):
             return manifest
@@ -107,10 +118,47 @@ def integer_between(low: int, high: int) -> Callable[[str], int]:
     return integer
 
 
+# ---- Output and exit status ----
+
+
+def say(line: str, stream: TextIO | None = None) -> None:
+    """Prints a line on stdout or `stream`; a full disk or a closed pipe there is no error."""
+    with contextlib.suppress(OSError):
+        print(line, file=stream, flush=True)
+
+
+def accept_any_text() -> None:
+    """Lets stdout and stderr replace what their encoding lacks; a closed one becomes /dev/null."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def shell_word(value: object) -> str:
+    """Returns a value quoted for a shell; as $'...' if stdout cannot show all its characters."""
+    text, encoding = str(value), sys.stdout.encoding or "ascii"
+    if text.isprintable() and text.encode(encoding, "ignore").decode(encoding) == text:
+        return shlex.quote(text)
+    return "$'" + "".join(f"\\{byte:03o}" for byte in os.fsencode(text)) + "'"
+
+
 def training_command(settings: dict[str, Any]) -> str:
     """Returns the shell command that runs train_gpt.py with the given environment variables."""
-    variables = [f"{name}={shlex.quote(str(value))}" for name, value in settings.items()]
+    variables = [f"{name}={shell_word(value)}" for name, value in settings.items()]
     return " ".join([*variables, "python train_gpt.py"])
+
+
+def describe(error: Exception) -> str:
+    """Returns an error as one line: for an OSError the path, the reason and the remedy."""
+    text = str(error)
+    if isinstance(error, OSError) and error.errno:
+        path = os.fsdecode(error.filename2 or error.filename or "")
+        remedy = REMEDIES.get(error.errno, "check the path")
+        text = f"{path}: {error.strerror}; {remedy}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def exit_status(run: Callable[[], None], after_interrupt: str) -> int:
@@ -119,14 +167,13 @@ def exit_status(run: Callable[[], None], after_interrupt: str) -> int:
     The status is 0 on success, 2 after an error of input, data, disk or network, and 130 after an
     interrupt; `after_interrupt` says what to do then.
     """
+    accept_any_text()
     try:
         run()
     except (InputError, DataError, OSError) as error:
-        is_full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        remedy = "; make room, then run again" if is_full else ""
-        print(f"error: {' '.join(str(error).split())}{remedy}", file=sys.stderr)
+        say(f"error: {describe(error)}", sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"error: interrupted; {after_interrupt}", file=sys.stderr)
+        say(f"error: interrupted; {after_interrupt}", sys.stderr)
         return 130
     return 0

@@ -12,21 +12,24 @@ Example:
 
 import argparse
 import contextlib
+import glob
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
 import signal
+import ssl
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
+import huggingface_hub
 from filelock import FileLock, Timeout
-from huggingface_hub import HfApi, RepoFile
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import disable_progress_bars, logging
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -36,28 +39,94 @@ from common import SPLITS, InputError
 
 from train_gpt import DataError, read_shard
 
+if TYPE_CHECKING:  # at run time it is imported when the environment was checked
+    from huggingface_hub import RepoFile
+
 REPO_ID, ROOT_PREFIX = "willdepueoai/parameter-golf", "datasets"
 NAME_PREFIX = "fineweb10B_"  # of all datasets; the variant follows
 MAX_FILES = 10**6  # the number of a shard has six digits
 OTHER_REPO = "set MATCHED_FINEWEB_REPO_ID to another repository"
 
 
+# ---- Environment ----
+
+
+def is_url(text: str, schemes: tuple[str, ...] = ("http", "https")) -> bool:
+    """Returns whether a text is a URL with one of the schemes and a host."""
+    try:
+        url = urlsplit(text)
+        is_valid_port = url.port is None or url.port > 0
+    except ValueError:
+        return False
+    is_plain = text.isascii() and text.isprintable() and " " not in text
+    return is_plain and url.scheme in schemes and bool(url.hostname) and is_valid_port
+
+
+def is_proxy(text: str) -> bool:
+    """Returns whether a text is a proxy that the HTTP client of huggingface_hub can use."""
+    has_socks = importlib.util.find_spec("socksio") is not None
+    schemes = ("http", "https", "socks5", "socks5h") if has_socks else ("http", "https")
+    return is_url(text if "://" in text else f"http://{text}", schemes)
+
+
+def has_certificates(path: str) -> bool:
+    """Returns whether a path is a folder, or a file of certificates."""
+    try:
+        if not Path(path).is_dir():
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+    except OSError:
+        return False
+    return True
+
+
+# Patterns of names of environment variables, whether a value can be used, what is needed.
+VARIABLES: tuple[tuple[str, Callable[[str], object], str], ...] = (
+    ("HF_ENDPOINT", is_url, "a URL such as https://huggingface.co"),
+    ("(HTTPS?|ALL)_PROXY", is_proxy, "http://HOST:PORT (socks5:// needs the package socksio)"),
+    ("SSL_CERT_FILE|(REQUESTS|CURL)_CA_BUNDLE", has_certificates, "a file of certificates"),
+    ("SSL_CERT_DIR", os.path.isdir, "a folder of certificates"),
+    ("HF_TOKEN|HUGGING_FACE_HUB_TOKEN", re.compile(r"\s*[!-~]+\s*").fullmatch, "one ASCII word"),
+    ("HF_HUB_(ETAG|DOWNLOAD)_TIMEOUT", re.compile(r"0*[1-9]\d*").fullmatch, "whole seconds"),
+)
+NETWORK_NAME = r"(HF|HUGGING_FACE|SSL\w*?)_\w+|\w+_PROXY|(REQUESTS|CURL)_CA_BUNDLE|SSLKEYLOGFILE"
+
+
+def check_environment() -> None:
+    """Raises InputError if a variable that the network needs has a value that cannot be used."""
+    for name, value in os.environ.items():
+        for pattern, is_usable, needed in VARIABLES:
+            if value and re.fullmatch(pattern, name, re.IGNORECASE) and not is_usable(value):
+                raise InputError(
+                    f"{name}: its value cannot be used; set it to {needed}, or unset it"
+                )
+
+
+# ---- Repository ----
+
+
 @contextlib.contextmanager
-def hub_errors(repo: str) -> Iterator[None]:
-    """Raises InputError about the repository for every error of huggingface_hub but disk errors."""
+def hub_errors(repo: str, staging: Path) -> Iterator[None]:
+    """Raises InputError about the repository for every error of huggingface_hub.
+
+    An error of a file below `staging`, or of a full disk, stays an OSError.
+    """
     try:
         yield
     except Exception as error:  # the types of its HTTP client depend on the version
-        if isinstance(error, OSError) and error.errno:
-            raise
+        if isinstance(error, OSError):
+            path = os.fsdecode(error.filename or "")
+            if error.errno in common.DISK_FULL or path.startswith(str(staging)):
+                raise OSError(error.errno, error.strerror, path or str(staging)) from None
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
         if status in (401, 403, 404) or isinstance(error, HFValidationError):
-            reason = f"HTTP status {status}, missing or private" if status else error
+            reason = f"HTTP status {status}, missing or private" if status else str(error)
             remedy = "check MATCHED_FINEWEB_REPO_ID, or set HF_TOKEN to a token that may read it"
         else:
             reason = f"HTTP status {status}" if status else f"{type(error).__name__}: {error}"
-            remedy = "check the network and HF_ENDPOINT, then run again to resume"
-        raise InputError(f"{repo}: {reason}; {remedy}") from None
+            used = sorted(n for n in os.environ if re.fullmatch(NETWORK_NAME, n, re.IGNORECASE))
+            names = ", ".join(dict.fromkeys(["HF_ENDPOINT", *used]))
+            remedy = f"check the network and {names}, then run again to resume"
+        raise InputError(f"{repo}: {' '.join(reason.split())}; {remedy}") from None
 
 
 class Repository:
@@ -68,39 +137,42 @@ class Repository:
 
     def __init__(self, name: str, prefix: str, staging: Path) -> None:
         self.name, self.prefix, self.staging = name, prefix, staging
-        self.api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
-        with hub_errors(name):
+        with hub_errors(name, staging):
+            huggingface_hub.logging.set_verbosity_error()  # the error line says what warnings say
+            if not sys.stderr.isatty():
+                huggingface_hub.utils.disable_progress_bars()
+            self.api = huggingface_hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
             self.commit = self.api.repo_info(name, repo_type="dataset").sha
 
-    def list_files(self, paths: list[str]) -> dict[str, RepoFile]:
+    def list_files(self, paths: list[str]) -> dict[str, "RepoFile"]:
         """Returns name, size and hash of files by their paths below the manifest's folder.
 
         Raises InputError if the repository lacks one.
         """
         remote_paths = {path: f"{self.prefix}/{path}".lstrip("/") for path in paths}
-        with hub_errors(self.name):
+        with hub_errors(self.name, self.staging):
             found = self.api.get_paths_info(
                 self.name, list(remote_paths.values()), revision=self.commit, repo_type="dataset"
             )
-        files = {file.path: file for file in found if isinstance(file, RepoFile)}
+        files = {file.path: file for file in found if isinstance(file, huggingface_hub.RepoFile)}
         for remote_path in remote_paths.values():
             if remote_path not in files:
                 remedy = "check MATCHED_FINEWEB_REPO_ID and MATCHED_FINEWEB_REMOTE_ROOT_PREFIX"
                 raise InputError(f"{self.name}: {remote_path}: no such file; {remedy}")
         return {path: files[remote_path] for path, remote_path in remote_paths.items()}
 
-    def download(self, files: list[RepoFile]) -> None:
+    def download(self, files: list["RepoFile"]) -> None:
         """Downloads files into the staging folder; keeps those that are there already."""
-        with hub_errors(self.name):
+        with hub_errors(self.name, self.staging):
             self.api.snapshot_download(
                 self.name,
                 repo_type="dataset",
                 revision=self.commit,
-                allow_patterns=[file.path for file in files],
+                allow_patterns=[glob.escape(file.path) for file in files],
                 local_dir=self.staging,
             )
 
-    def verify(self, file: RepoFile) -> Path:
+    def verify(self, file: "RepoFile") -> Path:
         """Returns the path of a downloaded file. Raises InputError, and deletes it, if damaged."""
         path = self.staging / file.path
         fault = find_fault(path, file)
@@ -126,7 +198,7 @@ class Repository:
             raise InputError(f"{self.name}: {file.path}: damaged; {OTHER_REPO}") from None
 
 
-def find_fault(path: Path, file: RepoFile) -> str:
+def find_fault(path: Path, file: "RepoFile") -> str:
     """Returns why a file on disk is not the published one, or ""."""
     if not path.is_file():
         return "not downloaded"
@@ -182,7 +254,7 @@ def choose_files(
     return dataset, tokenizer, paths
 
 
-def download_missing(repository: Repository, files: dict[str, RepoFile], out: Path) -> None:
+def download_missing(repository: Repository, files: dict[str, "RepoFile"], out: Path) -> None:
     """Downloads the files that are missing or damaged below `out`; a correct file stays."""
     missing = {}
     for path, file in tqdm(files.items(), "checking", unit=" files", disable=None):
@@ -207,21 +279,28 @@ def download_missing(repository: Repository, files: dict[str, RepoFile], out: Pa
 def print_summary(
     out: Path, dataset: dict[str, Any], tokenizer: dict[str, Any], paths: list[str]
 ) -> None:
-    """Prints the counts and the command that trains. Raises InputError if the counts are wrong."""
+    """Prints the counts and the command that trains.
+
+    Raises InputError if the counts are wrong or the folder has shards that were not published.
+    """
     folder, stats = out / "datasets" / dataset["name"], dataset["stats"]
-    print(folder)
+    common.say(str(folder))
     for split in SPLITS:
         shards = [out / path for path in paths if f"/fineweb_{split}_" in path]
         tokens, files = sum(len(read_shard(path)) for path in shards), stats[f"files_{split}"]
+        published_names = {f"fineweb_{split}_{i:06d}.bin" for i in range(files)}
+        for path in sorted(folder.glob(f"fineweb_{split}_*.bin")):
+            if path.name not in published_names:
+                raise InputError(f"{path}: not a published file; move it away, or it is read too")
         published = stats.get(f"tokens_{split}", tokens)
         if len(shards) == files and tokens != published:
             found = f"{tokens} {split} tokens, but {published} in the manifest"
             raise InputError(f"{folder}: {found}; {OTHER_REPO}")
-        print(f"  {split:5} {tokens:,} tokens, {len(shards)} of {files} files")
+        common.say(f"  {split:5} {tokens:,} tokens, {len(shards)} of {files} files")
     settings = {"DATA_PATH": folder, "VOCAB_SIZE": dataset.get("vocab_size")}
     if tokenizer.get("model_path"):
         settings["TOKENIZER_PATH"] = out / tokenizer["model_path"]
-    print(f"  next: {common.training_command({k: v for k, v in settings.items() if v})}")
+    common.say(f"  next: {common.training_command({k: v for k, v in settings.items() if v})}")
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -247,6 +326,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     """Downloads the manifest, checks the files that it names, downloads the others."""
     local_manifest, staging = args.out / "manifest.json", args.out / "datasets" / ".download"
+    check_environment()
     common.read_manifest(local_manifest)
     common.check_writable(staging)
     try:
@@ -273,9 +353,6 @@ def stop_at_once(*_: Any) -> None:
 
 def main(argv: list[str]) -> int:
     """Runs the command line; returns its exit status."""
-    logging.set_verbosity_error()  # the script's own error line says what its warnings say
-    if not sys.stderr.isatty():
-        disable_progress_bars()
     return common.exit_status(lambda: run(parse_arguments(argv)), "run again to resume")
 
 

@@ -1,14 +1,16 @@
 """Turn documents into token shards for train_gpt.py.
 
-INPUT files are .jsonl, .jsonl.zst or parts .jsonl.zst.NN (one JSON object with a string "text" per
-line), or .txt (one document per file). Without INPUT the script makes the embedded corpus: the
-texts of the Python installation, as tokens and as bytes. data/README.md describes the output.
+INPUT is .jsonl, .ndjson or .json (JSON objects with a string "text", one per line or in one list)
+or .txt (one document per file), each also .gz, .xz or .zst; a folder of such files; or @LIST, a
+file with one path per line. Without INPUT the script makes the embedded corpus: the texts of the
+Python installation, as tokens and as bytes. data/README.md describes the output.
 
 Example:
     python data/prepare.py docs.jsonl --name mine --vocab-size 1024 --val-docs 1000
 """
 
 import argparse
+import codecs
 import hashlib
 import itertools
 import json
@@ -19,13 +21,14 @@ import re
 import signal
 import sys
 import sysconfig
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NoReturn
 
 import numpy as np
 import zstandard
@@ -37,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import common
 from common import SPLITS, InputError
 
-from train_gpt import BOS_ID, BYTE_VOCAB, FIRST_TEXT_ID, write_atomically
+from train_gpt import BOS_ID, BYTE_VOCAB, FIRST_TEXT_ID, Hyperparameters, write_atomically
 
 PAD_ID, EOS_ID, UNK_ID = 0, 2, 3
 MAX_VOCAB = 1 << 16  # a shard stores a token in 16 bits
@@ -47,6 +50,17 @@ VAL_BYTES = 1_000_000  # minimum UTF-8 bytes of validation text that is selected
 SAMPLE_BYTES = 100_000_000  # approximate training text of a new tokenizer
 SLICE_CHARS = 16_384  # the tokenizer's trainer skips long texts, so documents are cut into slices
 BATCH_DOCUMENTS = 512  # documents encoded in one call
+
+INPUT_NAME = re.compile(
+    r"\.(?P<format>jsonl|ndjson|json|txt)(\.(?P<packing>gz|xz|zst))?(\.\d+)?$", re.IGNORECASE
+)
+DECOMPRESSORS: dict[str, Callable[[], Any]] = {
+    "gz": partial(zlib.decompressobj, wbits=31),
+    "xz": lzma.LZMADecompressor,
+    "zst": lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(),
+}
+
+JSON_NEEDED = 'need JSON objects with a string "text" in UTF-8, one per line or in one list'
 
 Document = tuple[str, str]  # place (for messages), text
 
@@ -59,56 +73,135 @@ def digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def zstd_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    """Yields the lines of a file of zstd frames. Raises InputError if it is damaged or cut."""
-    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-    frame, rest = decompressor.decompressobj(), b""
-    try:
-        while block := file.read(1 << 18):
-            while block:
-                if frame.eof:
-                    frame = decompressor.decompressobj()
-                *lines, rest = (rest + frame.decompress(block)).split(b"\n")
-                yield from lines
-                block = frame.unused_data
-    except zstandard.ZstdError as error:
-        raise InputError(f"{path}: damaged zstd data ({error}); download it again") from None
-    if not frame.eof:
-        raise InputError(f"{path}: truncated zstd data; download it again, or join its parts")
+def input_kind(path: Path) -> tuple[str, str]:
+    """Returns the format and the compression ("" for none) of an input file by its suffixes.
+
+    Raises InputError if they are unknown.
+    """
+    match = INPUT_NAME.search(path.name)
+    if not match:
+        needed = ".jsonl, .ndjson, .json or .txt, also with .gz, .xz or .zst"
+        raise InputError(f"{path}: unknown suffix; need {needed}")
+    return match["format"].lower(), (match["packing"] or "").lower()
+
+
+def find_files(folder: Path) -> list[Path]:
+    """Returns the input files below a folder in the order of their names; hidden ones are left out.
+
+    Raises InputError if a folder is reached twice through links, and OSError if one is unreadable.
+    """
+
+    def fail(error: OSError) -> NoReturn:
+        raise error
+
+    files: list[Path] = []
+    others, seen = 0, set()
+    for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            raise InputError(f"{place}: a link to a folder that was read already; remove the link")
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        shown = sorted(name for name in names if not name.startswith("."))
+        found = [Path(place, name) for name in shown if INPUT_NAME.search(name)]
+        files, others = files + found, others + len(shown) - len(found)
+    if others:
+        common.say(f"note: {folder}: {others:,} files with other suffixes are left out")
+    return files
+
+
+def input_files(paths: Iterable[Path]) -> list[Path]:
+    """Returns the files that arguments name: files, those of folders, and those of @LIST files.
+
+    Raises InputError if one has an unknown suffix or is given twice, OSError if one is unreadable.
+    """
+    listed: list[Path] = []
+    for path in paths:
+        if str(path).startswith("@"):
+            lines = Path(str(path)[1:]).read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+            listed += [Path(os.fsdecode(line)) for line in lines if line.strip()]
+        else:
+            listed.append(path)
+    files: dict[str, Path] = {}
+    for path in listed:
+        for file in find_files(path) if path.is_dir() else [path]:
+            input_kind(file)  # raises InputError
+            if file.exists() and not file.is_file():
+                raise InputError(f"{file}: not a regular file, but it is read twice; write a file")
+            file.open("rb").close()
+            if files.setdefault(os.path.realpath(file), file) is not file:
+                raise InputError(f"{file}: is given twice; give it once")
+    return list(files.values())
+
+
+def read_blocks(path: Path, packing: str) -> Iterator[bytes]:
+    """Yields the decompressed content of a file. Raises InputError if it is damaged or cut."""
+    with path.open("rb") as file:
+        blocks = iter(partial(file.read, 1 << 18), b"")
+        if not packing:
+            yield from blocks
+            return
+        frame = DECOMPRESSORS[packing]()
+        try:
+            for block in blocks:
+                rest = block.lstrip(b"\0") if frame.eof else block  # zeros may follow a frame
+                while rest:
+                    if frame.eof:
+                        frame = DECOMPRESSORS[packing]()
+                    yield frame.decompress(rest)
+                    rest = frame.unused_data.lstrip(b"\0")
+        except (zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
+            raise InputError(f"{path}: damaged .{packing} data ({error}); copy it again") from None
+        if not frame.eof:
+            raise InputError(f"{path}: truncated .{packing} data; copy it again, or join its parts")
+
+
+def split_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Yields the lines of a file without their ends."""
+    rest = b""
+    for block in blocks:
+        *lines, rest = (rest + block).split(b"\n")
+        yield from lines
     yield rest
 
 
-def parse_line(line: bytes) -> str:
-    """Returns the "text" of a line of JSON. Raises ValueError."""
-    record = json.loads(line.decode())
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise ValueError(f"{record!r:.60} has no string")
-    text.encode()  # fails if it has half a surrogate pair
-    return text
+def parse_json(place: str, data: bytes) -> Any:
+    """Returns the value of a JSON text. Raises InputError."""
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{place}: {error}; {JSON_NEEDED}") from None
+
+
+def json_records(path: Path, lines: Iterator[bytes]) -> Iterator[tuple[str, Any]]:
+    """Yields (place, record) of every line, or of the one list that the file consists of."""
+    for number, line in enumerate(lines, 1):
+        start = line.removeprefix(codecs.BOM_UTF8).strip()
+        if number == 1 and start.startswith(b"["):
+            records = parse_json(str(path), b"\n".join([line, *lines]))
+            yield from ((f"{path}: item {i}", record) for i, record in enumerate(records, 1))
+        elif start:
+            yield f"{path}:{number}", parse_json(f"{path}:{number}", line)
 
 
 def read_documents(paths: Iterable[Path]) -> Iterator[Document]:
     """Yields (place, text) of all documents, also of empty ones. Raises InputError."""
     for path in paths:
-        with path.open("rb") as file:
-            if path.suffix == ".txt":
-                try:
-                    yield str(path), file.read().decode()
-                except UnicodeDecodeError as error:
-                    raise InputError(f"{path}: not UTF-8 ({error}); convert the file") from None
-                continue
-            lines = file if path.suffix == ".jsonl" else zstd_lines(path, file)
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                place = f"{path}:{number}"
-                try:
-                    text = parse_line(line)
-                except (ValueError, RecursionError) as error:
-                    needed = 'need a JSON object with a string "text" in UTF-8'
-                    raise InputError(f"{place}: {error}; {needed}") from None
-                yield place, text
+        file_format, packing = input_kind(path)
+        blocks = read_blocks(path, packing)
+        if file_format == "txt":
+            try:
+                yield str(path), b"".join(blocks).decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise InputError(f"{path}: not UTF-8 ({error}); convert the file") from None
+            continue
+        for place, record in json_records(path, split_lines(blocks)):
+            text = record.get("text") if isinstance(record, dict) else None
+            if not isinstance(text, str):
+                raise InputError(f"{place}: {record!r:.60} has no string; {JSON_NEEDED}")
+            if not text.isascii() and re.search("[\ud800-\udfff]", text):
+                raise InputError(f"{place}: half a surrogate pair; {JSON_NEEDED}")
+            yield place, text
 
 
 def library_files() -> Iterator[tuple[str, bytes]]:
@@ -197,19 +290,25 @@ def find_hash_cut(documents: Iterable[Document]) -> bytes:
 def count_documents(corpus: Corpus) -> Counter[str]:
     """Returns `docs_train`, `bytes_val` and so on.
 
-    Raises InputError if a split is empty or a text is in both splits.
+    Tells of copies within a split. Raises InputError if a split is empty or a text is in both.
     """
-    counts: Counter[str] = Counter()
+    counts, copies = Counter[str](), Counter[str]()
     val_places: dict[bytes, str] = {}
+    train_digests: set[bytes] = set()
     overlaps, example = 0, ""
     for split, place, text in tqdm(corpus, "reading", unit=" documents", disable=None):
         counts[f"docs_{split}"] += 1
         counts[f"bytes_{split}"] += len(text.encode())
+        key = digest(text)
         if split == "val":
-            val_places[digest(text)] = place
-        elif split == "train" and digest(text) in val_places:
-            example = example or f"{place} equals {val_places[digest(text)]}"
-            overlaps += 1
+            copies[split] += key in val_places
+            val_places.setdefault(key, place)
+        elif split == "train":
+            copies[split] += key[:8] in train_digests
+            train_digests.add(key[:8])
+            if key in val_places:
+                example = example or f"{place} equals {val_places[key]}"
+                overlaps += 1
     if overlaps:
         raise InputError(
             f"validation: {overlaps:,} training documents are also in the validation split "
@@ -219,6 +318,9 @@ def count_documents(corpus: Corpus) -> Counter[str]:
         if not counts[f"docs_{split}"]:
             found = f"{counts['docs_train'] + counts['docs_val']:,}"
             raise InputError(f"no {split} documents among the {found} of the input; give more")
+        if copies[split]:
+            count = f"{copies[split]:,} of {counts[f'docs_{split}']:,} {split} documents"
+            common.say(f"note: {count} are copies of others; they are kept")
     return counts
 
 
@@ -242,16 +344,20 @@ class Vocabulary:
         """Returns the last part of the dataset's name."""
         return f"sp{self.size}" if self.model else BYTE_VARIANT
 
-    def encode(self, texts: list[str], workers: int) -> list[tuple[np.ndarray, bool]]:
-        """Returns (tokens, uint16 [n]; whether they decode to the exact text) for each text."""
+    @property
+    def unknown_id(self) -> int:
+        """Returns the id of text that has no token."""
+        return self.model.unk_id() if self.model else UNK_ID
+
+    def encode(self, texts: list[str], workers: int) -> list[tuple[np.ndarray, str]]:
+        """Returns (tokens, uint16 [n]; the text that they decode to) for each text."""
         if not self.model:
-            data = (np.frombuffer(text.encode(), np.uint8) for text in texts)
-            return [(octets.astype("<u2") + FIRST_TEXT_ID, True) for octets in data]
+            octets = (np.frombuffer(text.encode(), np.uint8) for text in texts)
+            ids = [data.astype("<u2") + FIRST_TEXT_ID for data in octets]
+            return list(zip(ids, texts, strict=True))
         ids = self.model.encode(texts, num_threads=workers)
         decoded = self.model.decode(ids, num_threads=workers)
-        return [
-            (np.array(i, dtype="<u2"), d == t) for i, d, t in zip(ids, decoded, texts, strict=True)
-        ]
+        return [(np.array(i, dtype="<u2"), text) for i, text in zip(ids, decoded, strict=True)]
 
     def manifest_entry(self) -> dict[str, Any]:
         """Returns the description of the tokenizer; paths are relative to the manifest."""
@@ -260,7 +366,7 @@ class Vocabulary:
             "kind": "sentencepiece_bpe" if self.model else "byte",
             "vocab_size": self.size,
             "bos_id": BOS_ID,
-            "eos_id": EOS_ID,
+            "eos_id": self.model.eos_id() if self.model else EOS_ID,
             "recommended_bigram_vocab_size": math.ceil(self.size / 128) * 128 * 5,
         }
         if self.model:
@@ -296,13 +402,13 @@ class Vocabulary:
 
 def load_tokenizer(path: Path) -> SentencePieceProcessor:
     """Returns the model in a file. Raises InputError if it cannot be the tokenizer of shards."""
-    if path.suffix != ".model" or not path.is_file():
+    if path.suffix.lower() != ".model" or not path.is_file():
         raise InputError(f"--tokenizer: {path}: need an existing SentencePiece .model file")
     try:
         model = SentencePieceProcessor(model_proto=path.read_bytes())
-    except RuntimeError:
-        reason = "not a SentencePiece model; download it again"
-        raise InputError(f"--tokenizer: {path}: {reason}") from None
+    except RuntimeError as error:
+        reason = f"not a SentencePiece model ({error}); make or download it again"
+        raise InputError(f"--tokenizer: {path}: {' '.join(reason.split())}") from None
     if model.vocab_size() > MAX_VOCAB or model.bos_id() != BOS_ID:
         raise InputError(
             f"--tokenizer: {path}: {model.vocab_size():,} pieces and BOS id {model.bos_id()}; "
@@ -411,7 +517,7 @@ def write_dataset(
     `counts` are those of `count_documents`. Raises InputError if a document of the embedded corpus
     does not decode to its exact bytes.
     """
-    bos, inexact = np.array([BOS_ID], dtype="<u2"), 0
+    bos, inexact, unknown = np.array([BOS_ID], dtype="<u2"), Counter[str](), Counter[str]()
     documents = (document for document in corpus if document[0] != "empty")
     total = counts["docs_train"] + counts["docs_val"]
     with (
@@ -421,10 +527,13 @@ def write_dataset(
         writers = {split: ShardWriter(temporary, split, args.shard_tokens) for split in SPLITS}
         while batch := list(itertools.islice(documents, BATCH_DOCUMENTS)):
             encoded = vocabulary.encode([text for _, _, text in batch], args.workers)
-            for (split, place, _), (tokens, is_exact) in zip(batch, encoded, strict=True):
-                if not (is_exact or args.input):
-                    raise InputError(f"{place}: does not decode to its exact bytes")
-                inexact += not is_exact
+            for (split, place, text), (tokens, decoded) in zip(batch, encoded, strict=True):
+                if decoded != text:
+                    if not args.input:
+                        raise InputError(f"{place}: does not decode to its exact bytes")
+                    sizes = {"text": len(text.encode()), "decoded": len(decoded.encode())}
+                    inexact.update(docs=1, **sizes)
+                unknown[split] += int((tokens == vocabulary.unknown_id).sum())
                 writers[split].add(bos)
                 writers[split].add(tokens)
             bar.update(len(batch))
@@ -432,8 +541,19 @@ def write_dataset(
             writer.flush()
         publish(temporary, folder)
     if inexact:
-        print(f"note: {inexact:,} documents do not decode to their exact bytes: the tokenizer")
-        print("  changes some text, and bits per byte count the bytes of the decoded text")
+        common.say(
+            f"note: {inexact['docs']:,} documents do not decode to their exact bytes, but to "
+            f"{inexact['decoded']:,} bytes instead of {inexact['text']:,}: the tokenizer changes "
+            "some text, and bits per byte count the bytes of the decoded text"
+        )
+    for split, writer in writers.items():
+        if unknown[split]:
+            common.say(
+                f"warning: {unknown[split]:,} of {writer.tokens:,} {split} tokens are unknown and "
+                "count 0 bytes. train_gpt.py gives no score above "
+                f"{Hyperparameters.max_unknown_fraction:.1%} of the validation tokens; "
+                "use a tokenizer with byte fallback"
+            )
     stats = {key: counts[key] for key in sorted(counts) if not key.endswith("_empty")}
     for split, writer in writers.items():
         stats |= {f"tokens_{split}": writer.tokens, f"files_{split}": writer.files}
@@ -452,7 +572,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     size = common.integer_between(BYTE_VOCAB + 1, MAX_VOCAB)
     workers = common.integer_between(1, 1024)
     add = parser.add_argument
-    add("input", nargs="*", type=Path, metavar="INPUT", help="documents; none: embedded corpus")
+    add("input", nargs="*", type=Path, metavar="INPUT", help="files, folders, @LIST")
     add("--variant", help="sp<V> or byte260; default: sp<V> of the tokenizer")
     add_one = parser.add_mutually_exclusive_group().add_argument
     add_one("--tokenizer", type=Path, metavar="MODEL", help="an existing SentencePiece .model")
@@ -466,10 +586,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--workers", type=workers, default=cores, metavar="N", help="threads; default: all cores")
     args = parser.parse_args(argv)
     check_arguments(args)
+    if args.input:
+        args.input = input_files(args.input)
+        args.val_file = input_files(args.val_file or ())
     if not args.input:
         args.name = EMBEDDED_NAME
     elif not args.name:
-        args.name = args.out.resolve().name if args.out else ""
+        args.name = Path(os.path.realpath(args.out)).name if args.out else ""
     if not re.fullmatch(r"\w[\w.-]*", args.name):
         raise InputError(f"--name: {args.name!r}: need letters, digits, _ . and -")
     args.out = args.out or common.DATA
@@ -477,7 +600,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raises InputError if options contradict each other or an input file cannot be read."""
+    """Raises InputError if options contradict each other."""
     is_bytes = args.variant == BYTE_VARIANT
     if not args.input:
         for option in ("variant", "tokenizer", "vocab_size", "val_docs", "val_file", "name"):
@@ -487,11 +610,6 @@ def check_arguments(args: argparse.Namespace) -> None:
     elif is_bytes == bool(args.tokenizer or args.vocab_size):
         needed = f"--tokenizer, --vocab-size or --variant {BYTE_VARIANT}"
         raise InputError(f"--variant: {args.variant}: give exactly one of {needed}")
-    for path in (*args.input, *(args.val_file or ())):
-        if not re.search(r"\.(txt|jsonl|jsonl\.zst(\.\d+)?)$", path.name):
-            raise InputError(f"{path}: unknown suffix; need .jsonl, .jsonl.zst[.NN] or .txt")
-        if not path.is_file():
-            raise InputError(f"{path}: no such file; check its name")
 
 
 def given_vocabulary(args: argparse.Namespace) -> Vocabulary | None:
@@ -519,7 +637,7 @@ def make_corpus(args: argparse.Namespace) -> Corpus:
         return Corpus(read, val_count=args.val_docs)
     if not args.input:
         read = partial(iter, embedded_documents())
-    print(f"validation: documents in the order of their sha256, at least {VAL_BYTES:,} bytes")
+    common.say(f"validation: documents in the order of their sha256, at least {VAL_BYTES:,} bytes")
     return Corpus(read, val_cut=find_hash_cut(read()))
 
 
@@ -531,16 +649,16 @@ def xz_bits_per_byte(corpus: Corpus) -> float:
 
 def print_summary(folder: Path, vocabulary: Vocabulary, stats: dict[str, int], preset: str) -> None:
     """Prints the counts of a dataset and the command that trains on it."""
-    print(f"\n{folder}")
+    common.say(f"\n{folder}")
     for split in SPLITS:
         docs, size, tokens = (stats[f"{key}_{split}"] for key in ("docs", "bytes", "tokens"))
-        print(f"  {split:5} {docs:,} documents, {size:,} bytes, {tokens:,} tokens")
+        common.say(f"  {split:5} {docs:,} documents, {size:,} bytes, {tokens:,} tokens")
     settings: dict[str, Any] = {"PRESET": preset} if preset else {}
     settings |= {"DATA_PATH": folder, "VOCAB_SIZE": vocabulary.size}
     if vocabulary.model:
         model = folder.parent.parent / "tokenizers" / f"{vocabulary.name}.model"
         settings["TOKENIZER_PATH"] = model
-    print(f"  next: {common.training_command(settings)}")
+    common.say(f"  next: {common.training_command(settings)}")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -552,7 +670,7 @@ def run(args: argparse.Namespace) -> None:
     corpus = make_corpus(args)
     counts = count_documents(corpus)
     found = ", ".join(f"{counts[f'docs_{split}']:,} {split}" for split in (*SPLITS, "empty"))
-    print(f"documents: {found} (skipped)", flush=True)
+    common.say(f"documents: {found} (skipped)")
     if not vocabulary:
         size = args.vocab_size or EMBEDDED_VOCAB
         model = train_tokenizer(corpus, counts["bytes_train"], size)
@@ -571,7 +689,7 @@ def run(args: argparse.Namespace) -> None:
         print_summary(folder, vocabulary, stats, preset="" if args.input else "cpu")
     if not args.input:
         bits = xz_bits_per_byte(corpus)
-        print(f"\nxz -9e on the validation text: {bits:.4f} bits per byte")
+        common.say(f"\nxz -9e on the validation text: {bits:.4f} bits per byte")
 
 
 def main(argv: list[str]) -> int:

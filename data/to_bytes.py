@@ -10,6 +10,8 @@ Example:
 """
 
 import argparse
+import fnmatch
+import os
 import re
 import signal
 import sys
@@ -29,7 +31,15 @@ import common
 from common import SPLITS, InputError
 from prepare import BYTE_VARIANT, Vocabulary, load_tokenizer
 
-from train_gpt import BOS_ID, BYTE_VOCAB, FIRST_TEXT_ID, ByteTable, read_shard
+from train_gpt import (
+    BOS_ID,
+    BYTE_VOCAB,
+    FIRST_TEXT_ID,
+    ByteTable,
+    TokenStream,
+    read_shard,
+    refuse_duplicates,
+)
 
 CHUNK_TOKENS = 1 << 18  # tokens converted at once, so that the arrays fit the caches
 CHUNK_TEXTS = 4  # texts of a chunk, drawn at random, that are compared with the decoder's
@@ -146,14 +156,17 @@ def find_shards(source: Path, out: Path, vocab_size: int) -> list[Shard]:
     """Returns the shards in stream order.
 
     Raises InputError if there are none, if a token id is not below `vocab_size`, or if `out` has
-    a shard that `source` has not.
+    a shard that `source` has not, and DataError if two have the same tokens.
     """
+    names = [path.name for path in source.iterdir()] if source.exists() else []
+    splits = [s for s in SPLITS if fnmatch.filter(names, f"fineweb_{s}_*.bin")]
+    streams = [TokenStream(source, split, vocab_size) for split in splits]
+    refuse_duplicates(*streams)
     shards = []
-    for split in SPLITS:
+    for stream in streams:
         previous = BOS_ID
-        for path in sorted(source.glob(f"fineweb_{split}_*.bin")):
+        for path, tokens in zip(stream.paths, stream.shards, strict=True):
             shards.append(Shard(path, out / path.name, previous))
-            tokens = read_shard(path)
             previous, largest = int(tokens[-1]), tokens.max()
             if largest >= vocab_size:
                 reason = f"token id {largest} is outside the {vocab_size:,} pieces of --tokenizer"
@@ -190,7 +203,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         args.vocab_size = int(named[2])
     elif not (args.tokenizer and args.out):
         raise InputError(f"{source}: its name is not NAME_spV; give --tokenizer and --out")
-    if args.out.resolve() == source.resolve():
+    if os.path.realpath(args.out) == os.path.realpath(source):
         raise InputError(f"--out: {args.out}: is the folder of the tokens; give another one")
     return args
 
@@ -236,11 +249,11 @@ def run(args: argparse.Namespace) -> None:
         common.merge_manifest(manifest, vocabulary.manifest_entry(), dataset)
     total = sum(counts, Counter[str]())
     tokens, size = total["source"], total["bytes"]
-    print(f"{out}: {written} shards written, {len(shards) - written} unchanged")
-    print(f"  {tokens:,} tokens -> {size:,} bytes, {size / tokens:.4f} bytes per token")
+    common.say(f"{out}: {written} shards written, {len(shards) - written} unchanged")
+    common.say(f"  {tokens:,} tokens -> {size:,} bytes, {size / tokens:.4f} bytes per token")
     if total["unknown"]:
-        print(f"warning: {total['unknown']:,} tokens are unknown text: id 3, 0 bytes each")
-    print(f"  next: {common.training_command({'DATA_PATH': out, 'VOCAB_SIZE': BYTE_VOCAB})}")
+        common.say(f"warning: {total['unknown']:,} tokens are unknown text: id 3, 0 bytes each")
+    common.say(f"  next: {common.training_command({'DATA_PATH': out, 'VOCAB_SIZE': BYTE_VOCAB})}")
 
 
 def main(argv: list[str]) -> int:

@@ -328,12 +328,41 @@ def test_a_stopped_download_is_resumed(hub, tmp_path, sent):
 # ---- Network and repository ----
 
 
-@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "hub.local"])
-def test_no_network(hub, tmp_path, capsys, monkeypatch, endpoint):
-    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+def test_no_network(hub, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
     error = error_of(capsys, tmp_path)
     assert error.startswith(f"error: {REPO}: ")
-    assert "check the network and HF_ENDPOINT, then run again to resume" in error
+    assert "check the network and HF_ENDPOINT, " in error
+    assert "HF_HOME" in error and "then run again to resume" in error
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("HF_ENDPOINT", "hub.local"),
+        ("HF_ENDPOINT", "http://a:b:c"),
+        ("ALL_PROXY", "socks4://127.0.0.1:9"),
+        ("HTTPS_PROXY", "::nonsense"),
+        ("http_proxy", "http://127.0.0.1:99999"),
+        ("SSL_CERT_FILE", "/none"),
+        ("SSL_CERT_FILE", "/dev/null"),
+        ("REQUESTS_CA_BUNDLE", "/none"),
+        ("SSL_CERT_DIR", "/none"),
+        ("HF_TOKEN", "one\ntwo"),
+        ("HF_TOKEN", "tök"),
+        ("HF_HUB_DOWNLOAD_TIMEOUT", "abc"),
+        ("HF_HUB_ETAG_TIMEOUT", "-3"),
+    ],
+)
+def test_a_network_setting_that_cannot_be_used_is_named(
+    hub, tmp_path, capsys, monkeypatch, name, value
+):
+    monkeypatch.setenv(name, value)
+    error = error_of(capsys, tmp_path)
+    assert error.startswith(f"error: {name}: its value cannot be used; set it to ")
+    assert value not in error  # it may be a secret
+    assert not hub.requests
 
 
 @pytest.mark.parametrize(
@@ -371,6 +400,28 @@ def test_token_counts_must_be_those_of_the_manifest(hub, tmp_path, capsys):
     hub.edit_manifest(lambda dataset, tokenizer: dataset["stats"].update(tokens_train=9))
     assert run(tmp_path, shards=2) == 0  # not all shards, so there is no sum to compare
     assert "1800 train tokens, but 9 in the manifest; set MATCHED" in error_of(capsys, tmp_path)
+
+
+def test_files_that_cannot_be_used_and_shards_of_others(hub, tmp_path, capsys):
+    """What the operating system says of --out, and a copy of a shard in the folder."""
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("file", "loop"):
+        error = error_of(capsys, tmp_path / name)
+        assert str(tmp_path / name) in error and "; " in error
+    folder = tmp_path / "out" / FOLDER
+    copy = folder / "fineweb_val_000000 (1).bin"
+    assert run(tmp_path / "out") == 0
+    copy.write_bytes((folder / "fineweb_val_000000.bin").read_bytes())
+    assert f"{copy}: not a published file; move it away" in error_of(capsys, tmp_path / "out")
+
+
+def test_a_folder_of_the_repository_is_no_pattern(hub, tmp_path, monkeypatch):
+    hub.prefix, hub.files = "data[1]/", {}
+    hub.publish()
+    monkeypatch.setenv("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "data[1]")
+    assert run(tmp_path) == 0
+    assert_complete(hub, tmp_path)
 
 
 # ---- Manifest ----

@@ -1,8 +1,14 @@
 """data/prepare.py: the shards it writes, what it refuses, and what a stopped run leaves."""
 
+import codecs
+import gzip
 import hashlib
+import io
 import json
+import lzma
+import os
 import random
+import subprocess
 import sys
 from encodings import cp437
 from functools import partial
@@ -176,6 +182,73 @@ def test_all_kinds_of_input_in_order(tmp_path):
     assert byte_texts(folder, "train") == [*texts[1:11], "windows\r\nline"]
 
 
+PACK = {"": bytes, ".gz": gzip.compress, ".ZST": zstandard.compress, ".xz": lzma.compress}
+
+
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
+@pytest.mark.parametrize("packing", PACK)
+def test_every_format_with_every_compression(tmp_path, packing, mark):
+    """Byte order marks, several frames, suffixes in capitals; folders and lists of files."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    texts = [f"é {number}" for number in range(6)]
+    lines = [json.dumps({"text": text}).encode() + b"\n" for text in texts]
+    pack = PACK[packing]
+    (folder / f"a.JSONL{packing}").write_bytes(pack(mark + lines[0]) + pack(mark + lines[1]))
+    (folder / f"b.ndjson{packing}").write_bytes(pack(mark + lines[2]))
+    whole = mark + json.dumps([{"text": texts[3]}, {"text": texts[4]}], indent=1).encode()
+    (folder / f"c.json{packing}").write_bytes(pack(whole))
+    (folder / f"d.Txt{packing}").write_bytes(pack(mark + texts[5].encode()))
+    (folder / "notes.md").write_text("not a document")
+    paths = sorted(path for path in folder.iterdir() if path.name != "notes.md")
+    listed = tmp_path / "list"
+    listed.write_bytes(mark + b"\r\n".join(str(path).encode() for path in paths))
+    for name, inputs in (("files", paths), ("folder", [folder]), ("list", [f"@{listed}"])):
+        options = ("--variant", "byte260", "--val-docs", 1, "--name", name)
+        datasets = make(*inputs, *options, out=tmp_path)
+        assert byte_texts(datasets / f"{name}_byte260", "train") == texts[1:]
+
+
+# Text that the encoding of the terminal lacks, and commands that can be pasted.
+@pytest.mark.parametrize("name", ["two  spaces", "[/red]", "é", "$(x)'\"", os.fsdecode(b"\xff")])
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_any_path_can_be_printed_and_pasted(tmp_path, docs, monkeypatch, name, encoding):
+    streams = {n: io.TextIOWrapper(io.BytesIO(), encoding) for n in ("stdout", "stderr")}
+    for stream, file in streams.items():
+        monkeypatch.setattr(sys, stream, file)
+    folder = make(docs, *BYTES, "--val-docs", 2, out=tmp_path / name) / "n_byte260"
+    missing = tmp_path / f"{name}.jsonl"
+    assert prepare.main([str(missing), *BYTES, "--out", str(tmp_path / name)]) == 2
+    shown, error = (file.buffer.getvalue().decode(encoding) for file in streams.values())
+    assert error.startswith("error: ") and error.count("\n") == 1
+    command = shown.split("  next: ")[1].replace("python train_gpt.py", "printenv DATA_PATH")
+    pasted = subprocess.run(["bash", "-c", command], stdout=subprocess.PIPE, check=True)
+    assert os.fsdecode(pasted.stdout.rstrip(b"\n")) == str(folder)
+
+
+# What a tokenizer loses, and copies of documents.
+@pytest.mark.parametrize(
+    ("options", "texts", "note"),
+    [
+        ({"byte_fallback": False}, ["日本", "日"], "warning: 1 of 3 val tokens are unknown"),
+        ({"normalization_rule_name": "nfkc"}, ["a", "ﬁ a"], "1 documents do not decode to"),
+        ({}, ["a", "b", "b"], "note: 1 of 2 train documents are copies of others"),
+    ],
+)
+def test_what_shards_lose_is_told(tmp_path, capsys, options, texts, note):
+    model = tmp_path / "m.MODEL"
+    data = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(make_texts(50)), model_writer=data, vocab_size=300,
+        model_type="bpe", pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2,
+        **{"byte_fallback": True, "add_dummy_prefix": True, **options},
+    )  # fmt: skip
+    model.write_bytes(data.getvalue())
+    path = write_jsonl(tmp_path / "docs.jsonl", texts)
+    make(path, "--tokenizer", model, "--val-docs", 1, "--name", "n", out=tmp_path)
+    assert note in capsys.readouterr().out
+
+
 def test_empty_documents_are_skipped_and_copies_stay(tmp_path, capsys):
     texts = ["", "val", " \n", "same", "", "same"]
     path = write_jsonl(tmp_path / "docs.jsonl", texts)
@@ -344,7 +417,7 @@ BAD_FILES = [
     ("a.jsonl", LINE * 2 + b'{"text": "x"\n', ["a.jsonl:3", "delimiter", "JSON object"]),
     ("a.jsonl", LINE + b"[1, 2]\n", ["a.jsonl:2", "[1, 2]", 'string "text"']),
     ("a.jsonl", LINE + b'{"text": null}\n', ["a.jsonl:2", "None", 'string "text"']),
-    ("a.jsonl", LINE + b'{"text": "x\\ud83d"}\n', ["a.jsonl:2", "\\ud83d", "surrogates"]),
+    ("a.jsonl", LINE + b'{"text": "x\\ud83d"}\n', ["a.jsonl:2", "surrogate pair"]),
     ("a.jsonl", LINE + b'{"text": "\xff"}\n', ["a.jsonl:2", "byte 0xff", "UTF-8"]),
     ("a.jsonl", LINE + b"[" * 100_000 + b"\n", ["a.jsonl:2", "recursion", "JSON object"]),
     ("a.txt", b"caf\xe9", ["a.txt", "not UTF-8"]),
@@ -353,8 +426,11 @@ BAD_FILES = [
     ("a.jsonl.zst", zstandard.compress(LINE * 999)[:-3], ["a.jsonl.zst", "truncated"]),
     ("a.jsonl.zst.00", zstandard.compress(LINE)[:6], ["a.jsonl.zst.00", "truncated"]),
     ("a.jsonl.zst", b"", ["a.jsonl.zst", "truncated"]),
-    ("a.jsonl.zst", LINE * 9, ["a.jsonl.zst", "damaged zstd"]),
-    ("a.zst.jsonl.gz", b"", ["a.zst.jsonl.gz", "unknown suffix", ".jsonl"]),
+    ("a.jsonl.zst", LINE * 9, ["a.jsonl.zst", "damaged .zst"]),
+    ("a.jsonl.gz", gzip.compress(LINE)[:-3], ["a.jsonl.gz", "truncated"]),
+    ("a.txt.xz", b"text", ["a.txt.xz", "damaged .xz"]),
+    ("a.json", b'[{"text": "a"}, 5]', ["a.json: item 2", "5 has no string"]),
+    ("a.parquet", b"", ["a.parquet", "unknown suffix", ".jsonl"]),
 ]
 
 
@@ -367,12 +443,18 @@ def test_bad_files_are_refused(tmp_path, capsys, name, data, expected):
 
 
 BAD_OPTIONS = [
-    ("gone.jsonl --variant byte260 --val-docs 1 --name n", ["gone.jsonl", "no such file"]),
+    (
+        "gone.jsonl --variant byte260 --val-docs 1 --name n",
+        ["gone.jsonl: No such file", "check the path"],
+    ),
     ("--val-docs 5", ["--val-docs", "needs INPUT"]),
     ("DOCS --variant byte260 --val-docs 40 --name n", ["no train documents among the 40"]),
     ("DOCS --variant byte260 --name n", ["INPUT", "1,000,000", "--val-docs"]),
     ("DOCS --variant byte260 --val-docs 2 --val-file DOCS --name n", ["--val-docs", "--val-file"]),
-    ("DOCS --variant byte260 --val-file none.jsonl --name n", ["none.jsonl", "no such file"]),
+    (
+        "DOCS --variant byte260 --val-file none.jsonl --name n",
+        ["none.jsonl: No such file", "check the path"],
+    ),
     ("DOCS --variant byte260 --val-file empty.jsonl --name n", ["no val documents"]),
     ("DOCS --variant sp400 --val-docs 2 --name n", ["--tokenizer", "--vocab-size"]),
     ("DOCS --variant byte260 --vocab-size 400 --name n", ["byte260", "--vocab-size"]),
@@ -389,6 +471,20 @@ BAD_OPTIONS = [
     ("DOCS --variant byte260 --val-docs 2", ["--name", "''"]),
     ("DOCS --variant byte260 --val-docs 2 --name n --out docs.jsonl/x", ["--out", "docs.jsonl"]),
     ("DOCS --variant byte260 --val-docs 2 --name n --out bad", ["manifest.json", "move it away"]),
+    # Files of which the operating system says something; a file twice.
+    ("loop.jsonl --variant byte260 --name n", ["loop.jsonl: Too many levels", "replace the link"]),
+    ("dangling.jsonl --variant byte260 --name n", ["dangling.jsonl: No such file", "check the"]),
+    ("pipe.jsonl --variant byte260 --name n", ["pipe.jsonl: not a regular file"]),
+    ("folder --variant byte260 --name n", ["folder/again: a link to a folder that was read"]),
+    ("@gone --variant byte260 --name n", ["gone: No such file", "check the path"]),
+    ("@folder --variant byte260 --name n", ["folder: Is a directory; a file is needed"]),
+    ("DOCS --val-docs 2 --name n --tokenizer loop.model", ["loop.model", "existing"]),
+    (
+        "DOCS --variant byte260 --val-docs 2 --name n --out loop.jsonl",
+        ["loop.jsonl", "Too many levels"],
+    ),
+    ("DOCS --variant byte260 --val-docs 2 --name n --out used", ["manifest.json: Is a directory"]),
+    ("DOCS ./DOCS --variant byte260 --name n", ["docs.jsonl: is given twice"]),
 ]
 
 
@@ -399,7 +495,13 @@ def test_bad_options_are_refused(
     monkeypatch.chdir(tmp_path)
     Path("empty.jsonl").touch()
     Path("cut.model").write_bytes(model_path.read_bytes()[:3000])
-    Path("bad").mkdir()
+    for name in ("loop.jsonl", "loop.model"):
+        Path(name).symlink_to(name)
+    Path("dangling.jsonl").symlink_to("nothing")
+    os.mkfifo("pipe.jsonl")
+    for name in ("bad", "folder", "used/manifest.json"):
+        Path(name).mkdir(parents=True)
+    Path("folder/again").symlink_to(".")
     Path("bad/manifest.json").write_text('{"datasets": [')
     monkeypatch.setattr(common, "DATA", tmp_path)
     arguments = options.replace("GOOD", str(model_path)).replace("DOCS", docs.name).split()

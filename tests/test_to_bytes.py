@@ -138,12 +138,13 @@ def test_the_tokenizers_have_leading_spaces_bytes_and_unknown_tokens(tokenizers)
     assert any(tokenizers["nmt"].is_byte(token) for token in stream_of(tokenizers["nmt"]))
 
 
-@pytest.mark.parametrize(("shard_tokens", "chunk"), [(1, 1), (5, 3), (64, 7), (64, 1 << 18)])
+@pytest.mark.parametrize(("shard_tokens", "chunk"), [(9, 1), (9, 3), (64, 7), (64, 1 << 18)])
 def test_no_border_changes_the_bytes(tmp_path, monkeypatch, tokenizer, shard_tokens, chunk):
     """Shards and chunks that end in documents, in characters, and between BOS and a space."""
-    stream = stream_of(tokenizer, TEXTS[1:4] + TEXTS[7:9] if shard_tokens < 5 else TEXTS)
+    stream = stream_of(tokenizer)
     monkeypatch.setattr(to_bytes, "CHUNK_TOKENS", chunk)
     monkeypatch.setattr(common, "write_atomically", lambda path, data: path.write_bytes(data))
+    monkeypatch.setattr(to_bytes, "refuse_duplicates", lambda *streams: None)  # short shards repeat
     folder = convert(make_source(tmp_path, tokenizer, stream, shard_tokens))
     data = b"".join(path.read_bytes()[1024:] for path in sorted(folder.glob("*.bin")))
     assert np.frombuffer(data, "<u2").tolist() == expected_ids(tokenizer, stream)
@@ -301,6 +302,12 @@ BAD = [
     ("cut --tokenizer m.model --out o", ["cut/fineweb_train_000000.bin", "not a complete shard"]),
     ("plain --tokenizer m.model --out broken/datasets/o", ["manifest.json", "move it away"]),
     ("plain --nonsense", ["--nonsense"]),
+    # Files of which the operating system says something; two shards of the same tokens.
+    ("twice --tokenizer m.model --out o", ["twice/fineweb_train_000000 (1).bin", "same tokens"]),
+    ("dangling --tokenizer m.model --out o", ["dangling/fineweb_train_000000.bin", "No such file"]),
+    ("m.model --tokenizer m.model --out o", ["m.model: Not a directory; a folder is needed"]),
+    ("plain --tokenizer loop.model --out o", ["--tokenizer: loop.model", "existing"]),
+    ("plain --tokenizer m.model --out loop.model", ["--out", "loop.model", "writable folder"]),
 ]
 
 
@@ -319,6 +326,11 @@ def test_bad_input_is_refused(tmp_path, monkeypatch, capsys, tokenizers, options
     for name, kind in (("m.model", "identity"), ("odd.model", "odd")):
         (root / name).write_bytes(tokenizers[kind].serialized_model_proto())
     (root / "text.model").write_bytes(b"hello\n")
+    (root / "loop.model").symlink_to("loop.model")
+    for folder, number in (("twice", ""), ("twice", " (1)"), ("dangling", "")):
+        path = root / folder / f"fineweb_train_000000{number}.bin"
+        path.parent.mkdir(exist_ok=True)
+        path.symlink_to("none") if folder == "dangling" else path.write_bytes(shard_bytes([1, 5]))
     (root / "broken/manifest.json").write_text("[", "utf-8")
     before = files_of(tmp_path)
     error = error_of(capsys, *options.split())
