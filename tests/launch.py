@@ -125,6 +125,10 @@ def be_rank(
     os.dup2(screen, 1)
     os.dup2(screen, 2)
     torch.set_num_threads(1)
+    if "COVERAGE_CONTEXT" in env:  # by tests/mutants.py
+        import coverage
+
+        coverage.Coverage.current().switch_context(env["COVERAGE_CONTEXT"])
     if first is not None:
         first()
     run_program(argv)

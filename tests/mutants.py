@@ -27,6 +27,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import NamedTuple
 
@@ -122,12 +123,17 @@ class Recorder:
         self.context, self.since = context, now
         os.environ["COVERAGE_CONTEXT"] = context
         coverage.Coverage.current().switch_context(context)
+        launch = sys.modules.get("launch")
+        if launch:  # its processes get no other environment
+            passed = {k: v for k, v in os.environ.items() if k.startswith("COVERAGE_")}
+            launch.KEPT.update(passed)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Notes which shared fixtures each test uses."""
         for item in session.items:
             used = [found[-1] for found in item._fixtureinfo.name2fixturedefs.values()]
             self.fixtures[item.nodeid] = [str(f) for f in used if f.scope != "function"]
+        forkserver.ensure_running()  # while there is no context that its processes would inherit
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
@@ -195,15 +201,15 @@ def run_coverage(tree: Path, out: Path, jobs: int) -> None:
     """Runs the default suite in a clone; writes out/coverage.db and out/facts.json."""
     program = tree / PROGRAM
     source = program.read_text(encoding="utf-8")
-    program.write_text(f"{source}#changes nothing\n", encoding="utf-8")
+    program.write_text(f"{source.rstrip()} #changes nothing\n", encoding="utf-8")
     config = out / "coveragerc"
     config.write_text(
         f"[run]\nparallel = true\ndata_file = {out}/coverage.db\ninclude = */{PROGRAM}\n"
-        "context = ${COVERAGE_CONTEXT-}\n"
+        "context = ${COVERAGE_CONTEXT-}\npatch = fork, _exit\n"
     )
     env = {"COVERAGE_PROCESS_START": str(config), "COVERAGE_FACTS": str(out)}
-    arguments = ["-p", "tests.mutants", "--tb=short", "--ignore=tests/test_style.py"]
-    arguments += ["-m", "not gpu and not slow", "-n", str(jobs if jobs > 1 else 0)]
+    arguments = ["-p", "tests.mutants", "--tb=short", "-n", str(jobs if jobs > 1 else 0)]
+    arguments += ["-m", "not gpu and not slow"]
     print(f"running the default suite under coverage, see {out}/coverage.log", file=sys.stderr)
     if run_pytest(arguments, tree, 3600, out / "coverage.log", env) not in (0, 1):
         raise SystemExit(f"the default suite cannot be run: {out}/coverage.log")
@@ -252,11 +258,11 @@ class Coverage:
 
     def choose(self, tests: set[str], budget: float) -> tuple[list[str], float]:
         """Returns the tests that fit into the budget, the quickest first, and their seconds."""
-        shared = {t: sum(self.seconds[f] for f in self.fixtures[t]) for t in tests}
+        price = {t: sum(self.seconds[context] for context in (t, *self.fixtures[t])) for t in tests}
         chosen: list[str] = []
         paid: set[str] = set()
         total = 0.0
-        for test in sorted(tests, key=lambda test: (shared[test], self.seconds[test], test)):
+        for test in sorted(tests, key=lambda test: (price[test], test)):
             contexts = {test, *self.fixtures[test]} - paid
             total += sum(self.seconds[context] for context in contexts)
             if chosen and total > budget:
