@@ -283,6 +283,12 @@ class Hyperparameters(ModelSettings):
     max_unknown_fraction: float = setting(
         0.005, "Largest fraction of validation tokens that may be unknown to the tokenizer.", high=1
     )
+    train_order: str = setting(
+        "shuffled",
+        "Order of the training sequences: shuffled takes windows of all shards, sequential follows "
+        "the token stream, as published.",
+        choices=("shuffled", "sequential"),
+    )
     train_batch_tokens: int = setting(786_432, "Tokens in a training step, over all ranks.", low=2)
     micro_batch_tokens: int = setting(
         98_304, "Largest number of tokens in one forward pass of a rank.", low=1
@@ -1108,16 +1114,27 @@ class TokenStream:
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def check(self, log: Log, reach: int, ranks: Ranks) -> None:
+    def fingerprint(self) -> int:
+        """Returns a number of 48 bits that identifies the shards by length and first tokens."""
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            digest.update(struct.pack("<q", len(shard)) + shard[:1000].tobytes())
+        return int.from_bytes(digest.digest()[:6], "little")
+
+    def check(self, log: Log, ranks: Ranks) -> None:
         """Warns of missing shards. Raises DataError for a token id outside the vocabulary.
 
-        Ids are checked in the shards that the first `reach` tokens touch, divided among the ranks.
+        The shards are divided among the ranks, which must all see the same ones.
         """
         count, last = len(self.paths), self.paths[-1].stem[-6:]
         if last.isdecimal() and count <= int(last):
             log(f"warning: {self.pattern}: {count} of {int(last) + 1} shards found")
-        reached = int(np.searchsorted(self.ends, reach)) + 1
-        for index in range(ranks.rank, min(reached, count), ranks.world_size):
+        own = self.fingerprint()
+        if ranks.all_reduce_max(own, -own) != [own, -own]:
+            raise DataError(
+                f"{self.pattern}: ranks see different shards; copy the same to all nodes"
+            )
+        for index in range(ranks.rank, count, ranks.world_size):
             log.progress(f"checking {self.paths[index]}")
             largest = int(self.shards[index].max())
             if largest >= self.vocab_size:
@@ -1138,28 +1155,68 @@ class TokenStream:
         return torch.from_numpy(tokens)
 
 
-@dataclass(frozen=True)
 class TrainingBatches:
-    """The training text cut into steps; a step is a stack of sequences.
+    """The training text cut into sequences of T tokens; a step reads the next rows of them.
 
-    Steps follow the token stream in sequence. A rank reads its own rows only.
+    Shuffled, a sequence is one of the n windows of T tokens into which the shards are cut, and
+    sequence i is window (i * stride + offset) mod n. The stride is coprime to n, so that every
+    window comes once before any comes again, and near 0.618 n, so that a step reads windows from
+    all over the text. In sequence, as published, sequence i starts at token i * T of the stream.
+    Either order follows from the number of the sequence alone: it is the same for any number of
+    ranks, and after a resume. A rank reads its own rows only.
     """
 
-    stream: TokenStream
-    batch_tokens: int  # of a step, over all ranks
-    seq_len: int
-    ranks: Ranks
+    def __init__(
+        self,
+        stream: TokenStream,
+        batch_tokens: int,
+        seq_len: int,
+        ranks: Ranks,
+        order: str = "shuffled",
+        seed: int = 0,
+    ) -> None:
+        self.stream, self.seq_len, self.ranks, self.seed = stream, seq_len, ranks, seed
+        self.rows = batch_tokens // seq_len  # of a step, over all ranks
+        self.is_shuffled = order == "shuffled"
+        lengths = np.array([len(shard) for shard in stream.shards])
+        windows = (lengths - 1) // seq_len  # of each shard; the last target is the token after
+        self.window_ends = np.cumsum(windows)
+        self.count = int(self.window_ends[-1])
+        # What window * T lacks of the window's position, because shards end between windows.
+        self.shifts = stream.ends - lengths - (self.window_ends - windows) * seq_len
+        if not self.count:
+            raise DataError(
+                f"{stream.pattern}: no shard has a sequence of TRAIN_SEQ_LEN={seq_len} tokens and "
+                "its next token; lower TRAIN_SEQ_LEN or use more text"
+            )
+        near = max(round(0.618 * self.count), 1)
+        self.stride = next(
+            s for s in range(near, near + self.count) if math.gcd(s, self.count) == 1
+        )
+
+    def position(self, index: int) -> int:
+        """Returns the position in the stream of the first token of sequence `index`."""
+        if not self.is_shuffled:
+            return index * self.seq_len
+        # Each pass and each seed starts elsewhere in the cycle of the windows.
+        offset = 1_000_003 * self.seed + 7919 * (index // self.count)
+        window = (index * self.stride + offset) % self.count
+        shard = np.searchsorted(self.window_ends, window, "right")
+        return window * self.seq_len + int(self.shifts[shard])
+
+    def sequences(self, start: int, count: int) -> Tensor:
+        """Returns `count` sequences from number `start` on, with the tokens that follow each.
+
+        int64 [count, T + 1].
+        """
+        positions = map(self.position, range(start, start + count))
+        return torch.stack([self.stream.read(at, self.seq_len + 1) for at in positions])
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Returns this rank's inputs and targets of a step, int64 [rows, T]."""
-        share = self.batch_tokens // self.ranks.world_size
-        tokens = self.stream.read(step * self.batch_tokens + self.ranks.rank * share, share + 1)
-        return tokens[:-1].view(-1, self.seq_len), tokens[1:].view(-1, self.seq_len)
-
-    def sequences(self, step: int, count: int) -> Tensor:
-        """Returns the `count` sequences that step `step` would read first, int64 [count, T]."""
-        tokens = self.stream.read(step * self.batch_tokens, count * self.seq_len)
-        return tokens.view(count, self.seq_len)
+        share = self.rows // self.ranks.world_size
+        tokens = self.sequences(step * self.rows + self.ranks.rank * share, share)
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
 def grad_accum_steps(rows: int, seq_len: int, micro_batch_tokens: int) -> int:
@@ -1313,9 +1370,9 @@ def load_byte_table(h: Hyperparameters, folder: Path, tokens: Tensor, log: Log) 
     return table
 
 
-def load_validation(h: Hyperparameters, stream: TokenStream, log: Log) -> Validation:
+def load_validation(h: Hyperparameters, stream: TokenStream, ranks: Ranks, log: Log) -> Validation:
     """Returns the validation text; every token id and the byte table are checked."""
-    stream.check(log, len(stream), Ranks())
+    stream.check(log, ranks)
     tokens = stream.read(0, len(stream), np.int32)
     folder = stream.pattern.parent
     if len(tokens) <= h.window_tokens:
@@ -1350,23 +1407,26 @@ def refuse_duplicates(*streams: TokenStream) -> None:
                 )
 
 
-def load_data(h: Hyperparameters, ranks: Ranks, log: Log, steps: int | None) -> Data:
-    """Opens and checks the validation split and, unless `steps` is None, the training split.
+def load_data(h: Hyperparameters, ranks: Ranks, log: Log, trains: bool = True) -> Data:
+    """Opens and checks the validation split and, if `trains`, the training split.
 
-    Token ids are checked as far as that many training steps and calibration read. Raises DataError.
+    Raises DataError.
     """
     folder = data_folder(h)
     val_stream = TokenStream(folder, "val", h.vocab_size)
-    val = load_validation(h, val_stream, log)
+    val = load_validation(h, val_stream, ranks, log)
     refuse_duplicates(val_stream)
-    if steps is None:
+    if not trains:
         return Data(val, None)
     train_stream = TokenStream(folder, "train", h.vocab_size)
-    reach = steps * h.train_batch_tokens + h.gptq_calib_tokens + h.train_seq_len
-    train_stream.check(log, reach, ranks)
+    train_stream.check(log, ranks)
     refuse_duplicates(val_stream, train_stream)
-    log(f"train_loader:dataset:{folder.name} train_shards:{len(train_stream.paths)}")
-    return Data(val, TrainingBatches(train_stream, h.train_batch_tokens, h.train_seq_len, ranks))
+    batches = TrainingBatches(
+        train_stream, h.train_batch_tokens, h.train_seq_len, ranks, h.train_order, h.seed
+    )
+    shards, windows = len(train_stream.paths), batches.count
+    log(f"train_loader:dataset:{folder.name} train_shards:{shards} windows:{windows}")
+    return Data(val, batches)
 
 
 # ---- Model: the network ----
@@ -2555,7 +2615,8 @@ class Trainer:
                 try:
                     self.loop(stop_signal)
                 finally:
-                    save_tensors(log, FINAL_MODEL, self.average.weights, model_settings(self.h))
+                    stated = model_settings(self.h) | {"step": self.step}
+                    save_tensors(log, FINAL_MODEL, self.average.weights, stated)
                 stopped = self.clock.agree(stop_signal.received)  # rank 0 has written its files
         if stopped:
             raise KeyboardInterrupt
@@ -2657,7 +2718,8 @@ class Trainer:
         """Writes a checkpoint; the time that this takes counts as training."""
         self.step_log.finish()
         self.clock.count()
-        save_tensors(self.log, CHECKPOINT, self.tensors(), asdict(self.h))
+        stated = {"step": self.step, "shards": self.batches.stream.fingerprint()}
+        save_tensors(self.log, CHECKPOINT, self.tensors(), asdict(self.h) | stated)
         self.clock.count()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -3108,16 +3170,26 @@ def load_artifact(path: Path, h: Hyperparameters) -> tuple[Hyperparameters, dict
         return h, weights
 
 
-def load_checkpoint(
-    path: Path, h: Hyperparameters
-) -> tuple[Hyperparameters, dict[str, Tensor], dict[str, Tensor]]:
-    """Returns settings, weights, and all tensors of a checkpoint or of saved weights.
+class SavedModel(NamedTuple):
+    """A checkpoint, or weights without the state of a training."""
 
-    The weights of a checkpoint are its average. Model settings that the file does not state, and
-    all others, are those of `h`. Raises DataError.
-    """
+    h: Hyperparameters  # model settings as stored, all others as given
+    weights: dict[str, Tensor]  # of a checkpoint, its average
+    tensors: dict[str, Tensor]  # all
+    settings: dict[str, Any]  # those that the file states
+    step: int  # steps trained; 0 if the file does not say
+    shards: int | None  # fingerprint of the training shards, if the file has it
+
+
+def load_checkpoint(path: Path, h: Hyperparameters) -> SavedModel:
+    """Returns a checkpoint or saved weights. Raises DataError."""
     with raise_data_error(f"{path}: cannot be read as a checkpoint"):
         tensors, stored = read_tensors(path)
+        step = stored.pop("step", len(tensors.get("progress/losses", ())))
+        check(type(step) is int and step >= 0, f"its step is {step!r:.40}")
+        shards = stored.pop("shards", None)
+        if "progress/losses" in tensors:  # from before there was a choice
+            stored.setdefault("train_order", "sequential")
         unknown = sorted(stored.keys() - asdict(h).keys())
         check(not unknown, f"its settings are unknown: {unknown}")
         h = replace(h, **{name: stored[name] for name in model_settings(h) if name in stored})
@@ -3133,7 +3205,7 @@ def load_checkpoint(
         model.load_state_dict(weights, assign=True)  # names and shapes must fit
         weights = model.state_dict()  # a scalar may be stored as [1]
         check_finite(weights)
-        return h, weights, tensors
+        return SavedModel(h, weights, tensors, stored, step, shards)
 
 
 def code_entropy(codes: Tensor) -> tuple[float, int]:
@@ -3278,7 +3350,7 @@ class Run:
         """Checks that a run could start; trains nothing and writes nothing."""
         check_settings(self.h, self.ranks.world_size)
         folder = self.choose_folder()
-        self.prepare(steps=self.h.iterations)
+        self.prepare()
         self.read_resume(folder)
         self.log(f"check:ok code:{len(self.program.twin)} bytes folder:{folder}")
 
@@ -3286,26 +3358,27 @@ class Run:
         """Scores an artifact again; the model's settings are its own."""
         path = file_in(path, ARTIFACT)
         self.h = self.ranks.broadcast_from_rank0(lambda: load_artifact(path, self.h)[0])
-        self.prepare(steps=None, writes=False)
+        self.prepare(trains=False, writes=False)
         self.score_artifact(path, {})
 
     def quantize(self, path: Path) -> None:
         """Packs and scores saved weights again, in a folder of its own."""
         path = file_in(path, FINAL_MODEL)
-        load = lambda: load_checkpoint(path, self.h)[:2]  # noqa: E731
-        self.h, weights = self.ranks.broadcast_from_rank0(load)
+        load = lambda: load_checkpoint(path, self.h)  # noqa: E731
+        saved = self.ranks.broadcast_from_rank0(load)
+        self.h = saved.h
         self.open_folder()
-        self.prepare(steps=0 if self.h.calibrates_on_text else None)
+        self.prepare(trains=self.h.calibrates_on_text)
         self.write_program()
-        model, clock = self.load_model(weights), TrainingClock(self.device, self.ranks)
-        self.quantize_and_score(model, clock, step=0)
+        model, clock = self.load_model(saved.weights), TrainingClock(self.device, self.ranks)
+        self.quantize_and_score(model, clock, saved.step)
 
     def train(self) -> None:
         """Trains a model, averages, calibrates, quantizes and packs it, and scores the artifact."""
         h, log = self.h, self.log
         check_settings(h, self.ranks.world_size)
         folder = self.open_folder()
-        self.prepare(steps=self.h.iterations)
+        self.prepare()
         resume_from = self.read_resume(folder)
         self.write_program()
         model = self.initial_model()
@@ -3365,14 +3438,14 @@ class Run:
         self.result["settings"] = asdict(self.h)
         return folder
 
-    def prepare(self, steps: int | None, writes: bool = True) -> None:
-        """Loads and checks what a command of that many training steps needs; logs the choices."""
+    def prepare(self, trains: bool = True, writes: bool = True) -> None:
+        """Loads and checks what a command needs, with training text or not; logs the choices."""
         h, ranks, log = self.h, self.ranks, self.log
         if writes:  # what is missing must not be found out after training
             load_codec(h.compressor)
             require("safetensors", "a checkpoint")
         self.program = Program.load()
-        self.data = load_data(h, ranks, log, steps)
+        self.data = load_data(h, ranks, log, trains)
         device, device_notes = start_device(h.compile, gpus_hidden=self.gpus_hidden)
         self.attention, self.device, attention_notes = choose_attention(h, device, ranks)
         for note in (*self.notes, *device_notes, *attention_notes):
@@ -3416,24 +3489,27 @@ class Run:
         h = self.h
         path = file_in(folder if h.resume == "auto" else Path(h.resume), CHECKPOINT)
 
-        def read() -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        def read() -> SavedModel | None:
             if not h.resume or (h.resume == "auto" and not path.exists()):
                 return None
-            tensors = load_checkpoint(path, h)[2]
-            return read_tensors(path)[1], tensors
+            return load_checkpoint(path, h)
 
-        found = self.ranks.broadcast_from_rank0(read)
-        if found is None:
+        saved = self.ranks.broadcast_from_rank0(read)
+        if saved is None:
             return None
-        stored, tensors = found
         own = asdict(h)
-        changed = {name: value for name, value in stored.items() if value != own[name]}
+        changed = {name: value for name, value in saved.settings.items() if value != own[name]}
         fixed = {name: value for name, value in changed.items() if name not in FREE_ON_RESUME}
         if fixed:
             raise DataError(f"RESUME={path}: it was trained with {env_form(fixed)}; set the same")
-        step = tensors.get("progress/losses", torch.empty(0)).numel()
-        self.result["resumed"] = {"step": step, "changed": changed}
-        return tensors
+        train = self.data.train
+        if train and saved.shards not in (None, train.stream.fingerprint()):
+            raise DataError(
+                f"RESUME={path}: it was trained on other shards than {train.stream.pattern}; set "
+                "DATA_PATH to the same"
+            )
+        self.result["resumed"] = {"step": saved.step, "changed": changed}
+        return saved.tensors
 
     def quantize_and_score(self, model: GPT, clock: TrainingClock, step: int) -> None:
         """Calibrates, quantizes and packs a model after `step` steps; scores the artifact."""
@@ -3459,7 +3535,7 @@ class Run:
         stages = zip(("calibrate", "pack", "diagnose", "eval"), np.diff(ends).tolist())
         seconds = {"train": clock.elapsed, **dict(stages)}
         log("seconds: " + " ".join(f"{name}:{value:.1f}" for name, value in seconds.items()))
-        verdicts = self.check_limits(seconds, code + len(blob), trained=step > 0)
+        verdicts = self.check_limits(seconds, code + len(blob))
         self.result |= {
             "status": "over a limit" if "FAIL" in verdicts.values() else "ok",
             "verdicts": verdicts,
@@ -3484,7 +3560,7 @@ class Run:
         if h.gptq_calib == "random" or train is None:
             sequences = random_sequences(count, length, h.vocab_size, h.seed)
             return collect_hessians(model, sequences.split(rows), self.ranks)[0]
-        batches = train.sequences(step, count).split(rows)
+        batches = train.sequences(step * train.rows, count)[:, :-1].split(rows)
         clock.resume()
         hessians, used = collect_hessians(
             model, batches, self.ranks, lambda: h.training_seconds - clock.seconds(), clock.slowest
@@ -3528,15 +3604,13 @@ class Run:
             last = add("ttt", "legal_ttt", sliding_pass(forward_logits, h, learner))
         log_score(log, "final_int8_zlib_roundtrip", last)  # where the community's tools look
 
-    def check_limits(
-        self, seconds: Mapping[str, float], total_bytes: int, trained: bool
-    ) -> dict[str, str]:
+    def check_limits(self, seconds: Mapping[str, float], total_bytes: int) -> dict[str, str]:
         """Returns and logs PASS or FAIL for the seconds of training and scoring, and the bytes."""
         limits = {
             "eval_seconds": (seconds["eval"], EVAL_SECONDS_LIMIT),
             "total_bytes": (total_bytes, BYTES_LIMIT),
         }
-        if trained:
+        if seconds["train"]:
             limits["train_seconds"] = (seconds["train"], self.h.training_seconds)
         verdicts = {}
         for name, (value, limit) in limits.items():

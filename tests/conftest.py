@@ -85,9 +85,9 @@ def choose(h: tg.Hyperparameters) -> tuple[tg.Attention, tg.Device, list[str]]:
     return attention, device, notes + more
 
 
-def load(h: tg.Hyperparameters, **options: int | None) -> tg.Data:
+def load(h: tg.Hyperparameters, trains: bool = True) -> tg.Data:
     """The data of some settings, for a single rank, without log lines."""
-    return tg.load_data(h, tg.Ranks(), tg.Log(silent=True), options.get("steps", h.iterations))
+    return tg.load_data(h, tg.Ranks(), tg.Log(silent=True), trains)
 
 
 def trainer(

@@ -129,7 +129,8 @@ def checkpoint(head: dict | bytes, body: bytes, size: int | None = None) -> byte
 
 def load_checkpoint(path: Path, h: tg.Hyperparameters) -> tuple[tg.Hyperparameters, dict]:
     """Returns settings and weights of a checkpoint."""
-    return tg.load_checkpoint(path, h)[:2]
+    saved = tg.load_checkpoint(path, h)
+    return saved.h, saved.weights
 
 
 def judge(path: Path, read: Callable = tg.load_artifact) -> str:

@@ -71,7 +71,7 @@ def artifact(run: str | Path) -> bytes:
 
 def steps_saved(run: str) -> int:
     """Returns the number of steps in a run's checkpoint."""
-    _, _, tensors = tg.load_checkpoint(Path(run) / CHECKPOINT, tg.Hyperparameters())
+    tensors = tg.load_checkpoint(Path(run) / CHECKPOINT, tg.Hyperparameters()).tensors
     return len(tensors["progress/losses"])
 
 

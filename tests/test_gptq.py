@@ -295,10 +295,10 @@ def test_a_run_calibrates_on_the_text_that_it_states_and_never_on_validation_tex
     assert tg.main([], env | {"DATA_PATH": str(byte_corpus), "RUN_DIR": str(folder)}) == 0
     h = settings(data_path=byte_corpus, **changes)
     model = tg.GPT(h).eval()
-    model.load_state_dict(tg.load_checkpoint(folder / "final_model.safetensors", h)[1])
+    model.load_state_dict(tg.load_checkpoint(folder / "final_model.safetensors", h).weights)
     ids = tg.random_sequences(17, 64, 260, h.seed)
     if calib == "train":
-        ids = load(h).train.sequences(4, 17)
+        ids = load(h).train.sequences(4 * h.train_batch_tokens // 64, 17)[:, :-1]
         assert torch.equal(ids[:16], load(h).train.batch(4)[0])
     arrays, _ = tg.quantize_model(model, collect(model, ids.split(512 // 64)), tg.Ranks())
     assert tg.pack_artifact(h, arrays, "zstd") == (folder / "final_model.int6.ptz").read_bytes()

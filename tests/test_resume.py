@@ -158,7 +158,7 @@ def test_auto_starts_a_new_run_where_there_is_none_and_needs_its_name(env):
 
 def test_a_checkpoint_names_its_tensors_by_parameter(stopped, env):
     """It is quantized as its average, which is also saved alone."""
-    h, weights, tensors = tg.load_checkpoint(stopped / CHECKPOINT, tg.Hyperparameters())
+    h, weights, tensors, *_ = tg.load_checkpoint(stopped / CHECKPOINT, tg.Hyperparameters())
     parameters = dict(tg.GPT(h).named_parameters())
     for kind in ("model", "average"):
         found = {name.removeprefix(f"{kind}/") for name in tensors if name.startswith(f"{kind}/")}

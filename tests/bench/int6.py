@@ -34,9 +34,9 @@ def window_nats(model: tg.GPT, val: torch.Tensor, length: int) -> torch.Tensor:
 
 def main(path: str) -> None:
     """Prints the table of a checkpoint."""
-    h, weights, _ = tg.load_checkpoint(Path(path), tg.Hyperparameters.from_env(os.environ))
+    h, weights, *_ = tg.load_checkpoint(Path(path), tg.Hyperparameters.from_env(os.environ))
     ranks, length = tg.Ranks(), h.train_seq_len
-    val, train = tg.load_data(h, ranks, tg.Log(), steps=0)
+    val, train = tg.load_data(h, ranks, tg.Log(), trains=True)
     model = tg.GPT(h).eval()
     model.load_state_dict(weights)
     roles, base = tg.parameter_roles(model), window_nats(model, val.tokens, length)
@@ -46,7 +46,7 @@ def main(path: str) -> None:
     calibration = {
         "rounding": None,
         "GPTQ, random": tg.random_sequences(count, length, h.vocab_size, h.seed),
-        "GPTQ, train": train.sequences(0, count),
+        "GPTQ, train": train.sequences(0, count)[:, :-1],
     }
     print(f"float32: {base.sum() / per_bpb:.6f} bpb, {len(base)} windows of {length}")
     for name, sequences in calibration.items():
