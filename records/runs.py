@@ -58,6 +58,8 @@ ANY_BPB = re.compile(
     re.IGNORECASE,
 )
 
+Step = tuple[int, float, float]  # number, training seconds at its end, training loss
+
 
 class RunError(ValueError):
     """A run that cannot be read."""
@@ -78,7 +80,7 @@ class Run:
     sizes: dict[str, int] = field(default_factory=dict)  # bytes of code, model and total
     seconds: dict[str, float] = field(default_factory=dict)  # train, calibrate, pack, eval, ...
     verdicts: dict[str, str] = field(default_factory=dict)  # PASS or FAIL
-    curve: tuple[tuple[int, float, float], ...] = ()  # (step, training seconds, training loss)
+    curve: tuple[Step, ...] = ()
     steps: int = 0
     step_ms: float = math.nan  # the median; of a log the mean
     parameters: int = 0
@@ -270,7 +272,7 @@ def read_folder(path: Path) -> Run:
         sizes=result.get("bytes", {}),
         seconds=result.get("seconds", {}),
         verdicts=result.get("verdicts", {}),
-        curve=tuple(curve or events),
+        curve=tuple(curve) or events,
         steps=result.get("steps", 0),
         step_ms=result.get("step_ms", {}).get("p50", math.nan),
         parameters=result.get("parameters", 0),
@@ -282,14 +284,14 @@ def read_folder(path: Path) -> Run:
     )
 
 
-def read_events(folder: Path) -> list[tuple[int, float, float]]:
-    """Returns (step, training seconds, training loss) of each step logged so far."""
+def read_events(folder: Path) -> tuple[Step, ...]:
+    """Returns each step logged so far."""
     steps = []
     for line in read_text(folder / "events.jsonl").splitlines():
         with suppress(ValueError, KeyError, TypeError):  # an incomplete line, or another event
             event = json.loads(line)
             steps.append((event["step"], event["seconds"], event["train_loss"]))
-    return steps
+    return without_repeated(steps)
 
 
 def split_starts(log: str) -> list[str]:
@@ -298,21 +300,22 @@ def split_starts(log: str) -> list[str]:
     return [log[a:b] for a, b in itertools.pairwise([0, *at[1:], len(log)])]
 
 
-def read_curve(starts: Iterable[str]) -> tuple[tuple[int, float, float], ...]:
-    """Returns (step, training seconds, loss) of each logged step of a log in parts.
-
-    A step that a later start repeated counts once, as it was repeated.
-    """
+def read_curve(log: str) -> tuple[Step, ...]:
+    """Returns each logged step of a log."""
     line = r"^(?:step:)?(\d+)/\d+ train_loss: ?(\S+).* train_time: ?([\d.]+)(ms|s|m)\b"
     unit = {"ms": 0.001, "s": 1, "m": 60}
-    steps: list[tuple[int, float, float]] = []
-    for text in starts:
-        found = re.findall(line, text, re.MULTILINE)
-        own = [(int(step), float(time) * unit[u], float(loss)) for step, loss, time, u in found]
-        resumed = last_number(text, r"^resume: step (\d+)", int)
-        if own or resumed:
-            steps = [step for step in steps if step[0] <= (resumed or 0)] + own
-    return tuple(steps)
+    found = re.findall(line, log, re.MULTILINE)
+    return without_repeated((int(n), float(time) * unit[u], float(x)) for n, x, time, u in found)
+
+
+def without_repeated(steps: Iterable[Step]) -> tuple[Step, ...]:
+    """Returns logged steps without those from which a run was resumed at an earlier one."""
+    kept: list[Step] = []
+    for step in steps:
+        while kept and kept[-1][0] >= step[0]:
+            kept.pop()
+        kept.append(step)
+    return tuple(kept)
 
 
 def last_number(text: str, pattern: str, kind: Callable[[str], Any] = float) -> Any:
@@ -424,8 +427,8 @@ def make_score(loss: float, bpb: float, tokens: int, lines: str) -> Score:
 
 def read_log(path: Path) -> Run:
     """Returns the run of a train log: its last start, and the steps that this one continued."""
-    starts = split_starts(without_source(decode(path)))
-    text = starts[-1]
+    log = without_source(decode(path))
+    text = split_starts(log)[-1]
     settings = {name: parse_setting(name, x) for name, x in read_pairs(text, "corpus").items()}
     seed = last_number(text, r"(?i)\bseed[\"']?\s*[:=]\s*(\d+)\b(?!\.)", int)
     if seed is not None:
@@ -454,7 +457,7 @@ def read_log(path: Path) -> Run:
         sizes={name: size for name, size in sizes.items() if size is not None},
         seconds={name: float(x) for name, x in read_pairs(text, "seconds").items() if x},
         verdicts=verdicts,
-        curve=read_curve(starts),
+        curve=read_curve(log),
         steps=steps or 0,
         step_ms=last_number(text, r"^step:.* step_avg: ?([\d.]+)ms") or math.nan,
         parameters=last_number(text, r"^model_params:(\d+)", int) or 0,

@@ -445,7 +445,7 @@ def show(sweep: Sweep) -> None:
         step = loss = bpb = seconds = ""
         if run.curve:
             last, at, value = run.curve[-1]
-            step, loss = str(run.steps or last), f"{value:.4f}"
+            step, loss = str(last), f"{value:.4f}"
             seconds = f"{run.seconds.get('train', at):.0f}"
         if run.finished and run.final:
             bpb = f"{run.scores[run.final].val_bpb:.4f} {run.final}"

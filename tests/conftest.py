@@ -148,12 +148,12 @@ def finished(byte_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """Runs as a sweep leaves them: three seeds, two without bigrams, and one that failed."""
     folder = tmp_path_factory.mktemp("runs")
     base = {**TINY, "NUM_LAYERS": "2", "ITERATIONS": "6", "DATA_PATH": str(byte_corpus)}
-    arms = {
+    trials = {
         "tiny": ({}, (1337, 42, 7), 0),
         "plain": ({"BIGRAM_VOCAB_SIZE": "0"}, (1337, 42), 0),
         "lost": ({"ADAM_EPS": "1e18", "TIED_EMBED_LR": "1e18"}, (42,), 4),
     }
-    for name, (changes, seeds, status) in arms.items():
+    for name, (changes, seeds, status) in trials.items():
         for seed in seeds:
             own = {"SEED": str(seed), "RUN_DIR": str(folder / name / f"seed{seed}")}
             assert tg.main([], {**base, **changes, **own}) == status
