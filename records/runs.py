@@ -467,7 +467,7 @@ def read_log(path: Path) -> Run:
 
 
 def is_locked(folder: Path) -> bool:
-    """Returns whether a sweep's trial is running: its command.sh holds a lock."""
+    """Returns whether a run of a sweep is running: its command.sh holds a lock."""
     try:
         with open(f"{folder}.lock", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -478,11 +478,11 @@ def is_locked(folder: Path) -> bool:
     return False
 
 
-def read_trial(folder: Path) -> Run:
-    """Returns the run of a sweep's trial, whatever became of it.
+def read_planned(folder: Path) -> Run:
+    """Returns a run that a sweep planned, whatever became of it.
 
-    The status is that of result.json, or waiting, running, cut off, stopped (by the sweep), or
-    failed (it was killed or could not start). The seed is known by the folder's name.
+    The status is that of result.json, or waiting, running, cut off, or failed (it was killed or
+    could not start). The seed is known by the folder's name.
     """
     has_result = (folder / "result.json").exists()
     try:
@@ -498,8 +498,6 @@ def read_trial(folder: Path) -> Run:
     reason, code = run.reason, read_text(folder / "exit_status").strip()
     if is_locked(folder):
         status, reason = "running", ""
-    elif (folder / "stopped").exists():
-        status, reason = "stopped", read_text(folder / "stopped").strip()
     elif code and not has_result:
         killed = code.isdigit() and int(code) > 128
         how = f"killed by signal {int(code) - 128}" if killed else f"exit status {code}"
@@ -513,8 +511,8 @@ def read_trial(folder: Path) -> Run:
 def read_runs(paths: Iterable[str | Path]) -> list[Run]:
     """Returns the runs of run folders, logs, and folders that hold either, at any depth, in order.
 
-    Trials of a sweep (they have a command.sh) are included whether they ran or not. Raises RunError
-    for a path without runs.
+    Those that a sweep planned (they have a command.sh) are included whether they began or not.
+    Raises RunError for a path without runs.
     """
     runs = []
     for path in map(Path, paths):
@@ -523,7 +521,7 @@ def read_runs(paths: Iterable[str | Path]) -> list[Run]:
         else:
             for run in find(path):
                 planned = (run / "command.sh").exists()
-                runs.append(read_trial(run) if planned else read_run(run))
+                runs.append(read_planned(run) if planned else read_run(run))
     return runs
 
 

@@ -37,9 +37,9 @@ from runs import (
     RunError,
     by_name,
     is_set_aside,
+    read_planned,
     read_run,
     read_text,
-    read_trial,
     split_name,
 )
 from tool import tool
@@ -74,7 +74,7 @@ def collect(paths: list[Path], alone: str) -> tuple[list[Run], list[str]]:
         faults += [] if found else [f"{path}: no run is there; give folders of finished runs"]
         folders |= found
     for folder in sorted(folder for folder in folders if not is_set_aside(folder)):
-        run = read_trial(folder)
+        run = read_planned(folder)
         if run.status in ("waiting", "running") or not read_log_text(folder):
             faults.append(f"{folder}: {run.status}; needed: runs that have ended, with their logs")
             continue

@@ -426,10 +426,6 @@ REFUSED = {
         lambda runs: end_run(runs, "exit_status", "137\n"),
         "seed7: failed: killed by signal 9; needed: a score",
     ),
-    "a run that the sweep stopped": (
-        lambda runs: end_run(runs, "stopped", "hopeless: loss 6.000"),
-        "seed7: stopped: hopeless: loss 6.000; needed: a score",
-    ),
     "a run in progress": (lock_run, "seed7: running; needed: runs that have ended"),
 }
 
