@@ -36,6 +36,7 @@ import ctypes
 import difflib
 import hashlib
 import importlib.util
+import itertools
 import json
 import lzma
 import math
@@ -57,7 +58,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -139,15 +139,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 UNSUPPORTED_SETTINGS = frozenset(
     """
     WARMDOWN_FRAC VAL_BATCH_TOKENS SKIP_GATES_ENABLED NUM_LOOPS MIN_LR GPTQ_CALIBRATION_BATCHES
-    EMBED_WD MUON_ROW_NORMALIZE MUON_BETA2 MATRIX_CLIP_SIGMAS MATRIX_BITS LOOP_START LOOP_END
-    ENABLE_LOOPING_AT EMBED_CLIP_SIGMAS EMBED_BITS TTT_LORA_RANK TTT_LORA_LR TTT_EVAL_SEQ_LEN
-    TTT_CHUNK_SIZE TTT_BATCH_SIZE TTT_WEIGHT_DECAY TTT_OPTIMIZER TTT_GRAD_STEPS TTT_MOMENTUM
-    TTT_FREEZE_BLOCKS TTT_GRAD_CLIP TTT_BATCH_SEQS PARALLEL_START_LAYER PARALLEL_FINAL_LANE
-    VAL_DOC_FRACTION VAL_MAX_TOKENS ROPE_YARN PHASED_TTT_ENABLED GLOBAL_TTT_LR MLP_CLIP_SIGMAS
-    ATTN_CLIP_SIGMAS SLIDING_WINDOW_ENABLED QAT_ENABLED GATE_WINDOW GATED_ATTN_ENABLED
-    GATED_ATTENTION SPARSE_ATTN_GATE_ENABLED ATTN_OUT_GATE_ENABLED CASEOPS_ENABLED MTP_NUM_HEADS
-    MTP_LOSS_WEIGHT EMBEDDING_DIM LQER_ENABLED MLP_HIDDEN DTG_ENABLED VALUE_RESIDUAL QUANT_BITS
-    ZSTD_LEVEL JEPA_SIGREG JEPA_BACKBONE_GRAD
+    EMBED_WD MUON_ROW_NORMALIZE MUON_BETA2 LOOP_START LOOP_END ENABLE_LOOPING_AT TTT_LORA_RANK
+    TTT_LORA_LR TTT_EVAL_SEQ_LEN TTT_CHUNK_SIZE TTT_BATCH_SIZE TTT_WEIGHT_DECAY TTT_OPTIMIZER
+    TTT_GRAD_STEPS TTT_MOMENTUM TTT_FREEZE_BLOCKS TTT_GRAD_CLIP TTT_BATCH_SEQS PARALLEL_START_LAYER
+    PARALLEL_FINAL_LANE VAL_DOC_FRACTION VAL_MAX_TOKENS ROPE_YARN PHASED_TTT_ENABLED GLOBAL_TTT_LR
+    MLP_CLIP_SIGMAS ATTN_CLIP_SIGMAS SLIDING_WINDOW_ENABLED QAT_ENABLED GATE_WINDOW
+    GATED_ATTN_ENABLED GATED_ATTENTION SPARSE_ATTN_GATE_ENABLED ATTN_OUT_GATE_ENABLED
+    CASEOPS_ENABLED MTP_NUM_HEADS MTP_LOSS_WEIGHT EMBEDDING_DIM LQER_ENABLED MLP_HIDDEN DTG_ENABLED
+    VALUE_RESIDUAL QUANT_BITS ZSTD_LEVEL GPTQ_RESERVE_SECONDS JEPA_SIGREG JEPA_BACKBONE_GRAD
     """.split()
 )
 
@@ -201,12 +200,12 @@ class ModelSettings:
     bigram_vocab_size: int = setting(
         2048, "Rows in the table of hashed token pairs (BigramHash); 0 disables it.", high=1 << 24
     )
-    bigram_dim: int = setting(128, "Width of the BigramHash table.", low=1, high=65_536)
+    bigram_dim: int = setting(128, "Width of the BigramHash table.", low=2, high=65_536)
     bos_mask: bool = setting(
         True, "SmearGate and BigramHash stop at BOS; 0 crosses documents as published."
     )
     ve_enabled: bool = setting(True, "Add a second token embedding to the values of some layers.")
-    ve_dim: int = setting(128, "Width of the value embedding's table.", low=1, high=65_536)
+    ve_dim: int = setting(128, "Width of the value embedding's table.", low=2, high=65_536)
     ve_layers: str = setting(
         "", "Layers with value embeddings, such as 9,10; empty selects the last two."
     )
@@ -391,9 +390,21 @@ class Hyperparameters(ModelSettings):
         choices=("random", "train"),
     )
     gptq_calib_tokens: int = setting(131_072, "Number of tokens that calibrate GPTQ.", low=1)
-    gptq_reserve_seconds: float = setting(
-        14.0, "Part of MAX_WALLCLOCK_SECONDS kept for GPTQ_CALIB=train."
+    gptq_embed: bool = setting(
+        False, "Quantize the table of the output head by GPTQ too, with the inputs of the head."
     )
+    matrix_bits: int = setting(6, "Range of the codes of matrices.", low=2, high=8)
+    embed_bits: int = setting(8, "Range of the codes of tables.", low=2, high=8)
+    scale_rule: str = setting(
+        "search",
+        "Scale of a row: search tries clips of its largest weight, as published; std takes k times "
+        "its standard deviation (SDClip, PR #1394).",
+        choices=("search", "std"),
+    )
+    matrix_clip_sigmas: float = setting(
+        12.85, "SCALE_RULE=std: k of matrices; raised if the artifact is too large.", low=0.1
+    )
+    embed_clip_sigmas: float = setting(20.0, "SCALE_RULE=std: k of tables.", low=0.1)
     compressor: str = setting("zstd", "Codec of the artifact.", choices=("zstd", "lzma", "brotli"))
 
     @classmethod
@@ -424,12 +435,6 @@ class Hyperparameters(ModelSettings):
     def training_seconds(self) -> float:
         """Seconds for everything that reads training data, math.inf without a limit."""
         return self.max_wallclock_seconds or math.inf
-
-    @property
-    def training_deadline(self) -> float:
-        """Seconds at which training steps end; the rest is kept for calibration on text."""
-        reserve = self.gptq_reserve_seconds if self.calibrates_on_text else 0.0
-        return self.training_seconds - reserve
 
     @property
     def calibrates_on_text(self) -> bool:
@@ -521,11 +526,6 @@ def rules(h: Hyperparameters, world_size: int) -> list[str]:
         )
     if h.resume == "auto" and not (h.run_id or h.run_dir):
         faults.append("RESUME=auto: needs RUN_ID or RUN_DIR, to know which run to continue")
-    if h.calibrates_on_text and h.training_seconds <= h.gptq_reserve_seconds:
-        faults.append(
-            f"GPTQ_RESERVE_SECONDS={h.gptq_reserve_seconds:g}: must be below "
-            f"MAX_WALLCLOCK_SECONDS={h.max_wallclock_seconds:g}"
-        )
     return faults
 
 
@@ -537,7 +537,7 @@ FREE_ON_RESUME = frozenset(
     max_unknown_fraction micro_batch_tokens iterations max_wallclock_seconds warmup_steps
     val_loss_every train_log_every eval_seq_len eval_stride eval_window val_batch_size ttt_enabled
     ttt_chunk_tokens ttt_epochs ttt_lr gptq_enabled gptq_calib gptq_calib_tokens
-    gptq_reserve_seconds compressor
+    gptq_embed matrix_bits embed_bits scale_rule matrix_clip_sigmas embed_clip_sigmas compressor
     """.split()
 )
 
@@ -1272,7 +1272,7 @@ def verify_byte_table(table: ByteTable, tokenizer: Any, tokens: Tensor) -> int:
     if len(head) == len(tokens):
         edges.append(len(head))  # otherwise the last document may end inside a character
     proven = 0
-    for start, end in pairwise(edges):
+    for start, end in itertools.pairwise(edges):
         counted = int(counts[start : end - 1].sum())
         decoded = len(tokenizer.decode(head[start + 1 : end].tolist()).encode())
         if counted != decoded:
@@ -1438,18 +1438,18 @@ class Role(NamedTuple):
     optimizer: str  # "muon" or "adamw"
     learning_rate: str  # the setting
     weight_decay: str  # the setting; "" for none
-    bits: int  # range of the stored codes, with a float16 scale per row; 16: float16, no codes
+    stored: str  # as codes with a scale per row, by *_BITS and *_CLIP_SIGMAS; "" for float16
 
 
 # A module's `role` holds for the parameters directly in it, not for its submodules. Optimizer,
 # rates and stored bits of a parameter follow from it. A Linear is a "matrix" unless told otherwise.
 ROLES = {
-    "matrix": Role("muon", "matrix_lr", "muon_wd", 6),
-    "embed": Role("adamw", "tied_embed_lr", "adam_wd", 8),
-    "untied_embed": Role("adamw", "embed_lr", "adam_wd", 8),
-    "head": Role("adamw", "head_lr", "", 8),
-    "scalar": Role("adamw", "scalar_lr", "adam_wd", 16),
-    "aux": Role("adamw", "jepa_lr", "", 8),
+    "matrix": Role("muon", "matrix_lr", "muon_wd", "matrix"),
+    "embed": Role("adamw", "tied_embed_lr", "adam_wd", "embed"),
+    "untied_embed": Role("adamw", "embed_lr", "adam_wd", "embed"),
+    "head": Role("adamw", "head_lr", "", "embed"),
+    "scalar": Role("adamw", "scalar_lr", "adam_wd", ""),
+    "aux": Role("adamw", "jepa_lr", "", "embed"),
 }
 
 
@@ -1879,12 +1879,16 @@ class GPT(nn.Module):
         # Dividing the head is cheaper than dividing the logits; tanh_ saves a copy of them.
         return F.linear(states, (head / cap).to(states.dtype)).float().tanh_() * cap
 
-    def forward_logits(self, ids: Tensor, last: int = 0, window: int = 0) -> Tensor:
-        """Returns logits [B, last, V] for the last positions of ids [B, T]; for all with last=0."""
+    def states(self, ids: Tensor, window: int = 0) -> Tensor:
+        """Returns the normalized states [B, T, D] that the output head reads, for ids [B, T]."""
         x = self.backbone(ids, window)
         if self.jepa is not None:
             x = self.jepa(x)[0]
-        return self.logits(rms_norm(x)[:, -last:])
+        return rms_norm(x)
+
+    def forward_logits(self, ids: Tensor, last: int = 0, window: int = 0) -> Tensor:
+        """Returns logits [B, last, V] for the last positions of ids [B, T]; for all with last=0."""
+        return self.logits(self.states(ids, window)[:, -last:])
 
     def losses(
         self, ids: Tensor, targets: Tensor, auxiliary: AuxiliaryInputs = NO_AUXILIARY
@@ -2774,45 +2778,22 @@ class Quantized(NamedTuple):
     """A stack of n quantized matrices: weight = codes * scales of their rows."""
 
     codes: Tensor  # int8 [n, rows, cols]
-    scales: Tensor  # float16 [n, rows]
+    errors: Tensor  # [n, rows], squared errors, which a search for scales compares
     failed: Tensor  # bool [n], matrices that were rounded because GPTQ could not solve them
 
 
-def choose_row_scales(
-    weight: Tensor,
-    limit: int,
-    scale_factor: float,
-    assign: Callable[[Tensor], tuple[Tensor, Tensor]],
-) -> tuple[Tensor, Tensor]:
-    """Returns codes int8 [n, rows, cols] and scales float16 [n, rows] of weights [n, rows, cols].
-
-    Each row takes the clip ratio of least error, then all scales are multiplied by `scale_factor`.
-    assign(scale [n, rows, 1]) returns codes, float [n, rows, cols], and errors [n, rows, 1]. Unlike
-    in the records the scales have no floor of 1/31, which spoils rows of small weights.
-    """
-    peak = weight.abs().amax(-1, keepdim=True)
-    scales = [
-        (peak * ratio / limit).clamp(MIN_SCALE, MAX_SCALE).half().float() for ratio in CLIP_RATIOS
-    ]
-    errors = torch.cat([assign(scale)[1] for scale in scales], -1)
-    best = torch.cat(scales, -1).take_along_dim(errors.argmin(-1, keepdim=True), -1)
-    # Only now: among wider scales a smaller clip ratio would undo the factor.
-    best = (best * scale_factor).clamp(max=MAX_SCALE).half()
-    return assign(best.float())[0].to(torch.int8), best.squeeze(-1)
-
-
 def quantize_rounding(
-    bits: int, scale_factor: float, weight: Tensor, hessian: Tensor | None
+    limit: int, weight: Tensor, scales: Tensor, hessian: Tensor | None
 ) -> Quantized:
-    """Quantizes matrices [n, rows, cols] to nearest; does not use the Hessian."""
-    limit = 2 ** (bits - 1) - 1
+    """Quantizes matrices [n, rows, cols] to nearest; does not use the Hessian.
 
-    def assign(scale: Tensor) -> tuple[Tensor, Tensor]:
-        codes = (weight / scale).round().clamp(-limit, limit)
-        return codes, (codes * scale - weight).square().sum(-1, keepdim=True)
-
-    codes, scales = choose_row_scales(weight, limit, scale_factor, assign)
-    return Quantized(codes, scales, weight.new_zeros(len(weight), dtype=torch.bool))
+    `scales` is float16 [n, rows]; codes are from -limit to limit.
+    """
+    scale = scales.float().unsqueeze(-1)
+    codes = (weight / scale).round().clamp(-limit, limit)
+    errors = (codes * scale - weight).square().sum(-1)
+    failed = weight.new_zeros(len(weight), dtype=torch.bool)
+    return Quantized(codes.to(torch.int8), errors, failed)
 
 
 def inverse_cholesky(hessian: Tensor) -> tuple[Tensor, Tensor]:
@@ -2833,47 +2814,60 @@ def inverse_cholesky(hessian: Tensor) -> tuple[Tensor, Tensor]:
     return upper, failed
 
 
-def quantize_gptq(
-    bits: int, scale_factor: float, weight: Tensor, hessian: Tensor | None
-) -> Quantized:
+def quantize_gptq(limit: int, weight: Tensor, scales: Tensor, hessian: Tensor | None) -> Quantized:
     """Quantizes matrices [n, rows, cols] by full GPTQ (arXiv 2210.17323).
 
     `hessian` [n, cols, cols] is X^T X of the inputs X. Columns are taken by falling diagonal; the
-    error of each is spread over those after it, so that the output changes least. The errors that
-    choose a row's scale are weighted by the Hessian too.
+    error of each is spread over those after it, so that the output changes least. The errors of the
+    rows are weighted by the Hessian too.
     """
     assert hessian is not None
-    limit, cols = 2 ** (bits - 1) - 1, weight.size(2)
+    cols = weight.size(2)
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     order = diagonal.argsort(dim=1, descending=True).unsqueeze(1)
     upper, failed = inverse_cholesky(hessian.take_along_dim(order.mT, 1).take_along_dim(order, 2))
     unused = (diagonal == 0) & ~failed.unsqueeze(1)  # inputs that are always 0
     weight = weight.masked_fill(unused.unsqueeze(1), 0)
-    columns = weight.take_along_dim(order, 2).mT.contiguous()  # [n, cols, rows]
-
-    def assign(scale: Tensor) -> tuple[Tensor, Tensor]:
-        rest, codes, scale = columns.clone(), torch.empty_like(columns), scale.mT
-        error = torch.zeros_like(columns[:, 0])
-        for start in range(0, cols, GPTQ_BLOCK):
-            stop = min(start + GPTQ_BLOCK, cols)
-            errors = torch.empty_like(rest[:, start:stop])
-            for i in range(start, stop):
-                one, before = slice(i, i + 1), slice(start, i)
-                column = rest[:, one] - upper[:, before, one].mT @ errors[:, : i - start]
-                codes[:, one] = (column / scale).round().clamp(-limit, limit)
-                errors[:, i - start] = ((column - codes[:, one] * scale) / upper[:, one, one])[:, 0]
-            rest[:, stop:] -= upper[:, start:stop, stop:].mT @ errors
-            error += errors.square().sum(1)
-        return codes.mT, error.unsqueeze(-1)
-
-    codes, scales = choose_row_scales(weight, limit, scale_factor, assign)
-    return Quantized(codes.take_along_dim(order.argsort(), 2), scales, failed)
+    rest = weight.take_along_dim(order, 2).mT.contiguous()  # [n, cols, rows]
+    codes, scale = torch.empty_like(rest), scales.float().unsqueeze(1)
+    errors = torch.zeros_like(rest[:, 0])
+    for start in range(0, cols, GPTQ_BLOCK):
+        stop = min(start + GPTQ_BLOCK, cols)
+        residuals = torch.empty_like(rest[:, start:stop])
+        for i in range(start, stop):
+            one, before = slice(i, i + 1), slice(start, i)
+            column = rest[:, one] - upper[:, before, one].mT @ residuals[:, : i - start]
+            codes[:, one] = (column / scale).round().clamp(-limit, limit)
+            residual = (column - codes[:, one] * scale) / upper[:, one, one]
+            residuals[:, i - start] = residual[:, 0]
+        rest[:, stop:] -= upper[:, start:stop, stop:].mT @ residuals
+        errors += residuals.square().sum(1)
+    codes = codes.mT.take_along_dim(order.argsort(), 2)
+    return Quantized(codes.to(torch.int8), errors, failed)
 
 
-# A quantizer maps bits, a factor on the scales, weights [n, rows, cols], and Hessians
+# A quantizer maps the largest code, weights [n, rows, cols], scales [n, rows], and Hessians
 # [n, cols, cols] or None to a Quantized stack.
-Quantizer = Callable[[int, float, Tensor, Tensor | None], Quantized]
+Quantizer = Callable[[int, Tensor, Tensor, Tensor | None], Quantized]
 QUANTIZERS: dict[str, Quantizer] = {"rounding": quantize_rounding, "gptq": quantize_gptq}
+
+
+def to_scales(values: Tensor) -> Tensor:
+    """Returns values as scales: float16 above 0. The records' floor of 1/31 spoils small rows."""
+    return values.clamp(MIN_SCALE, MAX_SCALE).half()
+
+
+def search_scales(
+    quantizer: Quantizer, limit: int, weight: Tensor, hessian: Tensor | None
+) -> tuple[Tensor]:
+    """Returns scales [n, rows] of weights [n, rows, cols]: each row's clip ratio of least error."""
+    n, rows = weight.shape[:2]
+    peak = weight.abs().amax(-1)
+    scales = torch.cat([to_scales(peak * ratio / limit) for ratio in CLIP_RATIOS], 1)
+    # Rows do not depend on each other, so that one call can try all ratios.
+    errors = quantizer(limit, weight.repeat(1, len(CLIP_RATIOS), 1), scales, hessian).errors
+    best = errors.view(n, -1, rows).argmin(1, keepdim=True)
+    return (scales.view(n, -1, rows).take_along_dim(best, 1).squeeze(1),)
 
 
 def check_finite(weights: Mapping[str, Tensor]) -> None:
@@ -2892,7 +2886,7 @@ def artifact_layout(model: GPT) -> dict[str, Tensor]:
     codes, scales, floats = {}, {}, {}
     roles = parameter_roles(model)
     for name, p in model.named_parameters():
-        if ROLES[roles[name]].bits == 16:
+        if not ROLES[roles[name]].stored:
             floats[name] = torch.empty_like(p, dtype=torch.float16, device="meta")
         else:
             codes[f"{name}.codes"] = torch.empty_like(p, dtype=torch.int8, device="meta")
@@ -2900,37 +2894,75 @@ def artifact_layout(model: GPT) -> dict[str, Tensor]:
     return codes | scales | floats
 
 
-def quantize_model(
-    model: GPT, hessians: Mapping[str, Tensor], ranks: Ranks, scale_factor: float = 1.0
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Returns the artifact's arrays, and the names of matrices that GPTQ could only round.
+class Stack(NamedTuple):
+    """Weights of one shape that are quantized together."""
 
-    Weights with a Hessian are quantized by GPTQ, the others by rounding; `scale_factor` widens the
-    scales of the matrices. Weights of one shape are one stack, divided among the ranks.
-    """
-    roles = parameter_roles(model)
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-    check_finite(weights)
-    stacks: dict[tuple[torch.Size, str, str], list[str]] = {}
-    values: dict[str, Tensor] = {}
+    names: list[str]
+    clip_sigmas: float
+    limit: int  # the largest code
+    quantizer: Quantizer
+    weight: Tensor  # [n, rows, cols]
+    hessian: Tensor | None  # [n, cols, cols]
+
+
+def weight_stacks(model: GPT, hessians: Mapping[str, Tensor]) -> list[Stack]:
+    """Returns all weights that are stored as codes; those with a Hessian are for GPTQ."""
+    h, roles, weights = model.h, parameter_roles(model), dict(model.named_parameters())
+    groups: dict[tuple[torch.Size, str, str], list[str]] = {}
     for name, p in weights.items():
-        if ROLES[roles[name]].bits == 16:
-            values[name] = p.half()
-        else:
+        stored = ROLES[roles[name]].stored
+        if stored:
             quantizer = "gptq" if name in hessians else "rounding"
-            stacks.setdefault((p.shape, roles[name], quantizer), []).append(name)
-    failed = []
-    for (_, role, quantizer), names in stacks.items():
-        factor = scale_factor if role == "matrix" else 1.0
-        quantize = partial(QUANTIZERS[quantizer], ROLES[role].bits, factor)
+            groups.setdefault((p.shape, stored, quantizer), []).append(name)
+    stacks = []
+    for (_, stored, quantizer), names in groups.items():
+        sigmas, bits = getattr(h, f"{stored}_clip_sigmas"), getattr(h, f"{stored}_bits")
+        weight = torch.stack([weights[name].detach() for name in names])
         hessian = torch.stack([hessians[n] for n in names]) if quantizer == "gptq" else None
-        weight = torch.stack([weights[name] for name in names])
-        stack = Quantized(*ranks.map_over_ranks(quantize, weight, hessian))
-        for i, name in enumerate(names):
-            values[f"{name}.codes"], values[f"{name}.scales"] = stack.codes[i], stack.scales[i]
-            if stack.failed[i]:
-                failed.append(name)
-    return {name: values[name] for name in artifact_layout(model)}, failed
+        limit = 2 ** (bits - 1) - 1
+        stacks.append(Stack(names, sigmas, limit, QUANTIZERS[quantizer], weight, hessian))
+    return stacks
+
+
+def choose_scales(stacks: Sequence[Stack], rule: str, ranks: Ranks) -> dict[str, Tensor]:
+    """Returns scales, float16 [rows], of all weights by name; `rule` is SCALE_RULE."""
+    scales: dict[str, Tensor] = {}
+    for stack in stacks:
+        if rule == "std":
+            chosen = to_scales(stack.weight.std(-1) * stack.clip_sigmas / stack.limit)
+        else:
+            search = partial(search_scales, stack.quantizer, stack.limit)
+            (chosen,) = ranks.map_over_ranks(search, stack.weight, stack.hessian)
+        scales |= zip(stack.names, chosen)
+    return scales
+
+
+def quantize_stacks(
+    stacks: Sequence[Stack], scales: Mapping[str, Tensor], ranks: Ranks
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Returns codes, int8 [rows, cols], of all weights by name, and the names GPTQ could not solve.
+
+    The weights of a stack are divided among the ranks.
+    """
+    codes: dict[str, Tensor] = {}
+    failed = []
+    for stack in stacks:
+        own = torch.stack([scales[name] for name in stack.names])
+        quantize = partial(stack.quantizer, stack.limit)
+        result = Quantized(*ranks.map_over_ranks(quantize, stack.weight, own, stack.hessian))
+        codes |= zip(stack.names, result.codes)
+        failed += [name for name, bad in zip(stack.names, result.failed) if bad]
+    return codes, failed
+
+
+def artifact_arrays(
+    model: GPT, codes: Mapping[str, Tensor], scales: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Returns the arrays of an artifact by name: codes, their scales, and the rest in float16."""
+    arrays = {name: p.detach().half() for name, p in model.named_parameters()}
+    arrays |= {f"{name}.codes": array for name, array in codes.items()}
+    arrays |= {f"{name}.scales": array for name, array in scales.items()}
+    return {name: arrays[name] for name in artifact_layout(model)}
 
 
 @torch.inference_mode()
@@ -2943,16 +2975,21 @@ def collect_hessians(
 ) -> tuple[dict[str, Tensor], int]:
     """Returns X^T X, float32 [in, in], of all inputs X of each matrix, by the weight's name.
 
-    Batches are ids [B, T], each divided among the ranks. Stops before a batch that is expected to
-    take longer than seconds_left(): as long as the slowest so far, at first `batch_seconds`.
-    Second: the number of batches read; with none there are no Hessians.
+    With GPTQ_EMBED=1 the table of the output head counts as a matrix. Batches are ids [B, T], each
+    divided among the ranks. Stops before a batch that is expected to take longer than
+    seconds_left(): as long as the slowest so far, at first `batch_seconds`. Second: the number of
+    batches read; with none there are no Hessians.
     """
     roles, hooks, sums, used = parameter_roles(model), [], {}, 0
+    device = model.tok_emb.weight.device
 
     def add(total: Tensor, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].flatten(0, -2).float()
         total.addmm_(x.mT, x)
 
+    head = "tok_emb.weight" if model.lm_head is None else "lm_head.weight"
+    if model.h.gptq_embed:
+        sums[head] = torch.zeros(model.h.model_dim, model.h.model_dim, device=device)
     for name, module in model.named_modules():
         weight = f"{name}.weight"
         if roles.get(weight) == "matrix":
@@ -2966,7 +3003,9 @@ def collect_hessians(
                 break
             own = ids[ranks.rank :: ranks.world_size]
             if len(own):
-                model.backbone(own.to(model.tok_emb.weight.device))
+                states = model.states(own.to(device))
+                if head in sums:
+                    add(sums[head], model, (states,))
             batch_seconds, used = max(batch_seconds, left - seconds_left()), used + 1
     finally:
         for hook in hooks:
@@ -3208,12 +3247,25 @@ def load_checkpoint(path: Path, h: Hyperparameters) -> SavedModel:
         return SavedModel(h, weights, tensors, stored, step, shards)
 
 
-def code_entropy(codes: Tensor) -> tuple[float, int]:
-    """Returns the order-0 entropy of int8 codes in bytes, and their number."""
-    counts = (codes.int() + 128).bincount(minlength=256)
-    total = counts.sum()
-    nats = torch.special.xlogy(counts, total / counts).sum().item()
-    return nats / math.log(256), int(total)
+def code_entropy(codes: Tensor) -> float:
+    """Returns the order-0 entropy of int8 codes in bytes."""
+    counts = (codes.flatten().int() + 128).bincount(minlength=256)
+    nats = torch.special.xlogy(counts, codes.numel() / counts).sum().item()
+    return nats / math.log(256)
+
+
+def smallest_factor(size: Callable[[float], float], room: float) -> float:
+    """Returns the smallest factor with size(factor) <= room, from 1 to MAX_SCALE_FACTOR."""
+    low, high = 0.0, math.log(MAX_SCALE_FACTOR)
+    if size(1.0) <= room:
+        return 1.0
+    for _ in range(16):
+        middle = (low + high) / 2
+        if size(math.exp(middle)) <= room:
+            high = middle
+        else:
+            low = middle
+    return math.exp(high)
 
 
 def pack_to_fit(
@@ -3226,24 +3278,44 @@ def pack_to_fit(
 ) -> bytes:
     """Returns an artifact of at most `room` bytes, unless a scale factor of 50 does not suffice.
 
-    While it is too large the scales of all matrices are multiplied by one factor, and everything is
-    quantized and packed again; twice the factor saves about one bit per code.
+    If it would be too large the scales of all matrices are multiplied by one factor, found by
+    bisection on the size that the order-0 entropy of rounded codes lets expect. What a packing
+    differs from that corrects the estimate, so that a second packing fits closely.
     """
-    roles = parameter_roles(model)
-    matrices = [f"{name}.codes" for name, role in roles.items() if role == "matrix"]
-    scale_factor = 1.0
-    while True:
-        arrays, failed = quantize_model(model, hessians, ranks, scale_factor)
+    check_finite(dict(model.named_parameters()))
+    stacks, roles = weight_stacks(model, hessians), parameter_roles(model)
+    rounding = [stack._replace(quantizer=quantize_rounding) for stack in stacks]
+    base = choose_scales(stacks, h.scale_rule, ranks)
+    matrices = [name for name, role in roles.items() if role == "matrix"]
+    layout = artifact_layout(model).values()
+    float_bytes = sum(array.nbytes for array in layout if array.dtype == torch.float16)
+
+    def widen(factor: float) -> dict[str, Tensor]:
+        return base | {name: to_scales(base[name].float() * factor) for name in matrices}
+
+    def expected_size(factor: float) -> float:
+        codes, _ = quantize_stacks(rounding, widen(factor), Ranks())
+        return float_bytes + sum(map(code_entropy, codes.values()))
+
+    target = float(room)
+    for packing in itertools.count(1):
+        factor = ranks.broadcast_from_rank0(partial(smallest_factor, expected_size, target))
+        scales = widen(factor)
+        codes, failed = quantize_stacks(stacks, scales, ranks)
+        arrays = artifact_arrays(model, codes, scales)
         blob = ranks.broadcast_from_rank0(partial(pack_artifact, h, arrays, h.compressor))
-        entropy, count = code_entropy(torch.cat([arrays[name].flatten() for name in matrices]))
+        all_codes = torch.cat([codes[name].flatten() for name in matrices])
+        entropy = code_entropy(all_codes)
+        k = f", k {h.matrix_clip_sigmas * factor:.3f}" if h.scale_rule == "std" else ""
         log(
             f"size: {len(blob)} bytes packed, order-0 entropy of the matrices' codes {entropy:.0f} "
-            f"bytes, scale factor {scale_factor:.3f}"
+            f"bytes, {8 * entropy / len(all_codes):.3f} bits a code, scale factor {factor:.4f}{k}"
         )
-        if len(blob) <= room or scale_factor > MAX_SCALE_FACTOR:
+        is_close = factor == 1 or len(blob) >= 0.999 * room or packing > 1
+        if (len(blob) <= room and is_close) or factor > 0.99 * MAX_SCALE_FACTOR:
             break
-        excess_bits = 8 * (len(blob) - room) / count
-        scale_factor *= 1.005 * 2 ** min(excess_bits, 6)
+        # What the codec adds to the entropy hardly changes; a wider margin ends the loop.
+        target = (1 - 0.0005 * packing**2) * room - (len(blob) - expected_size(factor))
     for name in failed:
         log(f"gptq: {name} is rounded: its Hessian is not positive definite at any damping")
     return blob
@@ -3382,7 +3454,8 @@ class Run:
         resume_from = self.read_resume(folder)
         self.write_program()
         model = self.initial_model()
-        trainer = Trainer(model, self.data, h, self.ranks, self.device, log, h.training_deadline)
+        deadline = h.training_seconds - self.calibration_seconds(model)
+        trainer = Trainer(model, self.data, h, self.ranks, self.device, log, deadline)
         trainer.train(resume_from)
         kind = trainer.average.copy_to_model(log)
         step_ms = np.diff(trainer.step_log.times, prepend=0.0) * 1000
@@ -3548,29 +3621,54 @@ class Run:
             "train_tokens": len(self.data.train.stream) if self.data.train else 0,
         }
 
+    def calibration_batches(self, step: int) -> Sequence[Tensor]:
+        """Returns the ids [B, T] that calibrate GPTQ after `step` steps.
+
+        GPTQ_CALIB=train takes the text that step `step` would train on.
+        """
+        h, train, length = self.h, self.data.train, self.h.train_seq_len
+        count, rows = max(h.gptq_calib_tokens // length, 1), max(h.micro_batch_tokens // length, 1)
+        if h.gptq_calib == "random" or train is None:
+            return random_sequences(count, length, h.vocab_size, h.seed).split(rows)
+        return train.sequences(step * train.rows, count)[:, :-1].split(rows)
+
+    def calibration_seconds(self, model: GPT) -> float:
+        """Returns the training seconds to keep for calibration, by the time of a batch."""
+        if not (self.h.calibrates_on_text and self.h.max_wallclock_seconds):
+            return 0.0
+        batches, device = self.calibration_batches(step=0), self.device
+        seconds = 0.0
+        for _ in range(2):  # a first batch takes longer than others
+            start = device.now()
+            collect_hessians(model, batches[:1], self.ranks)
+            seconds = device.now() - start
+        reserve = 1.5 * len(batches) * self.ranks.all_reduce_max(seconds)[0]
+        self.log(f"gptq: {reserve:.1f} s are kept for {len(batches)} calibration batches")
+        if reserve >= self.h.max_wallclock_seconds:
+            raise SettingsError(
+                f"MAX_WALLCLOCK_SECONDS={self.h.max_wallclock_seconds:g}: calibration on training "
+                f"text takes about {reserve:.1f} s of it; raise it or lower GPTQ_CALIB_TOKENS"
+            )
+        return reserve
+
     def calibrate(self, model: GPT, clock: TrainingClock, step: int) -> dict[str, Tensor]:
         """Returns the Hessians for GPTQ; none with GPTQ_ENABLED=0, or if the time is over.
 
-        GPTQ_CALIB=train reads the text that step `step` would train on; the clock runs meanwhile.
+        Reading training text counts as training.
         """
-        h, train, length = self.h, self.data.train, self.h.train_seq_len
+        h = self.h
         if not h.gptq_enabled:
             return {}
-        count, rows = max(h.gptq_calib_tokens // length, 1), max(h.micro_batch_tokens // length, 1)
-        if h.gptq_calib == "random" or train is None:
-            sequences = random_sequences(count, length, h.vocab_size, h.seed)
-            return collect_hessians(model, sequences.split(rows), self.ranks)[0]
-        batches = train.sequences(step * train.rows, count)[:, :-1].split(rows)
+        batches = self.calibration_batches(step)
+        if not h.calibrates_on_text:
+            return collect_hessians(model, batches, self.ranks)[0]
         clock.resume()
         hessians, used = collect_hessians(
             model, batches, self.ranks, lambda: h.training_seconds - clock.seconds(), clock.slowest
         )
         clock.count()
         if used < len(batches):
-            self.log(
-                f"gptq: the time allowed {used} of {len(batches)} calibration batches; raise "
-                "GPTQ_RESERVE_SECONDS"
-            )
+            self.log(f"gptq: the time allowed {used} of {len(batches)} calibration batches")
         return hessians
 
     def score(self, scoring_pass: ScoringPass) -> Score:

@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "records"))
 
+from bench.harness import quantize_model
+
 import train_gpt as tg
 from program import TINY
 
@@ -116,9 +118,24 @@ def score_artifact(
     return scores
 
 
+def quantize_matrices(
+    quantizer: str,
+    weight: torch.Tensor,
+    hessian: torch.Tensor | None = None,
+    bits: int = 6,
+    factor: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, scales and failures of matrices [n, rows, cols], with a search for scales."""
+    quantize, limit = tg.QUANTIZERS[quantizer], 2 ** (bits - 1) - 1
+    (scales,) = tg.search_scales(quantize, limit, weight, hessian)
+    scales = tg.to_scales(scales.float() * factor)
+    codes, _, failed = quantize(limit, weight, scales, hessian)
+    return codes, scales, failed
+
+
 def artifact_of(model: tg.GPT) -> tuple[bytes, dict[str, torch.Tensor]]:
     """A model's artifact, quantized by rounding, and its arrays."""
-    arrays, _ = tg.quantize_model(model, {}, tg.Ranks())
+    arrays, _ = quantize_model(model, {})
     return tg.pack_artifact(model.h, arrays, "zstd"), arrays
 
 

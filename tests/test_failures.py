@@ -97,7 +97,7 @@ STAGES = (  # functions in which one rank fails
     ("Trainer.take_step", 0),
     ("score", 1),
     ("collect_hessians", 0),
-    ("quantize_model", 1),
+    ("choose_scales", 1),
     ("Run.score_artifact", 0),
 )
 
@@ -340,7 +340,7 @@ def test_a_failed_training_keeps_the_previous_checkpoint(kind, status, says, env
 
 @pytest.mark.fault(45)
 @pytest.mark.parametrize(
-    ("stage", "call", "size"), [("quantize_model", 1, 10_000), ("Trainer.take_step", 4, 100_000)]
+    ("stage", "call", "size"), [("choose_scales", 1, 10_000), ("Trainer.take_step", 4, 100_000)]
 )
 def test_a_full_disk_leaves_no_part_of_a_file(stage, call, size, env, whole, monkeypatch, capsys):
     """From one call on, no file may grow beyond a size.
@@ -362,7 +362,7 @@ def test_a_full_disk_leaves_no_part_of_a_file(stage, call, size, env, whole, mon
     told = capsys.readouterr().out
     assert "Traceback" not in told
     all_files = {path.name for path in whole.iterdir()}
-    if stage == "quantize_model":
+    if stage == "choose_scales":
         assert (status, result()["status"]) == (2, "data")
         assert f"run/{ARTIFACT}: File too large" in result()["reason"]
         assert files() == all_files - {ARTIFACT}
@@ -427,7 +427,7 @@ def test_of_two_runs_at_once_one_is_refused_or_both_have_a_folder(env, tmp_path)
         ("load_data", signal.SIGINT, set()),
         ("score", signal.SIGTERM, {FINAL}),  # in a validation before the first step
         pytest.param("save_tensors", signal.SIGTERM, {FINAL}, marks=pytest.mark.slow),
-        ("quantize_model", signal.SIGTERM, {FINAL}),
+        ("choose_scales", signal.SIGTERM, {FINAL}),
         pytest.param(
             "Run.score_artifact", signal.SIGTERM, {FINAL, ARTIFACT}, marks=pytest.mark.slow
         ),
@@ -455,27 +455,33 @@ def test_a_signal_anywhere_keeps_the_files_and_writes_a_result(name, number, kep
 def test_a_calibration_beyond_its_reserve_ends_with_what_it_read(
     batches, seconds, env, monkeypatch, capsys
 ):
-    """Two batches of 2.5 s fit between 14 s and 20 s. If it starts 7 s late, none does: all
-    matrices are rounded."""
-    now, calibrates = advance_clock(lambda _: 1.0, monkeypatch.setattr), []
+    """From a batch of 0.5 s at the start, 6 s are kept for 8 batches: the steps end before 14 s.
+    Two batches of 2.5 s fit between 13 s and 20 s. If calibration starts 7 s late, none does, and
+    all matrices are rounded."""
+    now, calls = advance_clock(lambda _: 1.0, monkeypatch.setattr), []
 
     def begin(*_: object) -> None:
-        calibrates.append(True)
-        now[0] += 0 if batches else seconds
+        calls.append("collect")
+        now[0] += seconds if len(calls) == 4 and not batches else 0
 
     def read(*_: object) -> None:
-        now[0] += seconds if calibrates else 0
+        if calls and len(calls) <= 2:
+            now[0] += 0.5
+        elif calls and calls[-1] == "collect":
+            now[0] += seconds
 
     before_call("collect_hessians", begin, monkeypatch.setattr)
     before_call("GPT.backbone", read, monkeypatch.setattr)
-    before_call("quantize_model", lambda *_: calibrates.clear(), monkeypatch.setattr)
+    before_call("Trainer.train", lambda *_: calls.append("train"), monkeypatch.setattr)
+    before_call("choose_scales", lambda *_: calls.append("scales"), monkeypatch.setattr)
     env |= {"GPTQ_ENABLED": "1", "GPTQ_CALIB": "train", "MAX_WALLCLOCK_SECONDS": "20"}
-    env |= {"GPTQ_RESERVE_SECONDS": "5", "ITERATIONS": "1000"}
+    env |= {"ITERATIONS": "1000"}
     status = tg.main([], env | {"GPTQ_CALIB_TOKENS": "1024"})
-    allowed = f"gptq: the time allowed {batches} of 8 calibration batches; raise GPTQ_RESERVE_SECO"
-    assert allowed in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "gptq: 6.0 s are kept for 8 calibration batches" in said
+    assert f"gptq: the time allowed {batches} of 8 calibration batches" in said
     trained = result()["seconds"]["train"]
-    assert trained == 14 + max(batches, 1) * seconds
+    assert trained == 13 + max(batches, 1) * seconds
     assert result()["verdicts"]["train_seconds"] == ("PASS" if trained <= 20 else "FAIL")
     assert status == (0 if trained <= 20 else 1)
     tg.load_artifact(Path("run") / ARTIFACT, tg.Hyperparameters())

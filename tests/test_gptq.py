@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, load, settings
+from bench.harness import quantize_model
+from conftest import TINY, load, quantize_matrices, settings
 from test_model import random_model, some_ids
 
 import train_gpt as tg
@@ -108,8 +109,8 @@ def check(
 )
 def test_gptq_equals_the_elimination_code_for_code(n, rows, cols, bits, factor):
     weight, hessian = problem(n, rows, cols)
-    codes, scales, failed = tg.quantize_gptq(bits, factor, weight, hessian)
-    rounded, rounded_scales, _ = tg.quantize_rounding(bits, factor, weight, None)
+    codes, scales, failed = quantize_matrices("gptq", weight, hessian, bits, factor)
+    rounded, rounded_scales, _ = quantize_matrices("rounding", weight, None, bits, factor)
     assert codes.dtype == torch.int8
     assert not failed.any()
     for i in range(n):
@@ -121,8 +122,8 @@ def test_gptq_equals_the_elimination_code_for_code(n, rows, cols, bits, factor):
 @pytest.mark.parametrize(("bits", "factor"), [(6, 1.25), (8, 1.0)])
 def test_with_an_identity_as_hessian_gptq_is_rounding(bits, factor):
     weight, _ = problem(2, 16, 48)
-    got = tg.quantize_gptq(bits, factor, weight, 7.0 * torch.eye(48).expand(2, -1, -1))
-    want = tg.quantize_rounding(bits, factor, weight, None)
+    got = quantize_matrices("gptq", weight, 7.0 * torch.eye(48).expand(2, -1, -1), bits, factor)
+    want = quantize_matrices("rounding", weight, None, bits, factor)
     assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
 
@@ -131,7 +132,7 @@ def test_inputs_that_are_always_zero_get_codes_of_zero():
     weight, hessian = problem(2, 12, 24)
     hessian[0, [3, 20]] = 0
     hessian[0, :, [3, 20]] = 0
-    codes, scales, failed = tg.quantize_gptq(6, 1.0, weight, hessian)
+    codes, scales, failed = quantize_matrices("gptq", weight, hessian)
     assert not failed.any()
     assert not codes[0][:, [3, 20]].any()
     assert codes[1][:, [3, 20]].any()
@@ -154,7 +155,7 @@ def indefinite(least: float, cols: int = 16) -> torch.Tensor:
 def test_damping_rises_tenfold_until_the_hessian_is_positive_definite(least, damping):
     weight, good = problem(1, 12, 16)
     stack = torch.stack((indefinite(least), good[0]))
-    codes, scales, failed = tg.quantize_gptq(6, 1.0, weight.repeat(2, 1, 1), stack)
+    codes, scales, failed = quantize_matrices("gptq", weight.repeat(2, 1, 1), stack)
     assert not failed.any()
     check(codes[0], scales[0], weight[0], stack[0], damping=damping)
     check(codes[1], scales[1], weight[0], good[0])  # the other matrix keeps its own damping
@@ -170,9 +171,9 @@ def test_a_hessian_that_stays_indefinite_is_rounded_and_its_neighbours_are_not()
     bad += [torch.full((16, 16), value) for value in (torch.nan, torch.inf)]
     weight, hessian = problem(len(bad) + 2, 12, 16)
     hessian[1:-1] = torch.stack(bad)
-    codes, scales, failed = tg.quantize_gptq(6, 1.0, weight, hessian)
+    codes, scales, failed = quantize_matrices("gptq", weight, hessian)
     assert failed.tolist() == [False, *[True] * len(bad), False]
-    want_codes, want_scales, _ = tg.quantize_rounding(6, 1.0, weight, None)
+    want_codes, want_scales, _ = quantize_matrices("rounding", weight)
     assert torch.equal(codes[1:-1], want_codes[1:-1])
     assert torch.equal(scales[1:-1], want_scales[1:-1])
     for i in (0, -1):
@@ -253,8 +254,8 @@ def test_hessians_change_the_codes_of_their_matrices_and_no_layout(capsys):
     bad = ["blocks.0.attn.c_q.weight", "blocks.2.mlp.down.weight"]
     for name in bad:
         hessians[name] = torch.zeros_like(hessians[name])
-    plain, none_failed = tg.quantize_model(model, {}, tg.Ranks())
-    solved, failed = tg.quantize_model(model, hessians, tg.Ranks())
+    plain, none_failed = quantize_model(model, {})
+    solved, failed = quantize_model(model, hessians)
     assert (none_failed, sorted(failed)) == ([], bad)
     layouts = [[(n, a.shape, a.dtype) for n, a in arrays.items()] for arrays in (plain, solved)]
     assert layouts[0] == layouts[1]
@@ -262,7 +263,7 @@ def test_hessians_change_the_codes_of_their_matrices_and_no_layout(capsys):
     assert changed == {f"{name}.codes" for name in hessians if name not in bad}
     for name in ("blocks.2.attn.c_q.weight", "blocks.1.mlp.up.weight"):
         weight = model.state_dict()[name]
-        codes, scales, _ = tg.quantize_gptq(6, 1.0, weight[None], hessians[name][None])
+        codes, scales, _ = quantize_matrices("gptq", weight[None], hessians[name][None])
         same = (codes[0] == solved[f"{name}.codes"]).float().mean()
         assert same > 0.995  # all but those that the order of a sum may decide
         torch.testing.assert_close(scales[0], solved[f"{name}.scales"])
@@ -300,7 +301,7 @@ def test_a_run_calibrates_on_the_text_that_it_states_and_never_on_validation_tex
     if calib == "train":
         ids = load(h).train.sequences(4 * h.train_batch_tokens // 64, 17)[:, :-1]
         assert torch.equal(ids[:16], load(h).train.batch(4)[0])
-    arrays, _ = tg.quantize_model(model, collect(model, ids.split(512 // 64)), tg.Ranks())
+    arrays, _ = quantize_model(model, collect(model, ids.split(512 // 64)))
     assert tg.pack_artifact(h, arrays, "zstd") == (folder / "final_model.int6.ptz").read_bytes()
     seconds = json.loads((folder / "result.json").read_text())["seconds"]
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]

@@ -18,6 +18,7 @@ import pytest
 import safetensors.torch
 import torch
 import zstandard
+from bench.harness import quantize_model
 from conftest import randomize, shard_bytes, trainer
 from hostile import (
     CODECS,
@@ -73,7 +74,7 @@ class Made(NamedTuple):
 def made(request) -> Made:
     """An artifact by every codec."""
     h = tiny()
-    arrays, _ = tg.quantize_model(randomize(tg.GPT(h)), {}, tg.Ranks())
+    arrays, _ = quantize_model(randomize(tg.GPT(h)), {})
     blob = tg.pack_artifact(h, arrays, request.param)
     _, told, raw = described(blob)
     return Made(h, arrays, request.param, blob, *parts(blob), told, raw)

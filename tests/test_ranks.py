@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import TINY
+from conftest import TINY, quantize_matrices
 from launch import (
     PROGRAM,
     QUICK,
@@ -148,7 +148,8 @@ def collectives() -> None:
     assert ranks.broadcast_from_rank0(lambda: made.append(own) or f"by {own}") == "by 0"
     assert made == [0] * (own == 0)
     draw = torch.Generator().manual_seed(0)
-    quantizers = [functools.partial(q, 6, 1.0) for q in tg.QUANTIZERS.values()]
+    quantizers = [functools.partial(tg.search_scales, q, 31) for q in tg.QUANTIZERS.values()]
+    quantizers += [functools.partial(quantize_matrices, name) for name in tg.QUANTIZERS]
     for n in (1, 2, 3, 5, 8):
         x = torch.randn(n, 6, 4, generator=draw)
         inputs = torch.randn(n, 9, 4, generator=draw)

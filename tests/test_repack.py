@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from conftest import quantize_matrices
 from launch import QUICK, result_of
 
 import train_gpt as tg
@@ -85,7 +86,7 @@ def test_other_settings_change_what_they_name(other, run, env):
     if "GPTQ_ENABLED" in other:
         name = "blocks.0.mlp.up.weight"
         weight = safetensors.torch.load_file(run / WEIGHTS)[name]
-        codes = tg.quantize_rounding(6, 1.0, weight[None], None).codes
+        codes = quantize_matrices("rounding", weight[None])[0]
         assert torch.equal(new[f"{name}.codes"], codes[0])
 
 

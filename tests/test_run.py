@@ -316,8 +316,8 @@ def test_an_artifact_is_made_to_fit_or_the_run_fails(done, env, monkeypatch, cap
 @pytest.mark.fault(39)
 def test_a_limit_itself_is_within_the_limit(capsys):
     run = tg.Run({"MAX_WALLCLOCK_SECONDS": "500"}, tg.Log(), {})
-    at = run.check_limits({"train": 500.0, "eval": 600.0}, 16_000_000, trained=True)
-    above = run.check_limits({"train": 500.1, "eval": 600.1}, 16_000_001, trained=True)
+    at = run.check_limits({"train": 500.0, "eval": 600.0}, 16_000_000)
+    above = run.check_limits({"train": 500.1, "eval": 600.1}, 16_000_001)
     names = {"train_seconds", "eval_seconds", "total_bytes"}
     assert at == dict.fromkeys(names, "PASS")
     assert above == dict.fromkeys(names, "FAIL")

@@ -173,7 +173,6 @@ def test_heads_that_do_not_fit_are_refused(text, says):
         ("CHECKPOINT_EVERY=60m", "must be steps, such as 500, or seconds"),
         ("CHECKPOINT_EVERY=-5", "must be steps, such as 500, or seconds"),
         ("CHECKPOINT_EVERY=1.5", "must be steps, such as 500, or seconds"),
-        ("GPTQ_RESERVE_SECONDS=600 GPTQ_CALIB=train", "must be below MAX_WALLCLOCK_SECONDS=600"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(text, says):

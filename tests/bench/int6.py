@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path[:0] = [str(path) for path in Path(__file__).resolve().parents[1:3]]
 
 import train_gpt as tg
+from bench.harness import quantize_model
 
 
 @torch.inference_mode()
@@ -54,7 +55,7 @@ def main(path: str) -> None:
         began, hessians = time.perf_counter(), {}
         if sequences is not None:
             hessians, _ = tg.collect_hessians(model, sequences.split(rows), ranks)
-        arrays, _ = tg.quantize_model(model, hessians, ranks)
+        arrays, _ = quantize_model(model, hessians)
         seconds, stored = time.perf_counter() - began, tg.dequantize(arrays)
         alone = {n: stored[n] if roles[n] == "matrix" else w for n, w in weights.items()}
         for what, changed in (("all", stored), ("matrices alone", alone)):

@@ -23,6 +23,7 @@ from .harness import (
     calibration_batches,
     equal,
     in_turns,
+    quantize_model,
     random_data,
     random_model,
     row,
@@ -171,9 +172,9 @@ def gptq(scale: Scale, machine: Machine) -> Table:
         hessians.update(tg.collect_hessians(model, calibration_batches(h), ranks)[0])
 
     ways = {
-        "rounding": lambda: tg.quantize_model(model, {}, ranks),
+        "rounding": lambda: quantize_model(model, {}),
         "GPTQ, collecting Hessians": collect,
-        "GPTQ, solving": lambda: tg.quantize_model(model, hessians, ranks),
+        "GPTQ, solving": lambda: quantize_model(model, hessians),
     }
     rows = rows_of(in_turns(ways, max(scale.rounds // 2, 1), machine.device.now))
     sizes = f"{len(hessians)} matrices of {h.num_layers} layers x {h.model_dim}"
@@ -184,12 +185,12 @@ def packing(scale: Scale, machine: Machine) -> Table:
     """Seconds and bytes of packing: the artifact, and matrices' codes by several compressors."""
     h = scale.h(scale.settings)
     model = random_model(h, machine)
-    arrays, _ = tg.quantize_model(model, {}, tg.Ranks())
+    arrays, _ = quantize_model(model, {})
     roles = tg.parameter_roles(model)
     names = [f"{name}.codes" for name, role in roles.items() if role == "matrix"]
     codes = torch.cat([arrays[name].flatten() for name in names]).cpu()
     total, codes = len(codes), codes[: scale.codes]
-    raw, least = codes.numpy().tobytes(), tg.code_entropy(codes)[0]
+    raw, least = codes.numpy().tobytes(), tg.code_entropy(codes)
     codecs = {name: codec.compress for name, codec in tg.CODECS.items() if find_spec(codec.package)}
     codecs["zlib"] = partial(zlib.compress, level=9)
     packed: dict[str, int] = {}
