@@ -310,3 +310,17 @@ def test_a_run_calibrates_on_the_text_that_it_states_and_never_on_validation_tex
         assert seconds["train"] == trained
     else:
         assert 0.5 * seconds["calibrate"] < seconds["train"] - trained <= seconds["calibrate"]
+
+
+def test_the_head_is_quantized_by_the_inputs_it_reads():
+    """With GPTQ_EMBED=1: the states after the last norm, for a tied table and for a head alone."""
+    for tied, name in ((1, "tok_emb.weight"), (0, "lm_head.weight")):
+        model, ids = random_model(tie_embeddings=tied, gptq_embed=1), some_ids(4, 64)
+        hessian = collect(model, [ids])[name]
+        states = model.states(ids).detach().double().flatten(0, 1)
+        torch.testing.assert_close(hessian.double(), states.T @ states, rtol=1e-4, atol=1e-2)
+        torch.testing.assert_close(model.logits(model.states(ids)), model.forward_logits(ids))
+        solved, plain = quantize_model(model, {name: hessian})[0], quantize_model(model, {})[0]
+        changed = {n for n in plain if not torch.equal(plain[n], solved[n])}
+        assert f"{name}.codes" in changed
+        assert changed <= {f"{name}.codes", f"{name}.scales"}

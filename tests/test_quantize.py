@@ -107,6 +107,25 @@ def test_roles_decide_how_a_tensor_is_stored():
     assert found == wanted
 
 
+def test_scales_of_rule_std_are_k_standard_deviations():
+    """SDClip: scale = k * std(row) / limit, by the bits and the k of matrices and of tables."""
+    rules = {"scale_rule": "std", "matrix_bits": 5, "embed_bits": 7}
+    rules |= {"matrix_clip_sigmas": 6.0, "embed_clip_sigmas": 11.0}
+    model = randomize(tg.GPT(settings(**rules)))
+    arrays, _ = quantize_model(model, {})
+    weights = dict(model.named_parameters())
+    for name, role in tg.parameter_roles(model).items():
+        if role != "scalar":
+            k, limit = (6.0, 15) if role == "matrix" else (11.0, 63)
+            weight = weights[name].detach().double().numpy()
+            scales = np.float16(k * weight.std(1, ddof=1) / limit)
+            np.testing.assert_allclose(arrays[f"{name}.scales"].numpy(), scales, rtol=1e-3)
+            codes = np.rint(weight / arrays[f"{name}.scales"].double().numpy()[:, None])
+            found = arrays[f"{name}.codes"].numpy()
+            assert (found != codes.clip(-limit, limit)).mean() < 1e-3  # all but ties
+    assert arrays["blocks.0.mlp.up.weight.codes"].abs().max() <= 15
+
+
 @pytest.mark.fault(34)
 def test_diverged_weights_are_not_quantized():
     model = tg.GPT(settings())
