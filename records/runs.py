@@ -42,7 +42,7 @@ SCORE_LINES = {
     "window": "final_int6_window",
     "ttt": "legal_ttt",
 }
-NUMBER = r"[-+]?(?:\d+(?:\.\d+)?(?:e[-+]?\d+)?|nan|inf)\b"
+NUMBER = r"[-+]?(?:\d+(?:\.\d+)?(?:e[-+]?\d+)?|nan|inf)\b(?![.,]\d)"
 # The values of a score, and names of what is no score of an artifact.
 LOSS, BPB = (re.compile(rf"\bval_{unit}\s*[:=]\s*({NUMBER})", re.I) for unit in ("loss", "bpb"))
 UNQUANTIZED = re.compile(r"pre[-_ ]?quant|post[-_ ]ema|unquantized", re.IGNORECASE)
@@ -53,12 +53,19 @@ PROGRESS = re.compile(
 MIN_BPB = 0.5  # smaller numbers are differences
 # A number of two decimals or more beside the name of the unit: perhaps a score.
 ANY_BPB = re.compile(
-    r"(?<!running_)(?<!batch_)(?:bpb|bits[ _-]per[ _-]byte)[^\w\n-]{0,12}(\d+\.\d\d+|nan\b|inf\b)|"
+    r"(?<!running_)(?<!batch_)(?:bpb|bits[ _-]per[ _-]byte)[^\w\n-]{0,12}"
+    r"(?:\d+\.\d+ *(?:->|\u2192) *)?(\d+\.\d\d+|nan\b|inf\b)|"
     r"\b(\d+\.\d\d+) (?:bpb|bits per byte)\b",
     re.IGNORECASE,
 )
 
 Step = tuple[int, float, float]  # number, training seconds at its end, training loss
+# What launchers, loggers and progress bars put before a line: rank, time, level, bar.
+PREFIX = re.compile(
+    r"^(?:\[(?:rank|default)\d+\]: ?|\d+: |.*?\d%\|[^|\n]*\|[^\[\n]*\[[^\]\n]*\]|"
+    r"\[?\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d[\d.,:Z+]*\]?(?:\[[^\]\n]*\]| -)* |[A-Z]+:\w+:)+",
+    re.MULTILINE,
+)
 
 
 class RunError(ValueError):
@@ -224,14 +231,14 @@ def trial_of(path: Path) -> str:
 
 
 def decode(path: Path) -> str:
-    """Returns the text of a file, in UTF-8 or after a byte order mark in UTF-16, without colours.
+    """Returns the text of a file, in UTF-8 or after a byte order mark in UTF-16.
 
-    What cannot be decoded is replaced.
+    Colours and what PREFIX describes are left out. What cannot be decoded is replaced.
     """
     data = path.read_bytes()
     encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     text = re.sub(r"\r\n?", "\n", data.decode(encoding, errors="replace"))
-    return re.sub(r"\x1b\[[\d;]*m", "", text)
+    return PREFIX.sub("", re.sub(r"\x1b\[[\d;]*m", "", text))
 
 
 def read_text(path: Path) -> str:
@@ -440,7 +447,7 @@ def read_log(path: Path) -> Run:
     final = [name for name in scores if not DIAGNOSTIC.search(name)]
     ended = final and (verdicts or not settings.keys() - {"seed"})
     status = "over a limit" if "FAIL" in verdicts.values() else "ok" if ended else "cut off"
-    error = re.search(r"^error: (.*)", text, re.MULTILINE | re.DOTALL)
+    error = re.search(r"^(?:error: |(?=Traceback \(most recent))(.*)", text, re.M | re.S)
     sizes = {
         "code": last_number(text, r"^Code size: (\d+) bytes", int),
         "model": last_number(text, r"^Serialized model \S+: (\d+) bytes", int),
