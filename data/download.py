@@ -85,10 +85,12 @@ VARIABLES: tuple[tuple[str, Callable[[str], object], str], ...] = (
     ("(HTTPS?|ALL)_PROXY", is_proxy, "http://HOST:PORT (socks5:// needs the package socksio)"),
     ("SSL_CERT_FILE", has_certificates, "a file of certificates"),
     ("SSL_CERT_DIR", lambda v: any(Path(d).is_dir() for d in v.split(":")), "folders: A[:B...]"),
-    ("HF_TOKEN|HUGGING_FACE_HUB_TOKEN", re.compile(r"\s*[!-~]+\s*").fullmatch, "one ASCII word"),
+    ("HF_TOKEN|HUGGING_FACE_HUB_TOKEN", re.compile(r"\s*[!-~]*\s*").fullmatch, "one ASCII word"),
     ("HF_HUB_(ETAG|DOWNLOAD)_TIMEOUT", re.compile(r"0*[1-9]\d*").fullmatch, "whole seconds"),
 )
-NETWORK_NAME = r"(HF|HUGGING_FACE|SSL\w*?)_\w+|\w+_PROXY|(REQUESTS|CURL)_CA_BUNDLE|SSLKEYLOGFILE"
+NETWORK_NAME = (
+    r"(HF|HUGGING_FACE|TRANSFORMERS|SSL\w*?)_\w+|\w+_PROXY|(REQUESTS|CURL)_CA_BUNDLE|SSLKEYLOGFILE"
+)
 
 
 def check_environment() -> None:
@@ -99,8 +101,10 @@ def check_environment() -> None:
         scheme = name.lower().removesuffix("_proxy")
         if scheme != name.lower() and ("*" in no_proxy or proxies.get(scheme) != value):
             continue  # the HTTP client reads no proxy, or http_proxy rather than HTTP_PROXY
+        if name.startswith("SSL_") and not value:
+            continue  # it takes an empty one for an unset one; huggingface_hub does not
         for pattern, is_usable, needed in VARIABLES:
-            if value and re.fullmatch(pattern, name, re.IGNORECASE) and not is_usable(value):
+            if re.fullmatch(pattern, name, re.IGNORECASE) and not is_usable(value):
                 raise InputError(
                     f"{name}: its value cannot be used; set it to {needed}, or unset it"
                 )
@@ -126,6 +130,8 @@ def hub_errors(repo: str, staging: Path) -> Iterator[None]:
         reason = f"HTTP status {status}" if status else f"{type(error).__name__}: {error}"
         if status in (401, 403, 404) or isinstance(error, HFValidationError):
             remedy = "check MATCHED_FINEWEB_REPO_ID, or set HF_TOKEN to a token that may read it"
+        elif isinstance(error, UnicodeError):
+            remedy = "check the token in HF_TOKEN, or in the file of HF_TOKEN_PATH or HF_HOME"
         elif "CERTIFICATE_VERIFY_FAILED" in reason:
             remedy = "set SSL_CERT_FILE to your network's certificates (no other variable is read)"
         else:

@@ -302,7 +302,11 @@ def test_a_run_calibrates_on_the_text_that_it_states_and_never_on_validation_tex
         ids = load(h).train.sequences(4 * h.train_batch_tokens // 64, 17)[:, :-1]
         assert torch.equal(ids[:16], load(h).train.batch(4)[0])
     arrays, _ = quantize_model(model, collect(model, ids.split(512 // 64)))
-    assert tg.pack_artifact(h, arrays, "zstd") == (folder / "final_model.int6.ptz").read_bytes()
+    blob = (folder / "final_model.int6.ptz").read_bytes()
+    assert tg.pack_artifact(h, arrays, "zstd") == blob
+    env |= {"DATA_PATH": str(byte_corpus), "RUN_DIR": str(tmp_path / "again")}
+    assert tg.main(["--quantize", str(folder)], env) == 0  # with the text after the last step
+    assert (tmp_path / "again" / "final_model.int6.ptz").read_bytes() == blob
     seconds = json.loads((folder / "result.json").read_text())["seconds"]
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     trained = next(event["seconds"] for event in events if "val_loss" in event)

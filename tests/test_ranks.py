@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -265,6 +266,25 @@ def test_ranks_that_differ_agree_on_weights_settings_and_stops(tmp_path, byte_co
     assert result["verdicts"]["train_seconds"] == "PASS"
     assert "stopping_early: wallclock_cap" in ranks.said()
     assert ranks.said().count("bytes in checkpoint.safetensors") >= 1
+
+
+def read_elsewhere() -> None:
+    """Gives rank 1 another working directory."""
+    if rank() == 1:
+        os.chdir("other")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_ranks_that_see_different_shards_end_before_training(split, tmp_path, byte_corpus):
+    for folder in ("data", "other/data"):
+        shutil.copytree(byte_corpus, tmp_path / folder)
+    shard = next((tmp_path / "other" / "data").glob(f"fineweb_{split}_*.bin"))
+    tokens = tg.read_shard(shard)[:-1]
+    shard.write_bytes(tg.shard_header(len(tokens)) + tokens.tobytes())
+    ranks = Ranks(tmp_path, world=2, first=read_elsewhere, **SETTINGS, DATA_PATH="data")
+    assert ranks.end() == [2, 2], ranks.said()
+    assert f"data/fineweb_{split}_*.bin: ranks see different shards" in ranks.said()
+    assert "step:" not in ranks.said()
 
 
 @pytest.mark.slow
