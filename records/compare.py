@@ -11,7 +11,6 @@ import argparse
 import itertools
 import json
 import math
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +28,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
 from runs import SCHEDULE, Run, RunError, by_name, is_one_training, read_runs
-from tool import tool
+from tool import escape, tool
 from train_gpt import VAL_BYTES, Score, env_form
 
 RECORD_GAIN, RECORD_P = 0.005, 0.01  # the challenge's rule: nats a token, and the p of that claim
@@ -461,12 +460,6 @@ def context_table(rows: list[Row]) -> Table:
         cells = [row.name, " ".join(sorted(texts)), f"{fmean(sizes):,.0f}" if sizes else ""]
         table.append([*cells, f"{fmean(times):,.1f}" if times else ""])
     return table
-
-
-def escape(text: str) -> str:
-    """Returns Markdown that shows a text in one line as it is."""
-    marks = r"[\\<`*\[\]|]|(?<!\w)_|_(?!\w)"
-    return re.sub(marks, lambda mark: f"\\{mark[0]}", " ".join(text.split()))
 
 
 def markdown(table: Table) -> str:

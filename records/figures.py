@@ -18,6 +18,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
 from runs import Run, RunError, by_name, command, read_run, train_gpt
+from tool import escape
 from train_gpt import Score
 
 TRAIN_SECONDS_LIMIT = 600.0  # the challenge's
@@ -211,7 +212,7 @@ def runs_table(runs: list[Run]) -> list[str]:
             cells += [f"{eval_seconds(run):.1f}"]
             cells += [f"{sizes.get(name, math.nan):,}" for name in ("model", "total")]
         else:
-            cells += [f"{run.status}: {why(run)}".replace("|", "\\|"), *[""] * (len(COLUMNS) - 3)]
+            cells += [escape(f"{run.status}: {why(run)}"), *[""] * (len(COLUMNS) - 3)]
         rows.append(f"| {' | '.join(cells)} |")
     return rows
 

@@ -190,6 +190,9 @@ def draw_loss(figure: Figure, trials: Trials, base: str, x: str, chosen: str | N
     names = [f"{name} ({len(runs)})" for name, runs in trials.items()]
     add_legend(figure, "Training loss (number of seeds)", handles, names)
     notes = ["Lines are means over seeds; bands go from the lowest to the highest seed."]
+    apart = [name for name, of in curves.items() if not set.intersection(*map(set, of))]
+    if apart:
+        notes.append(f"The seeds have no logged step in common: {', '.join(apart)}.")
     if len({run.settings.get("vocab_size") for run in every}) > 1:
         notes.append("The vocabularies differ, so losses a token cannot be compared.")
     return notes
@@ -211,10 +214,11 @@ def draw_schedule(
     panels: dict[str, dict[Any, list[str]]] = {}  # by title and line, the trials
     for name, (run, *_) in trials.items():
         h = settings_of(run)
+        deadline = h.training_seconds - run.reserve
         last = max((run.steps or h.iterations) - 1, 0)
         steps = np.unique(np.linspace(0, last, POINTS).round().astype(int))
         phases = [
-            train_gpt.schedule(train_gpt.Progress(step, h.iterations, s, h.training_deadline), h)
+            train_gpt.schedule(train_gpt.Progress(step, h.iterations, s, deadline), h)
             for step, s in zip(steps.tolist(), elapsed(run, steps).tolist(), strict=True)
         ]
         values = {"learning-rate scale": [phase.lr_scale for phase in phases]}

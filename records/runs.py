@@ -4,7 +4,6 @@
 conventional lines, so it reads logs of the challenge's other scripts as well.
 """
 
-import fcntl
 import itertools
 import json
 import math
@@ -50,6 +49,7 @@ DIAGNOSTIC = re.compile("^float$|diagnostic", re.IGNORECASE)
 PROGRESS = re.compile(
     r"(?<![\d/])\d+/\d+(?![\d/])|\d%|\b(step|epoch|iter\w*)s?\W*\d|\brunning", re.IGNORECASE
 )
+RESERVE = r"^gptq: ([\d.]+) s are kept"
 MIN_BPB = 0.5  # smaller numbers are differences
 # A number of two decimals or more beside the name of the unit: perhaps a score.
 ANY_BPB = re.compile(
@@ -90,6 +90,7 @@ class Run:
     curve: tuple[Step, ...] = ()
     steps: int = 0
     step_ms: float = math.nan  # the median; of a log the mean
+    reserve: float = 0.0  # seconds of training that were kept for calibration
     parameters: int = 0
     machine: dict[str, Any] = field(default_factory=dict)
     ranks: int = 1
@@ -282,6 +283,7 @@ def read_folder(path: Path) -> Run:
         curve=tuple(curve) or events,
         steps=result.get("steps", 0),
         step_ms=result.get("step_ms", {}).get("p50", math.nan),
+        reserve=last_number(log, RESERVE) or 0.0,
         parameters=result.get("parameters", 0),
         machine=result.get("machine", {}),
         ranks=last_number(log, r"^world_size:(\d+)", int) or 1,
@@ -467,6 +469,7 @@ def read_log(path: Path) -> Run:
         curve=read_curve(log),
         steps=steps or 0,
         step_ms=last_number(text, r"^step:.* step_avg: ?([\d.]+)ms") or math.nan,
+        reserve=last_number(text, RESERVE) or 0.0,
         parameters=last_number(text, r"^model_params:(\d+)", int) or 0,
         machine=read_pairs(text, "device", " dtype:"),
         ranks=last_number(text, r"^world_size:(\d+)", int) or 1,
@@ -476,11 +479,13 @@ def read_log(path: Path) -> Run:
 def is_locked(folder: Path) -> bool:
     """Returns whether a run of a sweep is running: its command.sh holds a lock."""
     try:
+        import fcntl
+
         with open(f"{folder}.lock", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # no lock, or no file that can be one
+    except (OSError, ImportError):  # no lock, no file that can be one, or Windows
         return False
     return False
 

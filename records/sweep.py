@@ -108,7 +108,12 @@ def make_runs(axes: list[str], seeds: list[int], one_at_a_time: bool) -> list[Pl
         setting, equals, values = axis.partition("=")
         if not (setting and equals):
             raise SweepError(f"{axis}: give SETTING=VALUE or SETTING=A,B")
-        pairs.append([(setting, value) for value in values.split(",")])
+        texts = values.split(",")
+        if setting in (done[0][0] for done in pairs):
+            raise SweepError(f"{axis}: {setting} is there twice; give all its values as A,B")
+        if len(texts) > 1 and (setting == "VE_LAYERS" or not all(texts)):
+            raise SweepError(f"{axis}: an empty value, or one with commas, belongs into --file")
+        pairs.append([(setting, text) for text in texts])
     changes = list(itertools.product(*pairs))
     if one_at_a_time:
         changes = [(), *((pair,) for axis in pairs for pair in axis)]
@@ -319,7 +324,10 @@ def slurm_options(text: str) -> list[list[str]]:
         else:
             raise SweepError(f"--slurm={text}: {word} is no option; give options that begin with -")
         if re.match("-a|--ar", options[-1][0]):
-            raise SweepError(f"--slurm={text}: {word}: the sweep sets --array")
+            raise SweepError(
+                f"--slurm={text}: {word}: the sweep sets --array; `scontrol update "
+                "JobId=N ArrayTaskThrottle=2` limits the runs at a time"
+            )
     return options
 
 

@@ -538,7 +538,9 @@ def test_what_cannot_be_compared_is_an_error(sweep, capsys, monkeypatch, argv, m
         assert "NOT COUNTED: lone seed 42: oom: lower MICRO_BATCH_TOKENS" in captured.err
 
 
-@pytest.mark.parametrize("name", ["a|b", "[red]x", "_x_ <b>", "*`[a](b)`*", "a\\|b", "x\ny"])
+@pytest.mark.parametrize(
+    "name", ["a|b", "[red]x", "_x_ <b>", "*`[a](b)`*", "a\\|b", "x\ny", "~~x~~ &lt; $y$"]
+)
 def test_a_name_is_no_markup(tmp_path, capsys, monkeypatch, name):
     trial(tmp_path / name, BETTER)
     runs = [*trial(tmp_path / "base"), *read_runs([tmp_path / name])]

@@ -203,6 +203,15 @@ def test_the_difference_of_losses_is_by_seed_and_step(tmp_path):
     assert len(lines["alone (1)"][0]) == len(lines["base (2)"][0]) == 0
 
 
+def test_seeds_without_a_common_step_are_named(tmp_path):
+    for seed in (1, 2):
+        step = f"step:{seed}/9 train_loss:3.{seed} train_time:9ms\n"
+        score = f"final_x val_loss:1.{seed} val_bpb:2.{seed}\n"
+        (tmp_path / f"a_seed{seed}.log").write_text(step + score)
+    figure = plot.make(read_runs([tmp_path]), "loss")
+    assert "The seeds have no logged step in common: a." in note_of(figure)
+
+
 def test_losses_of_different_vocabularies_cannot_be_compared(tmp_path):
     a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", h=settings(vocab_size=300))
     assert "cannot be compared" not in note_of(plot.make([read_run(a)], "loss"))
@@ -230,9 +239,11 @@ def test_the_schedule_by_the_clock(tmp_path):
     rates = points_of(plot.make(runs, "schedule"))
     assert rates[80] == pytest.approx(0.5)  # by ITERATIONS it would still be 1
     assert points_of(plot.make(runs, "schedule", x="seconds"))[160.0] == rates[80]
-    kept = replace(h, gptq_enabled=True, gptq_calib="train", gptq_reserve_seconds=20.0)
+    kept = replace(h, gptq_enabled=True, gptq_calib="train")
     seconds = {"train": 183.0, "calibrate": 3.0}
-    runs = [read_run(write_run(tmp_path / "b", losses=[1.0] * 90, h=kept, seconds=seconds))]
+    folder = write_run(tmp_path / "b", losses=[1.0] * 90, h=kept, seconds=seconds)
+    (folder / "train.log").write_text("gptq: 20.0 s are kept for 4 calibration batches\n")
+    runs = [read_run(folder)]
     assert points_of(plot.make(runs, "schedule"))[70] == pytest.approx(0.5)  # of 180 seconds
 
 
