@@ -33,7 +33,7 @@ import rich.table
 
 sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
-from runs import DONE, ROOT, SETTING_TYPES, RunError, read_planned, train_gpt
+from runs import DONE, ROOT, SETTING_TYPES, RunError, read_planned, split_name, train_gpt
 from tool import tool
 
 SETTINGS = [name.upper() for name in SETTING_TYPES]
@@ -65,7 +65,7 @@ ARRAY = """#!/usr/bin/env bash
 runs=(
 {runs}
 )
-bash "${{runs[SLURM_ARRAY_TASK_ID - 1]}}"
+exec bash "${{runs[SLURM_ARRAY_TASK_ID - 1]}}"  # Slurm's SIGTERM must not end a shell here
 """
 
 
@@ -177,11 +177,15 @@ class Sweep:
             raise SweepError(f"{name} is set for each run by the sweep; use {OWN[name]}")
         if not self.runs:
             raise SweepError("no runs: give SETTING=A,B, --file, or the --out of a sweep")
-        if len({(t.name, t.seed) for t in self.runs}) < len(self.runs):
-            raise SweepError("two runs have the same name and seed; give each once")
+        if len({(run.name.casefold(), run.seed) for run in self.runs}) < len(self.runs):
+            raise SweepError("two runs have the same name, in any case, and seed; give each once")
         for run in self.runs:
             if not re.fullmatch(r"[\w=+,-][\w=+.,-]*", run.name) or ".cut" in run.name:
                 raise SweepError(f"[trials.{run.name}]: use letters, digits and _=+.,- in names")
+            if split_name(Path(run.name)) != (run.name, None):
+                raise SweepError(
+                    f"{run.name}: a trial's name ends in no seed; use seeds, or rename"
+                )
             if run.seed < 0:
                 raise SweepError(f"seed {run.seed}: seeds must be at least 0")
             try:
@@ -319,7 +323,7 @@ def slurm_options(text: str) -> list[list[str]]:
     for word in words:
         if re.match(r"-\D", word):
             options.append([word])
-        elif options:
+        elif options and len(options[-1]) == 1 and "=" not in options[-1][0]:
             options[-1].append(word)
         else:
             raise SweepError(f"--slurm={text}: {word} is no option; give options that begin with -")

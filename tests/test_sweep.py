@@ -164,7 +164,7 @@ def refused(out, capsys, *argv, env=None):
         (["XSA_LAST_N=1", "XSA_LAST_N=2"], "XSA_LAST_N is there twice; give all its values"),
         (["PRESET=cpu,"], "an empty value, or one with commas, belongs into --file"),
         (["VE_LAYERS=0,1"], "VE_LAYERS=0,1: an empty value, or one with commas, belongs into"),
-        (["XSA_LAST_N=1", "--seeds", "1,1"], "the same name and seed"),
+        (["XSA_LAST_N=1", "--seeds", "1,1"], "two runs have the same name"),
         (["XSA_LAST_N=1", "--seeds=-1"], "seed -1"),
         (["XSA_LAST_N=1", "--seeds", "1,b"], "1,b"),
         (["XSA_LAST_N=1", "--seeds", ""], "give whole numbers"),
@@ -176,6 +176,8 @@ def refused(out, capsys, *argv, env=None):
         (["XSA_LAST_N=1"], "--cpu"),  # no GPU is here
         (["XSA_LAST_N=1", "--gpus", "0", "--ranks", "2"], "--ranks 2"),
         (["MUON_WD=0", "--slurm=gpu -p"], "gpu is no option"),
+        (["MUON_WD=0", "--slurm=--time=30 # minutes"], "# is no option"),
+        (["MUON_WD=0", "--slurm=-J Big simulation"], "simulation is no option"),
         (["MUON_WD=0", "--slurm=--comment='a"], "No closing quotation"),
         (["MUON_WD=0", "--slurm=--array=1-2"], "the sweep sets --array"),
         (["MUON_WD=0", "--slurm=-p gpu --arr 1-2"], "--arr: the sweep sets --array"),
@@ -236,6 +238,8 @@ TRIALS = "\n[trials.a]\n"
         (f"seeds = [true, 1.5]{TRIALS}", "seeds = [True, 1.5]: give"),
         (f"{TRIALS}MUON_WD = ", "Invalid value"),
         ("[trials.'a[b]']", "[trials.a[b]]: use letters"),
+        ("[trials.a_seed7]", "a_seed7: a trial's name ends in no seed"),
+        ("[trials.A]\n[trials.a]", "two runs have the same name, in any case, and seed"),
         (b"[trials.a\xff]", "can't decode byte"),
     ],
 )
@@ -567,6 +571,17 @@ def test_a_slurm_array_runs_what_is_due(stub, out, capsys):
         listed = capsys.readouterr().out.splitlines()
         assert listed == [f"{before}bash '{out}/TOKENIZER_PATH=2/seed1337/command.sh'"]
     assert run(out, "TOKENIZER_PATH=1,2", "--cpu", "--show") == 0
+
+
+def test_a_slurm_array_that_is_terminated_ends_when_its_run_has_saved(stub, out):
+    """Slurm signals every process of a job, and ends the job when its script has ended."""
+    assert run(out, "TOKENIZER_PATH=slow", "--slurm") == 0
+    command, env = ["bash", str(out / "array.sbatch")], KEPT | {"SLURM_ARRAY_TASK_ID": "1"}
+    process = subprocess.Popen(command, env=env, start_new_session=True)
+    wait_until(lambda: (out / "TOKENIZER_PATH=slow/seed1337/events.jsonl").exists())
+    os.killpg(process.pid, signal.SIGTERM)
+    process.wait(30)
+    assert states(out)["TOKENIZER_PATH=slow", 1337] == ("interrupted", "a signal")
 
 
 @pytest.mark.slow
