@@ -60,6 +60,7 @@ DECOMPRESSORS: dict[str, Callable[[], Any]] = {
     "xz": lzma.LZMADecompressor,
     "zst": lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(),
 }
+PACKING_MARKS = {"gz": b"\x1f\x8b", "xz": b"\xfd7zXZ\0", "zst": b"\x28\xb5\x2f\xfd"}
 
 JSON_NEEDED = 'need JSON objects with a string "text" in UTF-8, one per line or in one list'
 
@@ -147,7 +148,12 @@ def read_blocks(path: Path, packing: str) -> Iterator[bytes]:
     with common.add_path_to_errors(path), path.open("rb") as file:
         blocks = iter(partial(file.read, 1 << 18), b"")
         if not packing:
-            yield from blocks
+            for number, block in enumerate(blocks):
+                kinds = [kind for kind, mark in PACKING_MARKS.items() if block.startswith(mark)]
+                if number == 0 and kinds:
+                    remedy = f"add .{kinds[0]} to its name, or unpack it"
+                    raise InputError(f"{path}: holds .{kinds[0]} data; {remedy}")
+                yield block
             return
         frame = DECOMPRESSORS[packing]()
         try:
@@ -159,7 +165,8 @@ def read_blocks(path: Path, packing: str) -> Iterator[bytes]:
                     yield frame.decompress(rest)
                     rest = frame.unused_data.lstrip(b"\0")
         except (zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
-            raise InputError(f"{path}: damaged .{packing} data ({error}); copy it again") from None
+            remedy = "copy it again, or correct its suffix"
+            raise InputError(f"{path}: damaged .{packing} data ({error}); {remedy}") from None
         if not frame.eof:
             raise InputError(f"{path}: truncated .{packing} data; copy it again, or join its parts")
 
@@ -426,11 +433,14 @@ def load_tokenizer(path: Path) -> SentencePieceProcessor:
     """Returns the model in a file. Raises InputError if it cannot be the tokenizer of shards."""
     if path.suffix.lower() != ".model" or not path.is_file():
         raise InputError(f"--tokenizer: {path}: need an existing SentencePiece .model file")
+    data = common.read_bytes(path)
     try:
-        model = SentencePieceProcessor(model_proto=common.read_bytes(path))
-    except RuntimeError as error:
-        reason = f"not a SentencePiece model ({error}); make or download it again"
-        raise InputError(f"--tokenizer: {path}: {' '.join(reason.split())}") from None
+        model = SentencePieceProcessor(model_proto=data) if data else None
+    except RuntimeError:
+        model = None
+    if not model:
+        reason = f"{len(data):,} bytes, but not a SentencePiece model; make or download it again"
+        raise InputError(f"--tokenizer: {path}: {reason}")
     if model.vocab_size() > MAX_VOCAB or model.bos_id() != BOS_ID:
         raise InputError(
             f"--tokenizer: {path}: {model.vocab_size():,} pieces and BOS id {model.bos_id()}; "

@@ -447,7 +447,10 @@ BAD_FILES = [
     ("a.jsonl.zst", b"", ["a.jsonl.zst", "truncated"]),
     ("a.jsonl.zst", LINE * 9, ["a.jsonl.zst", "damaged .zst"]),
     ("a.jsonl.gz", gzip.compress(LINE)[:-3], ["a.jsonl.gz", "truncated"]),
-    ("a.txt.xz", b"text", ["a.txt.xz", "damaged .xz"]),
+    ("a.txt.xz", b"text", ["a.txt.xz", "damaged .xz", "correct its suffix"]),
+    ("a.jsonl", gzip.compress(LINE), ["a.jsonl: holds .gz data; add .gz to its name"]),
+    ("a.txt", zstandard.compress(LINE), ["a.txt: holds .zst data; add .zst to its name"]),
+    ("a.json", lzma.compress(LINE), ["a.json: holds .xz data; add .xz to its name"]),
     ("a.json", b'[{"text": "a"}, 5]', ["a.json: item 2", "5 has no string"]),
     ("a.parquet", b"", ["a.parquet", "unknown suffix", ".jsonl"]),
 ]
@@ -485,6 +488,7 @@ BAD_OPTIONS = [
     ("DOCS --tokenizer none.model --val-docs 2 --name n", ["--tokenizer", "none.model"]),
     ("DOCS --tokenizer docs.jsonl --val-docs 2 --name n", ["--tokenizer", "docs.jsonl", ".model"]),
     ("DOCS --tokenizer cut.model --val-docs 2 --name n", ["--tokenizer", "cut.model", "not a"]),
+    ("DOCS --tokenizer no.model --val-docs 2 --name n", ["no.model: 0 bytes, but not a Sent"]),
     ("DOCS --variant byte260 --shard-tokens 2147483648 --name n", ["--shard-tokens"]),
     ("DOCS --variant byte260 --val-docs 2 --name ../n", ["--name", "../n"]),
     ("DOCS --variant byte260 --val-docs 2", ["--name", "''"]),
@@ -538,7 +542,8 @@ def test_bad_options_are_refused(
     tmp_path, monkeypatch, capsys, docs, model_path, options, expected
 ):
     monkeypatch.chdir(tmp_path)
-    Path("empty.jsonl").touch()
+    for name in ("empty.jsonl", "no.model"):
+        Path(name).touch()
     Path("cut.model").write_bytes(model_path.read_bytes()[:3000])
     for name in ("loop.jsonl", "loop.model"):
         Path(name).symlink_to(name)
