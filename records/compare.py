@@ -131,7 +131,7 @@ def common_score(runs: Sequence[Run], score: str | None) -> str:
     found = "; ".join(f"{called} has {scores}" for scores, called in kinds.items())
     raise CompareError(
         f"not all runs have {f'the score {score}' if score else 'a common score'}: "
-        f"{found or 'no run has finished'}; choose other runs, or --score {LAST}"
+        f"{found or 'no run has finished'}; choose other runs{f', or --score {LAST}' * bool(found)}"
     )
 
 

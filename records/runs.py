@@ -62,7 +62,7 @@ ANY_BPB = re.compile(
 Step = tuple[int, float, float]  # number, training seconds at its end, training loss
 # What launchers, loggers and progress bars put before a line: rank, time, level, bar.
 PREFIX = re.compile(
-    r"^(?:\[(?:rank|default)\d+\]: ?|\d+: |.*?\d%\|[^|\n]*\|[^\[\n]*\[[^\]\n]*\]|"
+    r"^(?:\[(?:rank|default)\d+\]: ?|\d+: |\d{10}\.\d+ |.*?\d%\|[^|\n]*\|[^\[\n]*\[[^\]\n]*\]|"
     r"\[?\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d[\d.,:Z+]*\]?(?:\[[^\]\n]*\]| -)* |[A-Z]+:\w+:)+",
     re.MULTILINE,
 )
@@ -218,17 +218,23 @@ def split_name(path: Path) -> tuple[str, int | None]:
     Such names are seed7, trial_seed7, train_seed7.log, train_trial_seed7.log.
     """
     name = path.stem if path.suffix in (".log", ".txt") else path.name
-    found = re.fullmatch(r"(.*?)(?:^|[-_.])seed_?(-?\d+)", name)
+    found = re.fullmatch(r"(.*?)(?:^|[-_.])seed[-_]?(\d+)", name)
     name, seed = (found[1], int(found[2])) if found else (name, None)
     if path.suffix in (".log", ".txt"):
         name = re.sub(r"^train(?:[-_.]|$)", "", name)
     return name, seed
 
 
-def trial_of(path: Path) -> str:
-    """Returns the trial of a run: by its folder or log, else by the folder that holds it."""
+def trial_of(path: Path, seed: int | None = None) -> str:
+    """Returns the trial of a run: by its folder or log, else by the folder that holds it.
+
+    A name may end in `seed`, which the log states, as in log_42.txt.
+    """
     path = path.absolute()
-    return split_name(path)[0] or (trial_of(path.parent) if path.name else "")
+    name = split_name(path)[0]
+    if seed is not None:
+        name = re.sub(rf"(?:[-_.]s?|^train){seed}$", "", name)
+    return name or (trial_of(path.parent) if path.name else "")
 
 
 def decode(path: Path) -> str:
@@ -311,7 +317,7 @@ def split_starts(log: str) -> list[str]:
 
 def read_curve(log: str) -> tuple[Step, ...]:
     """Returns each logged step of a log."""
-    line = r"^(?:step:)?(\d+)/\d+ train_loss: ?(\S+).* train_time: ?([\d.]+)(ms|s|m)\b"
+    line = r"^(?:step:)?(\d+)/\d+ (?:train_)?loss: ?(\S+).* (?:train_time|t): ?([\d.]+)(ms|s|m)\b"
     unit = {"ms": 0.001, "s": 1, "m": 60}
     found = re.findall(line, log, re.MULTILINE)
     return without_repeated((int(n), float(time) * unit[u], float(x)) for n, x, time, u in found)
@@ -443,7 +449,7 @@ def read_log(path: Path) -> Run:
     if seed is not None:
         settings.setdefault("seed", seed)
     scores = read_scores(text)
-    steps = last_number(text, r"^(?:step:)?(\d+)/\d+ .*(?:train|val)_loss:", int)
+    steps = last_number(text, r"^(?:step:)?(\d+)/\d+ .*loss:", int)
     verdicts = dict(re.findall(r"^limit:(\w+) .* (PASS|FAIL)$", text, re.MULTILINE))
     # train_gpt.py states its verdicts last. Other scripts state nothing behind their last score.
     final = [name for name in scores if not DIAGNOSTIC.search(name)]
@@ -457,7 +463,7 @@ def read_log(path: Path) -> Run:
     }
     return Run(
         path=path,
-        name=trial_of(path),
+        name=trial_of(path, settings.get("seed")),
         status="failed" if error else status,
         reason=error[1].strip() if error else "",
         settings=settings,

@@ -103,7 +103,7 @@ class PlannedRun:
 
 def make_runs(axes: list[str], seeds: list[int], one_at_a_time: bool) -> list[PlannedRun]:
     """Returns the runs of axes SETTING=A,B: their grid, or the base and each change alone."""
-    pairs = []
+    pairs: list[list[tuple[str, str]]] = []
     for axis in axes:
         setting, equals, values = axis.partition("=")
         if not (setting and equals):

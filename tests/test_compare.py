@@ -400,7 +400,7 @@ def test_logs_of_a_folder_are_trials_by_name(tmp_path, capsys):
     ("path", "trial", "seed"),
     [
         ("logs/seed_test", "seed_test", None),
-        ("logs/base/seed-7", "base", -7),
+        ("logs/base/seed-7", "base", 7),
         ("logs/base/seed7/train.log", "base", None),
         ("2026-03-25_Theirs/train_seed42.log", "2026-03-25_Theirs", 42),
         ("x/train_MUON_WD=0.1+seed_test_seed42.log", "MUON_WD=0.1+seed_test", 42),

@@ -228,6 +228,18 @@ def test_a_log_without_the_score_of_an_artifact_has_not_finished(tmp_path, end):
     assert read_run(tmp_path / "a.log").status == "cut off"
 
 
+@pytest.mark.parametrize("seed", [0, 42])
+@pytest.mark.parametrize("name", ["my_{}.log", "my-s{}.log", "my_seed-{}.log", "my/train{}.log"])
+def test_a_log_may_be_named_by_the_seed_that_it_states(tmp_path, name, seed):
+    path = tmp_path / name.format(seed)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(OUTPUT.replace("seed:1337", f"seed:{seed}"))
+    assert (read_run(path).name, read_run(path).seed) == ("my", seed)
+    path.write_text(OUTPUT)
+    if "seed" not in name:
+        assert read_run(path).name == path.stem.removeprefix("train_")
+
+
 def test_a_log_that_ends_in_a_traceback_has_failed(tmp_path):
     error = 'Traceback (most recent call last):\n  File "a.py"\nRuntimeError: ttt'
     (tmp_path / "a.log").write_text(
@@ -273,7 +285,7 @@ def test_another_log_is_another_seed_only_if_it_says_so(tmp_path, change, seeds)
         *(
             "".join(f"{prefix}{line}\n" for line in OUTPUT.splitlines()).encode()
             for prefix in (
-                *("[rank0]:", "[rank0]: ", "[default0]:", "0: ", "INFO:root:"),
+                *("[rank0]:", "[rank0]: ", "[default0]:", "0: ", "INFO:root:", "1776142719.3 "),
                 *(
                     "2026-03-20T10:00:00.123Z ",
                     "2026-03-20 10:00:00,123 - ",
