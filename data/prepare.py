@@ -146,14 +146,13 @@ def input_files(paths: Iterable[Path]) -> list[Path]:
 def read_blocks(path: Path, packing: str) -> Iterator[bytes]:
     """Yields the decompressed content of a file. Raises InputError if it is damaged or cut."""
     with common.add_path_to_errors(path), path.open("rb") as file:
+        start = file.peek(6)
+        found = [kind for kind, mark in PACKING_MARKS.items() if start.startswith(mark)]
+        if found and found != [packing]:
+            raise InputError(f"{path}: holds .{found[0]} data; correct its suffix, or unpack it")
         blocks = iter(partial(file.read, 1 << 18), b"")
         if not packing:
-            for number, block in enumerate(blocks):
-                kinds = [kind for kind, mark in PACKING_MARKS.items() if block.startswith(mark)]
-                if number == 0 and kinds:
-                    remedy = f"add .{kinds[0]} to its name, or unpack it"
-                    raise InputError(f"{path}: holds .{kinds[0]} data; {remedy}")
-                yield block
+            yield from blocks
             return
         frame = DECOMPRESSORS[packing]()
         try:

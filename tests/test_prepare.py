@@ -448,9 +448,9 @@ BAD_FILES = [
     ("a.jsonl.zst", LINE * 9, ["a.jsonl.zst", "damaged .zst"]),
     ("a.jsonl.gz", gzip.compress(LINE)[:-3], ["a.jsonl.gz", "truncated"]),
     ("a.txt.xz", b"text", ["a.txt.xz", "damaged .xz", "correct its suffix"]),
-    ("a.jsonl", gzip.compress(LINE), ["a.jsonl: holds .gz data; add .gz to its name"]),
-    ("a.txt", zstandard.compress(LINE), ["a.txt: holds .zst data; add .zst to its name"]),
-    ("a.json", lzma.compress(LINE), ["a.json: holds .xz data; add .xz to its name"]),
+    ("a.jsonl", gzip.compress(LINE), ["a.jsonl: holds .gz data; correct its suffix"]),
+    ("a.txt", zstandard.compress(LINE), ["a.txt: holds .zst data; correct its suffix"]),
+    ("a.json.gz", lzma.compress(LINE), ["a.json.gz: holds .xz data; correct its suffix"]),
     ("a.json", b'[{"text": "a"}, 5]', ["a.json: item 2", "5 has no string"]),
     ("a.parquet", b"", ["a.parquet", "unknown suffix", ".jsonl"]),
 ]
