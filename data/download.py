@@ -88,7 +88,7 @@ VARIABLES: tuple[tuple[str, Callable[[str], object], str], ...] = (
     ("HF_TOKEN|HUGGING_FACE_HUB_TOKEN", re.compile(r"\s*[!-~]*\s*").fullmatch, "one ASCII word"),
     ("HF_HUB_(ETAG|DOWNLOAD)_TIMEOUT", re.compile(r"0*[1-9]\d*").fullmatch, "whole seconds"),
 )
-NETWORK_NAME = r"((HF|HUGGING_FACE|TRANSFORMERS|SSL\w*?)_\w+|\w+_PROXY|\w+_CA_BUNDLE|SSLKEYLOGFILE)"
+NETWORK_NAME = r"(HF|HUGGING_FACE|TRANSFORMERS|SSL\w*?)_\w+|\w+_PROXY|SSLKEYLOGFILE"
 
 
 def check_environment() -> None:
