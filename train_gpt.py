@@ -154,6 +154,8 @@ UNSUPPORTED_SETTINGS = frozenset(
 class SettingsError(ValueError):
     """Settings that cannot be used; the message has one line per fault."""
 
+    status = "settings"
+
 
 def setting(
     default: T, meaning: str, *, low: float = 0, high: float = 1e18, choices: tuple[str, ...] = ()
@@ -254,9 +256,7 @@ class Hyperparameters(ModelSettings):
     )
     run_id: str = setting("", "Name of the run; empty takes date, time, seed and process id.")
     run_dir: str = setting("", "Folder of the run; empty takes logs/<RUN_ID>.")
-    checkpoint_every: str = setting(
-        "0", "Steps (500) or training seconds (60s) between checkpoints; 0 writes none."
-    )
+    checkpoint_every: int = setting(0, "Steps between checkpoints; 0 writes none.")
     resume: str = setting(
         "", "Checkpoint file to continue; auto takes the run's own, if there is one."
     )
@@ -519,11 +519,6 @@ def rules(h: Hyperparameters, world_size: int) -> list[str]:
         faults.append(f"TRAIN_SEQ_LEN={h.train_seq_len}: STP_ENABLED=1 needs at least 3")
     if h.run_id and not is_plain_name(h.run_id):
         faults.append(f"RUN_ID={h.run_id!r}: must be a name of letters, digits and - _ . + =")
-    if not re.fullmatch(r"\d+s?", h.checkpoint_every, re.ASCII):
-        faults.append(
-            f"CHECKPOINT_EVERY={h.checkpoint_every!r}: must be steps, such as 500, or seconds, "
-            "such as 60s"
-        )
     if h.resume == "auto" and not (h.run_id or h.run_dir):
         faults.append("RESUME=auto: needs RUN_ID or RUN_DIR, to know which run to continue")
     return faults
@@ -747,7 +742,6 @@ class Device:
         """Returns the function, compiled for fixed shapes if this device compiles."""
         if not self.compiled:
             return function
-        torch._dynamo.config.recompile_limit = 64  # scoring halves its batches without memory
         return torch.compile(function, dynamic=False, fullgraph=True)
 
     def now(self) -> float:
@@ -755,6 +749,11 @@ class Device:
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+    def send(self, tensor: Tensor) -> Tensor:
+        """Returns a tensor of the CPU on the device; a GPU copies it when it comes to it."""
+        tensor = tensor.pin_memory() if self.is_cuda else tensor
+        return tensor.to(self.device, non_blocking=True)
 
     @property
     def is_cuda(self) -> bool:
@@ -964,6 +963,8 @@ MAX_HEADER = 1 << 20  # bytes of a checkpoint's header; that of 200 layers has 0
 class DataError(ValueError):
     """A shard, tokenizer, checkpoint or artifact that cannot be used."""
 
+    status = "data"
+
 
 @contextmanager
 def raise_data_error(what: str) -> Iterator[None]:
@@ -1116,10 +1117,8 @@ class TokenStream:
 
     def fingerprint(self) -> int:
         """Returns a number of 48 bits that identifies the shards by length and first tokens."""
-        digest = hashlib.sha256()
-        for shard in self.shards:
-            digest.update(struct.pack("<q", len(shard)) + shard[:1000].tobytes())
-        return int.from_bytes(digest.digest()[:6], "little")
+        heads = [(len(shard), shard[:1000].tobytes()) for shard in self.shards]
+        return int.from_bytes(hashlib.sha256(repr(heads).encode()).digest()[:6], "little")
 
     def check(self, log: Log, ranks: Ranks) -> None:
         """Warns of missing shards. Raises DataError for a token id outside the vocabulary.
@@ -1290,6 +1289,10 @@ class Validation(NamedTuple):
     tokens: Tensor  # int32 [N]
     table: ByteTable
     canonical: bool  # whether it has the bytes of the challenge's text
+
+    def to(self, device: torch.device) -> "Validation":
+        """Returns the text on a device."""
+        return self._replace(tokens=self.tokens.to(device), table=self.table.to(device))
 
 
 class Data(NamedTuple):
@@ -1706,34 +1709,18 @@ def layer_plan(h: Hyperparameters) -> LayerPlan:
     return LayerPlan(tuple(range(half)), tuple(range(half, h.num_layers)))
 
 
-class JepaInputs(NamedTuple):
-    """What the JEPA losses of a step need. Tensors, so that new values compile nothing anew."""
+class Auxiliary(NamedTuple):
+    """What the auxiliary losses of a step need; None for a loss that the step does not have.
 
-    weight: Tensor  # [], lambda
-    directions: Tensor  # [latent, P] unit columns, along which SIGReg looks
+    The weights are tensors, so that new values compile nothing anew.
+    """
 
-
-class StpInputs(NamedTuple):
-    """What the STP loss of a step needs."""
-
-    weight: Tensor  # []
-    positions: Tensor  # int64 [rows, 3], s < r < t in each sequence
+    jepa_weight: Tensor | None = None  # [], lambda
+    stp_weight: Tensor | None = None  # []
+    stp_positions: Tensor | None = None  # int64 [rows, 3], s < r < t in each sequence
 
 
-class AuxiliaryInputs(NamedTuple):
-    """What the auxiliary losses of a step need; None for a loss that the step does not have."""
-
-    jepa: JepaInputs | None = None
-    stp: StpInputs | None = None
-
-    def rows(self, part: slice) -> "AuxiliaryInputs":
-        """Returns the inputs for some of the sequences."""
-        if self.stp is None:
-            return self
-        return self._replace(stp=self.stp._replace(positions=self.stp.positions[part]))
-
-
-NO_AUXILIARY = AuxiliaryInputs()
+NO_AUXILIARY = Auxiliary()
 
 
 def sigreg(z: Tensor, directions: Tensor, knots: int) -> Tensor:
@@ -1765,6 +1752,7 @@ class JEPA(nn.Module):
 
     role = "aux"
     DIRECTIONS, KNOTS = 256, 17  # of SIGReg
+    directions: Tensor  # [latent, DIRECTIONS], unit columns
 
     def __init__(self, h: Hyperparameters) -> None:
         super().__init__()
@@ -1779,6 +1767,10 @@ class JEPA(nn.Module):
         self.start = nn.Parameter(torch.empty(1, latent).normal_(std=0.02))
         self.inject = Linear(latent, h.model_dim, 0, "aux")
         self.chunk_size, self.sigreg_weight = h.jepa_chunk_size, h.jepa_sigreg_weight
+        # As published, SIGReg looks along the same directions in every step.
+        draws = torch.Generator().manual_seed(h.seed)
+        directions = torch.randn(latent, self.DIRECTIONS, generator=draws, device="cpu")
+        self.register_buffer("directions", F.normalize(directions, dim=0), persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the stream [B, T, D] with predictions added, latents and predicted latents."""
@@ -1790,12 +1782,10 @@ class JEPA(nn.Module):
         added = self.inject(predicted.detach()).repeat_interleave(self.chunk_size, dim=1)
         return x + F.pad(added, (0, 0, 0, rest)), latents, predicted
 
-    def losses(
-        self, latents: Tensor, predicted: Tensor, inputs: JepaInputs
-    ) -> tuple[Tensor, Tensor]:
+    def losses(self, latents: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the squared error of the prediction, and SIGReg of the latents."""
         error = F.mse_loss(predicted.float(), latents.detach().float())
-        return error, sigreg(latents.flatten(0, 1), inputs.directions, self.KNOTS)
+        return error, sigreg(latents.flatten(0, 1), self.directions, self.KNOTS)
 
 
 def stp_loss(states: Tensor, positions: Tensor) -> Tensor:
@@ -1891,7 +1881,7 @@ class GPT(nn.Module):
         return self.logits(self.states(ids, window)[:, -last:])
 
     def losses(
-        self, ids: Tensor, targets: Tensor, auxiliary: AuxiliaryInputs = NO_AUXILIARY
+        self, ids: Tensor, targets: Tensor, auxiliary: Auxiliary = NO_AUXILIARY
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss to minimize, and its terms; cross-entropy is `train_loss`, in nats."""
         x = self.backbone(ids)
@@ -1903,13 +1893,13 @@ class GPT(nn.Module):
             self.logits(states).flatten(0, 1), targets.flatten(), label_smoothing=smoothing
         )
         terms = {"train_loss": loss}
-        if self.jepa is not None and auxiliary.jepa is not None:
-            error, spread = self.jepa.losses(latents, predicted, auxiliary.jepa)
-            loss = loss + auxiliary.jepa.weight * (error + self.jepa.sigreg_weight * spread)
+        if self.jepa is not None and auxiliary.jepa_weight is not None:
+            error, spread = self.jepa.losses(latents, predicted)
+            loss = loss + auxiliary.jepa_weight * (error + self.jepa.sigreg_weight * spread)
             terms |= {"jepa_error": error, "jepa_sigreg": spread}
-        if auxiliary.stp is not None:
-            terms["stp"] = stp_loss(states, auxiliary.stp.positions)
-            loss = loss + auxiliary.stp.weight * terms["stp"]
+        if auxiliary.stp_weight is not None and auxiliary.stp_positions is not None:
+            terms["stp"] = stp_loss(states, auxiliary.stp_positions)
+            loss = loss + auxiliary.stp_weight * terms["stp"]
         return loss, terms
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
@@ -2015,6 +2005,8 @@ def programs(h: Hyperparameters) -> list[Phase]:
 class DivergenceError(RuntimeError):
     """A loss, a weight or a score is not finite."""
 
+    status = "nan"
+
 
 class Score(NamedTuple):
     """The result of a scoring pass: bpb (bits per byte) = nats / ln 2 / bytes."""
@@ -2093,48 +2085,27 @@ def plan_windows(
     return [F.pad(batch, (0, 0, 0, size - len(batch))) for batch in batches if len(batch)]
 
 
-class WindowScorer:
-    """Sums nats, tokens and bytes of text over windows.
+def score_windows(
+    forward_logits: Callable[[Tensor, int], Tensor],
+    val: Validation,
+    windows: Tensor,
+    seq_len: int,
+    last: int,
+) -> Tensor:
+    """Returns nats, tokens and bytes, float64 [3], of windows [n, 2] of plan_windows.
 
-    When the memory runs out it goes on with half as many windows at once.
+    A window has `seq_len` tokens and scores at most `last` positions.
     """
-
-    def __init__(
-        self, scoring_pass: ScoringPass, val: Validation, device: Device, log: Log
-    ) -> None:
-        self.forward_logits, self.log, self.device = scoring_pass.forward_logits, log, device.device
-        self.seq_len = min(scoring_pass.seq_len, len(val.tokens) - 1)
-        self.tokens, self.table = val.tokens.to(self.device), val.table.to(self.device)
-        self.offsets = torch.arange(self.seq_len + 1, device=self.device)
-        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        self.most = math.inf  # windows at once
-
-    def add(self, windows: Tensor, last: int) -> None:
-        """Adds windows [n, 2] of plan_windows, each of which scores at most `last` positions."""
-        while len(windows):
-            part = windows[: int(min(self.most, len(windows)))]
-            try:
-                self.sums += self.sums_of(part, last)
-                windows = windows[len(part) :]
-            except Exception as error:
-                if len(part) == 1 or not is_out_of_memory(error):
-                    raise
-                self.most = len(part) // 2
-                self.log(
-                    f"out of memory: scoring {self.most} windows at once; lower VAL_BATCH_SIZE"
-                )
-
-    def sums_of(self, windows: Tensor, last: int) -> Tensor:
-        """Returns nats, tokens and bytes, float64 [3], of windows [n, 2]."""
-        starts, counts = windows.to(self.device).unsqueeze(-1).unbind(1)
-        ids = self.tokens[starts + self.offsets].long()
-        inputs, targets = ids[:, :-1], ids[:, -last:]
-        logits = self.forward_logits(inputs, last).flatten(0, 1)
-        nats = F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
-        text_bytes = self.table.text_bytes(inputs[:, -last:], targets)
-        scored = self.offsets[:last] >= last - counts
-        columns = torch.stack((nats.double(), scored, text_bytes))
-        return columns.where(scored, 0).sum((1, 2))
+    starts, counts = windows.unsqueeze(-1).unbind(1)
+    offsets = torch.arange(seq_len + 1, device=windows.device)
+    ids = val.tokens[starts + offsets].long()
+    inputs, targets = ids[:, :-1], ids[:, -last:]
+    logits = forward_logits(inputs, last).flatten(0, 1)
+    nats = F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
+    text_bytes = val.table.text_bytes(inputs[:, -last:], targets)
+    scored = offsets[:last] >= last - counts
+    columns = torch.stack((nats.double(), scored, text_bytes))
+    return columns.where(scored, 0).sum((1, 2))
 
 
 @torch.inference_mode()
@@ -2152,8 +2123,8 @@ def score(
     batch the learner, if there is one, trains on the chunks whose positions are all scored.
     """
     began, total = device.now(), len(val.tokens) - 1
-    scorer = WindowScorer(scoring_pass, val, device, log)
-    seq_len, learner = scorer.seq_len, scoring_pass.learner
+    val, sums = val.to(device.device), torch.zeros(3, dtype=torch.float64, device=device.device)
+    seq_len, learner = min(scoring_pass.seq_len, total), scoring_pass.learner
     stride = min(scoring_pass.stride, seq_len)
     chunk, learned = learner.chunk_tokens if learner else total, 0
     batches = plan_windows(total, seq_len, stride, max(batch_tokens // seq_len, 1), chunk)
@@ -2164,13 +2135,15 @@ def score(
             complete = (start + seq_len - count) // chunk
             if learner and complete > learned:
                 # Position p predicts token p + 1, so all of these tokens are scored.
-                text = scorer.tokens[learned * chunk : complete * chunk + 1]
+                text = val.tokens[learned * chunk : complete * chunk + 1]
                 learner.learn(text, learned * chunk / total)
                 learned = complete
             if n % ranks.world_size == ranks.rank:
-                scorer.add(windows, stride if n else seq_len)
+                last = stride if n else seq_len
+                windows = device.send(windows)
+                sums += score_windows(scoring_pass.forward_logits, val, windows, seq_len, last)
             log.progress(f"scoring batch {n + 1} of {len(batches)}")
-    nats, tokens, text_bytes = ranks.all_reduce_(scorer.sums).tolist()
+    nats, tokens, text_bytes = ranks.all_reduce_(sums).tolist()
     if tokens != total:
         raise RuntimeError(f"scored {tokens:.0f} tokens of {total}")
     if not math.isfinite(nats):
@@ -2180,10 +2153,10 @@ def score(
     return Score(nats / total, bpb, nats, total, int(text_bytes), seconds, stride)
 
 
-def scoring_batch_tokens(val_batch_size: int, device: Device) -> int:
+def scoring_batch_tokens(h: Hyperparameters, device: Device) -> int:
     """Returns the tokens that one rank scores at once; a CPU's caches hold about 4,096."""
-    share = val_batch_size // 8  # the setting is for 8 GPUs
-    return share if device.is_cuda else min(share, 4096)
+    share = h.val_batch_size // 8  # the setting is for 8 GPUs
+    return min(share, h.micro_batch_tokens if device.is_cuda else 4096)
 
 
 def plain_pass(forward_logits: Callable[[Tensor, int], Tensor], h: Hyperparameters) -> ScoringPass:
@@ -2339,38 +2312,25 @@ class WeightAverage:
         self.weights = {name: p.clone() for name, p in self.params.items()}
         self.count = 0  # weights in the average of SWA
 
-    def share(self, step: int, lr_scale: float) -> float:
-        """Returns the share of the weights after step `step` in the new average."""
-        if self.kind == "ema":
-            # With a constant decay, 0.997 would leave 41 % of the initial weights after 300 steps.
-            return 1 - min(self.ema_decay, (1 + step) / (10 + step))
-        if self.due(step, lr_scale):
-            return 1 / (self.count + 1)
-        return 0.0 if self.count else 1.0  # until SWA starts, the last weights
-
-    def due(self, step: int, lr_scale: float) -> bool:
-        """Returns whether SWA averages the weights after this step."""
-        late = self.kind == "swa" and lr_scale < self.swa_start
-        return late and (step + 1) % self.swa_every == 0
-
     def update(self, step: int, lr_scale: float) -> None:
         """Updates the average with the weights after step `step`, the first being 0."""
-        share = self.share(step, lr_scale)
-        self.count += self.due(step, lr_scale)
+        if self.kind == "ema":
+            # With a constant decay, 0.997 would leave 41 % of the initial weights after 300 steps.
+            share = 1 - min(self.ema_decay, (1 + step) / (10 + step))
+        else:
+            late = self.kind == "swa" and lr_scale < self.swa_start
+            due = late and (step + 1) % self.swa_every == 0
+            self.count += due
+            share = 1 / self.count if due else float(not self.count)  # at first the last weights
         if share:
-            averages, latest = [*self.weights.values()], [*self.params.values()]
-            torch._foreach_lerp_(averages, latest, share)
+            torch._foreach_lerp_([*self.weights.values()], [*self.params.values()], share)
 
     def copy_to_model(self, log: Log) -> str:
         """Copies the average into the model; returns its kind: ema, swa, or raw (no average)."""
         kind = "raw" if self.kind == "swa" and not self.count else self.kind
         torch._foreach_copy_([*self.params.values()], [*self.weights.values()])
-        if self.kind == "swa":
-            log(f"swa:applying averaged {self.count} checkpoints")
-        if kind == "raw":
-            log("weights:applying the last weights, no average")
-        elif kind == "ema":
-            log("ema:applying EMA weights")
+        applied = {"swa": f"averaged {self.count} checkpoints", "ema": "EMA weights"}
+        log(f"{kind}:applying {applied.get(kind, 'the last weights, no average')}")
         return kind
 
 
@@ -2479,24 +2439,6 @@ class StepLog:
         self.log.event("step", step=step, seconds=self.clock.elapsed, **values)
 
 
-class CheckpointTimer:
-    """When the next checkpoint is due, by CHECKPOINT_EVERY: steps (500) or seconds (60s)."""
-
-    def __init__(self, every: str, step: int, seconds: float) -> None:
-        self.by_seconds = every.endswith("s")
-        self.interval = int(every.removesuffix("s"))
-        self.restart(step, seconds)
-
-    def restart(self, step: int, seconds: float) -> None:
-        """Counts from here."""
-        self.last = seconds if self.by_seconds else step
-
-    def due(self, step: int, seconds: float) -> bool:
-        """Returns whether the interval has passed."""
-        now = seconds if self.by_seconds else step
-        return 0 < self.interval <= now - self.last
-
-
 class StopSignal:
     """Notes SIGINT and SIGTERM inside its block, so that a training step is always finished."""
 
@@ -2523,17 +2465,13 @@ class StopSignal:
 def save_tensors(
     log: Log, name: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
 ) -> None:
-    """Writes tensors and settings into the run's folder, on rank 0, unless they are not finite.
+    """Writes tensors and settings into the run's folder, on rank 0.
 
     If the file cannot be written the log says so; a file from before stays whole.
     """
     if log.silent or log.folder is None:
         return
     path = log.folder / name
-    for tensor_name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            log(f"warning: {path} is not written: {tensor_name} is not finite")
-            return
     try:
         write_tensors(path, tensors, settings)
         log(f"Serialized model: {path.stat().st_size} bytes in {name}")
@@ -2542,32 +2480,22 @@ def save_tensors(
 
 
 def auxiliary_inputs(
-    phase: Phase, h: Hyperparameters, step: int, device: torch.device, ranks: Ranks
-) -> AuxiliaryInputs:
-    """Returns what the auxiliary losses of a step need on this rank.
+    phase: Phase, h: Hyperparameters, step: int, rows: slice, device: Device
+) -> Auxiliary:
+    """Returns what the auxiliary losses need for some rows of a step.
 
-    The random numbers follow from SEED and the step, whatever the number of ranks, on one kind of
-    device.
+    The random numbers follow from SEED and the step, whatever the number of ranks.
     """
-    jepa = stp = None
+    jepa_weight = stp_weight = positions = None
     if phase.jepa_weight > 0:
-        # As published, SIGReg looks along the same directions in every step.
-        generator = torch.Generator(device).manual_seed(h.seed)
-        shape = (h.jepa_latent_dim, JEPA.DIRECTIONS)
-        directions = F.normalize(torch.randn(shape, generator=generator, device=device), dim=0)
-        weight = torch.tensor(phase.jepa_weight).to(device, non_blocking=True)
-        jepa = JepaInputs(weight, directions)
+        jepa_weight = device.send(torch.tensor(phase.jepa_weight))
     if phase.stp_weight > 0:
         draws = torch.Generator().manual_seed(h.seed + step)
         shape = (h.train_batch_tokens // h.train_seq_len, 3)
-        positions = torch.randint(h.train_seq_len - 2, shape, generator=draws)
-        positions = positions.sort(dim=1).values + torch.arange(3)  # distinct and rising
-        positions = positions.chunk(ranks.world_size)[ranks.rank]
-        if device.type == "cuda":
-            positions = positions.pin_memory()
-        weight = torch.tensor(phase.stp_weight).to(device, non_blocking=True)
-        stp = StpInputs(weight, positions.to(device, non_blocking=True))
-    return AuxiliaryInputs(jepa, stp)
+        drawn = torch.randint(h.train_seq_len - 2, shape, generator=draws)[rows]
+        positions = device.send(drawn.sort(dim=1).values + torch.arange(3))  # distinct and rising
+        stp_weight = device.send(torch.tensor(phase.stp_weight))
+    return Auxiliary(jepa_weight, stp_weight, positions)
 
 
 class Trainer:
@@ -2608,9 +2536,8 @@ class Trainer:
         Continues from the tensors of a checkpoint, if any. Whatever ends training, the average so
         far is saved. The model keeps its last weights, whose plain score is logged.
         """
-        log, stacks = self.log, [len(stack) for stack in self.optimizers.muon.stacks]
+        log = self.log
         log(f"world_size:{self.ranks.world_size} grad_accum_steps:{self.grad_accum}")
-        log(f"muon:{sum(stacks)} matrices in {len(stacks)} stacks")
         with matmul_precision("medium"):
             self.warm_up()
             if resume_from is not None:
@@ -2636,8 +2563,8 @@ class Trainer:
         """
         if not (self.device.is_cuda or self.device.compiled):
             return
-        h, phases, weights = self.h, programs(self.h), [*self.average.params.values()]
-        before = [weight.clone() for weight in weights]
+        h = self.h
+        phases = [phase._replace(lr_scale=0.0) for phase in programs(h)]  # moves no weight
         generator = torch.Generator().manual_seed(h.seed)
         count = max(h.warmup_steps, len(phases)) if h.warmup_steps else 0
         for step in range(count):
@@ -2645,7 +2572,6 @@ class Trainer:
             inputs, targets = torch.randint(h.vocab_size, shape, generator=generator)
             self.take_step(phases[step % len(phases)], inputs, targets)
             self.log(f"warmup_step:{step + 1}/{count}")
-        torch._foreach_copy_(weights, before)
         for state in self.optimizers.state().values():
             state.zero_()
 
@@ -2653,11 +2579,11 @@ class Trainer:
         """Takes steps until the run ends or, after a checkpoint, a signal has come to some rank."""
         h, clock, step_log = self.h, self.clock, self.step_log
         clock.resume()
-        checkpoints = CheckpointTimer(h.checkpoint_every, self.step, clock.elapsed)
+        began = self.step
         while True:
             stop = clock.agree(stop_signal.received)
-            if stop or checkpoints.due(self.step, clock.elapsed):
-                checkpoints.restart(self.step, clock.elapsed)
+            due = h.checkpoint_every and self.step > began and not self.step % h.checkpoint_every
+            if stop or due:
                 self.save_checkpoint()
             if stop:
                 return
@@ -2690,17 +2616,15 @@ class Trainer:
         of all ranks: a compiled backward hands over all gradients at its end, so none could go
         earlier.
         """
-        device = self.device.device
-        if self.device.is_cuda:
-            inputs, targets = inputs.pin_memory(), targets.pin_memory()
-        inputs = inputs.to(device, non_blocking=True)
-        targets = targets.to(device, non_blocking=True)
-        auxiliary = auxiliary_inputs(phase, self.h, self.step, device, self.ranks)
+        h, device = self.h, self.device
+        inputs, targets = device.send(inputs), device.send(targets)
         rows, share = self.rows // self.grad_accum, 1 / (self.grad_accum * self.ranks.world_size)
         sums: dict[str, Tensor] = {}
         for start in range(0, self.rows, rows):
+            first = self.ranks.rank * self.rows + start
+            auxiliary = auxiliary_inputs(phase, h, self.step, slice(first, first + rows), device)
             part = slice(start, start + rows)
-            loss, terms = self.loss_fn(inputs[part], targets[part], auxiliary.rows(part))
+            loss, terms = self.loss_fn(inputs[part], targets[part], auxiliary)
             (loss * share).backward()
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach() * share
@@ -2713,7 +2637,7 @@ class Trainer:
     def validate(self) -> None:
         """Logs the plain score of the weights as they are."""
         self.model.eval()
-        tokens = scoring_batch_tokens(self.h.val_batch_size, self.device)
+        tokens = scoring_batch_tokens(self.h, self.device)
         result = score(self.validation, self.val, self.ranks, self.device, self.log, tokens)
         self.step_log.write(val_loss=result.val_loss, val_bpb=result.val_bpb)
         self.model.train()
@@ -2966,21 +2890,13 @@ def artifact_arrays(
 
 
 @torch.inference_mode()
-def collect_hessians(
-    model: GPT,
-    batches: Sequence[Tensor],
-    ranks: Ranks,
-    seconds_left: Callable[[], float] = lambda: math.inf,
-    batch_seconds: float = 0.0,
-) -> tuple[dict[str, Tensor], int]:
+def collect_hessians(model: GPT, batches: Sequence[Tensor], ranks: Ranks) -> dict[str, Tensor]:
     """Returns X^T X, float32 [in, in], of all inputs X of each matrix, by the weight's name.
 
     With GPTQ_EMBED=1 the table of the output head counts as a matrix. Batches are ids [B, T], each
-    divided among the ranks. Stops before a batch that is expected to take longer than
-    seconds_left(): as long as the slowest so far, at first `batch_seconds`. Second: the number of
-    batches read; with none there are no Hessians.
+    divided among the ranks.
     """
-    roles, hooks, sums, used = parameter_roles(model), [], {}, 0
+    roles, hooks, sums = parameter_roles(model), [], {}
     device = model.tok_emb.weight.device
 
     def add(total: Tensor, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -2998,22 +2914,15 @@ def collect_hessians(
             hooks.append(module.register_forward_pre_hook(partial(add, sums[weight])))
     try:
         for ids in batches:
-            left = seconds_left()
-            if batch_seconds > left:
-                break
             own = ids[ranks.rank :: ranks.world_size]
             if len(own):
                 states = model.states(own.to(device))
                 if head in sums:
                     add(sums[head], model, (states,))
-            batch_seconds, used = max(batch_seconds, left - seconds_left()), used + 1
     finally:
         for hook in hooks:
             hook.remove()
-    for total in sums.values():
-        ranks.all_reduce_(total)
-    used = int(ranks.all_reduce_max(used)[0])
-    return (sums if used else {}), used
+    return {name: ranks.all_reduce_(total) for name, total in sums.items()}
 
 
 def random_sequences(count: int, seq_len: int, vocab_size: int, seed: int) -> Tensor:
@@ -3254,6 +3163,11 @@ def code_entropy(codes: Tensor) -> float:
     return nats / math.log(256)
 
 
+def entropy_size(arrays: Mapping[str, Tensor]) -> float:
+    """Returns the bytes of an artifact's arrays: those of codes by their order-0 entropy."""
+    return sum(code_entropy(x) if x.dtype == torch.int8 else x.nbytes for x in arrays.values())
+
+
 def smallest_factor(size: Callable[[float], float], room: float) -> float:
     """Returns the smallest factor with size(factor) <= room, from 1 to MAX_SCALE_FACTOR."""
     low, high = 0.0, math.log(MAX_SCALE_FACTOR)
@@ -3279,43 +3193,47 @@ def pack_to_fit(
     """Returns an artifact of at most `room` bytes, unless a scale factor of 50 does not suffice.
 
     If it would be too large the scales of all matrices are multiplied by one factor, found by
-    bisection on the size that the order-0 entropy of rounded codes lets expect. What a packing
-    differs from that corrects the estimate, so that a second packing fits closely.
+    bisection on the order-0 entropy of rounded codes. What the codec adds to the entropy is
+    measured on every eighth row at first, then known from each packing: one or two suffice.
     """
     check_finite(dict(model.named_parameters()))
     stacks, roles = weight_stacks(model, hessians), parameter_roles(model)
     rounding = [stack._replace(quantizer=quantize_rounding) for stack in stacks]
     base = choose_scales(stacks, h.scale_rule, ranks)
     matrices = [name for name, role in roles.items() if role == "matrix"]
-    layout = artifact_layout(model).values()
-    float_bytes = sum(array.nbytes for array in layout if array.dtype == torch.float16)
 
-    def widen(factor: float) -> dict[str, Tensor]:
-        return base | {name: to_scales(base[name].float() * factor) for name in matrices}
+    def quantize(
+        factor: float, stacks: Sequence[Stack], ranks: Ranks
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        widened = {name: to_scales(base[name].float() * factor) for name in matrices}
+        codes, failed = quantize_stacks(stacks, base | widened, ranks)
+        return artifact_arrays(model, codes, base | widened), failed
 
-    def expected_size(factor: float) -> float:
-        codes, _ = quantize_stacks(rounding, widen(factor), Ranks())
-        return float_bytes + sum(map(code_entropy, codes.values()))
+    def size(factor: float) -> float:
+        return entropy_size(quantize(factor, rounding, Ranks())[0])
 
-    target = float(room)
+    def sample_codec() -> float:
+        arrays, _ = quantize(smallest_factor(size, room), rounding, Ranks())
+        part = {name: array[::8] for name, array in arrays.items() if array.dtype == torch.int8}
+        return 8 * (len(pack_artifact(h, part, h.compressor)) - entropy_size(part))
+
+    added = ranks.broadcast_from_rank0(sample_codec)
     for packing in itertools.count(1):
-        factor = ranks.broadcast_from_rank0(partial(smallest_factor, expected_size, target))
-        scales = widen(factor)
-        codes, failed = quantize_stacks(stacks, scales, ranks)
-        arrays = artifact_arrays(model, codes, scales)
+        target = (1 - 0.0005 * packing**2) * room - added  # the margin grows, so that this ends
+        factor = ranks.broadcast_from_rank0(partial(smallest_factor, size, target))
+        arrays, failed = quantize(factor, stacks, ranks)
         blob = ranks.broadcast_from_rank0(partial(pack_artifact, h, arrays, h.compressor))
-        all_codes = torch.cat([codes[name].flatten() for name in matrices])
-        entropy = code_entropy(all_codes)
+        codes = torch.cat([arrays[f"{name}.codes"].flatten() for name in matrices])
+        entropy = code_entropy(codes)
         k = f", k {h.matrix_clip_sigmas * factor:.3f}" if h.scale_rule == "std" else ""
         log(
             f"size: {len(blob)} bytes packed, order-0 entropy of the matrices' codes {entropy:.0f} "
-            f"bytes, {8 * entropy / len(all_codes):.3f} bits a code, scale factor {factor:.4f}{k}"
+            f"bytes, {8 * entropy / len(codes):.3f} bits a code, scale factor {factor:.4f}{k}"
         )
         is_close = factor == 1 or len(blob) >= 0.999 * room or packing > 1
         if (len(blob) <= room and is_close) or factor > 0.99 * MAX_SCALE_FACTOR:
             break
-        # What the codec adds to the entropy hardly changes; a wider margin ends the loop.
-        target = (1 - 0.0005 * packing**2) * room - (len(blob) - expected_size(factor))
+        added = len(blob) - size(factor)
     for name in failed:
         log(f"gptq: {name} is rounded: its Hessian is not positive definite at any damping")
     return blob
@@ -3371,23 +3289,19 @@ ARTIFACT, RESULT, LOG = "final_model.int6.ptz", "result.json", "train.log"
 PROGRAM, READABLE = "train_gpt.py", "train_gpt_readable.py"  # the packed twin and its source
 
 
-class Program(NamedTuple):
-    """This program in its two forms."""
+def read_program() -> tuple[bytes, bytes]:
+    """Returns the source of this program, and its packed twin, which ships and counts.
 
-    source: bytes
-    twin: bytes  # what ships, and what counts
-
-    @classmethod
-    def load(cls) -> "Program":
-        """Returns the running file and its other form. Raises SettingsError without a file."""
-        try:
-            file = Path(__file__).read_bytes().replace(b"\r\n", b"\n")
-        except (NameError, OSError) as error:
-            raise SettingsError(
-                f"{error}: run this program from a file, because its bytes count"
-            ) from None
-        source = unpacked_source(file)
-        return cls(file, packed_source(file)) if source is None else cls(source, file)
+    Raises SettingsError without a file.
+    """
+    try:
+        file = Path(__file__).read_bytes().replace(b"\r\n", b"\n")
+    except (NameError, OSError) as error:
+        raise SettingsError(
+            f"{error}: run this program from a file, because its bytes count"
+        ) from None
+    source = unpacked_source(file)
+    return (file, packed_source(file)) if source is None else (source, file)
 
 
 def file_in(path: Path, name: str) -> Path:
@@ -3424,7 +3338,7 @@ class Run:
         folder = self.choose_folder()
         self.prepare()
         self.read_resume(folder)
-        self.log(f"check:ok code:{len(self.program.twin)} bytes folder:{folder}")
+        self.log(f"check:ok code:{len(self.twin)} bytes folder:{folder}")
 
     def evaluate(self, path: Path) -> None:
         """Scores an artifact again; the model's settings are its own."""
@@ -3456,15 +3370,16 @@ class Run:
         model = self.initial_model()
         deadline = h.training_seconds - self.calibration_seconds(model)
         trainer = Trainer(model, self.data, h, self.ranks, self.device, log, deadline)
-        trainer.train(resume_from)
+        try:
+            trainer.train(resume_from)
+        finally:
+            self.result |= {"steps": trainer.step, "train_losses": trainer.step_log.losses}
         kind = trainer.average.copy_to_model(log)
         step_ms = np.diff(trainer.step_log.times, prepend=0.0) * 1000
         percentiles = (50, 99) if trainer.step else ()
         self.result |= {
-            "steps": trainer.step,
             "step_ms": {f"p{n}": float(np.percentile(step_ms, n)) for n in percentiles},
             "peak_memory_mib": torch.cuda.max_memory_allocated() >> 20,  # 0 on a CPU
-            "train_losses": trainer.step_log.losses,
             "weights": kind,
         }
         self.quantize_and_score(model, trainer.clock, trainer.step)
@@ -3517,7 +3432,7 @@ class Run:
         if writes:  # what is missing must not be found out after training
             load_codec(h.compressor)
             require("safetensors", "a checkpoint")
-        self.program = Program.load()
+        self.source, self.twin = read_program()
         self.data = load_data(h, ranks, log, trains)
         device, device_notes = start_device(h.compile, gpus_hidden=self.gpus_hidden)
         self.attention, self.device, attention_notes = choose_attention(h, device, ranks)
@@ -3534,8 +3449,8 @@ class Run:
     def write_program(self) -> None:
         """Writes both forms of the program into the run's folder."""
         if self.log.folder and not self.log.silent:
-            write_atomically(self.log.folder / READABLE, self.program.source)
-            write_atomically(self.log.folder / PROGRAM, self.program.twin)
+            write_atomically(self.log.folder / READABLE, self.source)
+            write_atomically(self.log.folder / PROGRAM, self.twin)
 
     def initial_model(self) -> GPT:
         """Returns the model with rank 0's initial weights: other CPUs may draw other numbers."""
@@ -3588,7 +3503,7 @@ class Run:
         """Calibrates, quantizes and packs a model after `step` steps; scores the artifact."""
         h, log, val = self.h, self.log, self.data.val
         path, ends = (log.folder or Path()) / ARTIFACT, [self.device.now()]
-        code, scores = len(self.program.twin), self.result.setdefault("scores", {})
+        code, scores = len(self.twin), self.result.setdefault("scores", {})
         model.eval()
         hessians = self.calibrate(model, clock, step)
         ends.append(self.device.now())
@@ -3615,7 +3530,7 @@ class Run:
             "bytes": {"code": code, "model": len(blob), "total": code + len(blob)},
             "seconds": seconds,
             "machine": self.machine(),
-            "code_sha256": hashlib.sha256(self.program.source).hexdigest(),
+            "code_sha256": hashlib.sha256(self.source).hexdigest(),
             "canonical_val": val.canonical,
             "val_sha256": hashlib.sha256(val.tokens.numpy().tobytes()).hexdigest(),
             "train_tokens": len(self.data.train.stream) if self.data.train else 0,
@@ -3652,28 +3567,21 @@ class Run:
         return reserve
 
     def calibrate(self, model: GPT, clock: TrainingClock, step: int) -> dict[str, Tensor]:
-        """Returns the Hessians for GPTQ; none with GPTQ_ENABLED=0, or if the time is over.
-
-        Reading training text counts as training.
-        """
+        """Returns the Hessians for GPTQ, none without it; the clock counts training text."""
         h = self.h
         if not h.gptq_enabled:
             return {}
         batches = self.calibration_batches(step)
         if not h.calibrates_on_text:
-            return collect_hessians(model, batches, self.ranks)[0]
+            return collect_hessians(model, batches, self.ranks)
         clock.resume()
-        hessians, used = collect_hessians(
-            model, batches, self.ranks, lambda: h.training_seconds - clock.seconds(), clock.slowest
-        )
+        hessians = collect_hessians(model, batches, self.ranks)
         clock.count()
-        if used < len(batches):
-            self.log(f"gptq: the time allowed {used} of {len(batches)} calibration batches")
         return hessians
 
     def score(self, scoring_pass: ScoringPass) -> Score:
         """Returns the score of a pass over the validation text."""
-        tokens = scoring_batch_tokens(self.h.val_batch_size, self.device)
+        tokens = scoring_batch_tokens(self.h, self.device)
         return score(scoring_pass, self.data.val, self.ranks, self.device, self.log, tokens)
 
     def score_artifact(self, path: Path, scores: dict[str, Any]) -> None:
@@ -3725,19 +3633,13 @@ def log_score(log: Log, name: str, result: Score) -> None:
     log.event("score", name=name, **result._asdict())
 
 
-# The status of a failure by its exception, and the exit status of each status.
-FAILURES: dict[type[BaseException], str] = {
-    SettingsError: "settings",
-    DataError: "data",
-    DivergenceError: "nan",
-}
 EXIT_STATUS = {"ok": 0, "over a limit": 1, "settings": 2, "data": 2, "oom": 3, "nan": 4}
 EXIT_STATUS |= {"interrupted": 5, "failed": 6}
 
 
 def describe_failure(error: BaseException) -> dict[str, str]:
     """Returns the status and the reason of an exception; a traceback only for our own bugs."""
-    status, reason = FAILURES.get(type(error), "failed"), str(error)
+    status, reason = getattr(error, "status", "failed"), str(error)
     if is_out_of_memory(error):
         status, peak = "oom", torch.cuda.max_memory_allocated() >> 20
         reason += f"; peak {peak} MiB; lower MICRO_BATCH_TOKENS, EVAL_SEQ_LEN or EVAL_WINDOW"

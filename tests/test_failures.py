@@ -272,22 +272,6 @@ def limit_windows(most: int, patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.fault(33)
-def test_out_of_memory_in_scoring_scores_fewer_windows_at_once(env, whole, monkeypatch, capsys):
-    limit_windows(3, monkeypatch)
-    assert tg.main([], env) == 0
-    tried = re.findall(
-        r"out of memory: scoring (\d+) windows at once; lower VAL_BATCH", capsys.readouterr().out
-    )
-    assert "8" in tried
-    assert min(map(int, tried)) <= 3
-    for kind, score in result_of(whole)["scores"].items():
-        found = result()["scores"][kind]
-        assert (found["tokens"], found["bytes"]) == (score["tokens"], score["bytes"])
-        assert found["nats"] == pytest.approx(score["nats"], rel=1e-6)
-    assert artifact("run") == artifact(whole)
-
-
-@pytest.mark.fault(33)
 def test_without_memory_for_one_window_the_weights_are_saved(env, monkeypatch):
     with monkeypatch.context() as patch:
         limit_windows(0, patch)
@@ -451,40 +435,38 @@ def test_a_signal_anywhere_keeps_the_files_and_writes_a_result(name, number, kep
 
 
 @pytest.mark.fault(26)
-@pytest.mark.parametrize(("batches", "seconds"), [(2, 2.5), (0, 7.0)])
-def test_a_calibration_beyond_its_reserve_ends_with_what_it_read(
-    batches, seconds, env, monkeypatch, capsys
+@pytest.mark.parametrize(("seconds", "status"), [(0.5, 0), (1.0, 1)])
+def test_time_for_calibration_on_text_is_kept_and_a_slower_one_fails(
+    seconds, status, env, monkeypatch, capsys
 ):
-    """From a batch of 0.5 s at the start, 6 s are kept for 8 batches: the steps end before 14 s.
-    Two batches of 2.5 s fit between 13 s and 20 s. If calibration starts 7 s late, none does, and
-    all matrices are rounded."""
+    """From a batch of 0.5 s at the start, 6 s are kept for 8 batches: the steps end before 14 s."""
     now, calls = advance_clock(lambda _: 1.0, monkeypatch.setattr), []
 
-    def begin(*_: object) -> None:
-        calls.append("collect")
-        now[0] += seconds if len(calls) == 4 and not batches else 0
-
     def read(*_: object) -> None:
-        if calls and len(calls) <= 2:
-            now[0] += 0.5
-        elif calls and calls[-1] == "collect":
-            now[0] += seconds
+        if calls and calls[-1] == "collect":
+            now[0] += seconds if "train" in calls else 0.5
 
-    before_call("collect_hessians", begin, monkeypatch.setattr)
+    before_call("collect_hessians", lambda *_: calls.append("collect"), monkeypatch.setattr)
     before_call("GPT.backbone", read, monkeypatch.setattr)
     before_call("Trainer.train", lambda *_: calls.append("train"), monkeypatch.setattr)
     before_call("choose_scales", lambda *_: calls.append("scales"), monkeypatch.setattr)
     env |= {"GPTQ_ENABLED": "1", "GPTQ_CALIB": "train", "MAX_WALLCLOCK_SECONDS": "20"}
-    env |= {"ITERATIONS": "1000"}
-    status = tg.main([], env | {"GPTQ_CALIB_TOKENS": "1024"})
-    said = capsys.readouterr().out
-    assert "gptq: 6.0 s are kept for 8 calibration batches" in said
-    assert f"gptq: the time allowed {batches} of 8 calibration batches" in said
-    trained = result()["seconds"]["train"]
-    assert trained == 13 + max(batches, 1) * seconds
-    assert result()["verdicts"]["train_seconds"] == ("PASS" if trained <= 20 else "FAIL")
-    assert status == (0 if trained <= 20 else 1)
+    env |= {"GPTQ_CALIB_TOKENS": "1024", "ITERATIONS": "1000"}
+    assert tg.main([], env) == status
+    assert "gptq: 6.0 s are kept for 8 calibration batches" in capsys.readouterr().out
+    assert result()["seconds"]["train"] == 13 + 8 * seconds
+    assert result()["verdicts"]["train_seconds"] == ("FAIL" if status else "PASS")
     tg.load_artifact(Path("run") / ARTIFACT, tg.Hyperparameters())
+
+
+def test_a_cap_that_calibration_alone_would_exceed_is_refused(env, monkeypatch, capsys):
+    now = advance_clock(lambda _: 1.0, monkeypatch.setattr)
+    before_call("GPT.backbone", lambda *_: now.__setitem__(0, now[0] + 3), monkeypatch.setattr)
+    env |= {"GPTQ_ENABLED": "1", "GPTQ_CALIB": "train", "MAX_WALLCLOCK_SECONDS": "20"}
+    assert tg.main([], env | {"GPTQ_CALIB_TOKENS": "1024"}) == 2
+    assert "MAX_WALLCLOCK_SECONDS=20: calibration on training text takes about 36.0 s" in (
+        capsys.readouterr().out
+    )
 
 
 @pytest.mark.fault(49)

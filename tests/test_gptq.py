@@ -185,9 +185,7 @@ def test_a_hessian_that_stays_indefinite_is_rounded_and_its_neighbours_are_not()
 
 def collect(model: tg.GPT, batches) -> dict[str, torch.Tensor]:
     """The Hessians of all batches."""
-    hessians, used = tg.collect_hessians(model, batches, tg.Ranks())
-    assert used == len(batches)
-    return hessians
+    return tg.collect_hessians(model, batches, tg.Ranks())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -217,31 +215,6 @@ def test_hessians_are_sums_over_all_inputs_of_the_matrices(dtype):
         # Parts of another size are multiplied in another order, which bf16 shows.
         near = 1e-5 if dtype == torch.float32 else 0.02
         torch.testing.assert_close(parts[name], whole[name], atol=near * size, rtol=1e-4)
-
-
-@pytest.mark.fault(26)
-@pytest.mark.parametrize(
-    ("left", "batch_seconds", "takes", "used"),
-    [
-        (10.0, 0.0, 3.0, 3),  # the fourth would end at 12
-        (10.0, 6.0, 1.0, 5),  # by the 6 s of a step, the sixth could end at 11
-        (10.0, 11.0, 1.0, 0),
-        (0.5, 0.0, 1.0, 1),
-        (-1.0, 0.0, 1.0, 0),
-    ],
-)
-def test_no_batch_is_read_that_could_end_too_late(left, batch_seconds, takes, used):
-    model, read = random_model(), []
-    batches = [some_ids(2, 64, seed=n) for n in range(6)]
-    hook = model.blocks[0].register_forward_hook(lambda *_: read.append(takes))
-    hessians, count = tg.collect_hessians(
-        model, batches, tg.Ranks(), lambda: left - sum(read), batch_seconds
-    )
-    hook.remove()
-    assert count == len(read) == used
-    want = collect(model, batches[:used]) if used else {}
-    assert hessians.keys() == want.keys()
-    assert all(torch.equal(hessians[name], want[name]) for name in want)
 
 
 # ---- The artifact ----

@@ -129,7 +129,7 @@ def scoring(scale: Scale, machine: Machine) -> Table:
     val = random_data(h, scale.val_tokens).val
     model = random_model(h, machine).eval()
     forward_logits, tokens = device.compile(model.forward_logits), val.tokens.to(device.device)
-    batch_tokens = tg.scoring_batch_tokens(h.val_batch_size, device)
+    batch_tokens = tg.scoring_batch_tokens(h, device)
     sliding, plain = tg.sliding_pass(forward_logits, h), tg.plain_pass(forward_logits, h)
     one_pass = tg.one_pass(model, h.window_tokens, device)  # attends to as much as a window holds
     nats: dict[str, float] = {}
@@ -169,7 +169,7 @@ def gptq(scale: Scale, machine: Machine) -> Table:
     hessians: dict[str, torch.Tensor] = {}
 
     def collect() -> None:
-        hessians.update(tg.collect_hessians(model, calibration_batches(h), ranks)[0])
+        hessians.update(tg.collect_hessians(model, calibration_batches(h), ranks))
 
     ways = {
         "rounding": lambda: quantize_model(model, {}),

@@ -65,7 +65,7 @@ def main(stage: str, scale: str) -> None:
     if stage == "score":
         val = random_data(h, sizes.val_tokens).val
         sliding = tg.sliding_pass(device.compile(model.forward_logits), h)
-        batch_tokens = tg.scoring_batch_tokens(h.val_batch_size, device)
+        batch_tokens = tg.scoring_batch_tokens(h, device)
 
         def once() -> None:
             tg.score(sliding, val, ranks, device, tg.Log(silent=True), batch_tokens)
@@ -73,7 +73,7 @@ def main(stage: str, scale: str) -> None:
     if stage == "quantize":
 
         def once() -> None:
-            hessians, _ = tg.collect_hessians(model, calibration_batches(h), ranks)
+            hessians = tg.collect_hessians(model, calibration_batches(h), ranks)
             tg.pack_artifact(h, quantize_model(model, hessians)[0], h.compressor)
 
     mark("model, data and optimizers" if stage == "step" else "model and data")
