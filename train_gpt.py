@@ -1496,11 +1496,12 @@ class CausalSelfAttention(nn.Module):
     """Grouped-query attention with partial RoPE and, in the last layers, XSA."""
 
     role = "scalar"  # of q_gain
+    INPUT_LAYERS = "c_q", "c_k", "c_v"  # one product with the module's input
 
     def __init__(self, h: Hyperparameters, layer: int, attend: Attend) -> None:
         super().__init__()
         self.layer, self.attend = layer, attend
-        self.head_dim = h.head_dim
+        self.head_dim, self.heads = h.head_dim, (h.num_heads, h.num_kv_heads, h.num_kv_heads)
         self.c_q = Linear(h.model_dim, h.model_dim)
         self.c_k = Linear(h.model_dim, h.kv_dim)
         self.c_v = Linear(h.model_dim, h.kv_dim)
@@ -1510,11 +1511,11 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Maps x [B, T, D] to attention's output [B, T, D]."""
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q, k, v = self.c_q(x).view(heads), self.c_k(x).view(heads), self.c_v(x)
+        weight = torch.cat([getattr(self, name).weight for name in self.INPUT_LAYERS])
+        qkv = F.linear(x, weight.to(x.dtype)).unflatten(-1, (-1, self.head_dim))
+        q, k, v = qkv.split(self.heads, dim=2)
         if self.layer in context.value_embeds:
-            v = v + context.value_embeds[self.layer]
-        v = v.view(heads)
+            v = v + context.value_embeds[self.layer].view_as(v)
         q = rotate(rms_norm(q), context.rotation) * self.q_gain.to(x.dtype)
         k = rotate(rms_norm(k), context.rotation)
         y = self.attend(q, k, v, window=context.window)
@@ -2891,12 +2892,13 @@ def collect_hessians(
         x = inputs[0].flatten(0, -2).float()
         total.addmm_(x.mT, x)
 
-    for name, module in model.named_modules():
-        weight = f"{name}.weight"
-        if roles.get(weight) == "matrix":
-            assert isinstance(module, Linear)
-            sums[weight] = module.weight.new_zeros(module.in_features, module.in_features)
-            hooks.append(module.register_forward_pre_hook(partial(add, sums[weight])))
+    for weight in (name for name, role in roles.items() if role == "matrix"):
+        reader, layer = weight.removesuffix(".weight").rsplit(".", 1)
+        if layer not in CausalSelfAttention.INPUT_LAYERS:
+            reader = f"{reader}.{layer}"
+        matrix, module = model.get_parameter(weight), model.get_submodule(reader)
+        sums[weight] = matrix.new_zeros(matrix.size(1), matrix.size(1))
+        hooks.append(module.register_forward_pre_hook(partial(add, sums[weight])))
     try:
         for ids in batches:
             left = seconds_left()
