@@ -1466,14 +1466,13 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
 
 
-def subtract_self_value(y: Tensor, v: Tensor) -> Tensor:
-    """Removes from attention outputs y [B, T, H, d] their part along v [B, T, K, d].
+def subtract_self_value(y: Tensor, unit: Tensor) -> Tensor:
+    """Removes from attention outputs y [B, T, H, d] their part along unit vectors [B, T, K, d].
 
-    This is exclusive self-attention, XSA (arXiv 2603.09078): each head keeps only what other
-    positions contribute.
+    This is exclusive self-attention, XSA (arXiv 2603.09078): along the position's own value, each
+    head keeps only what other positions contribute.
     """
-    grouped = y.unflatten(2, (v.size(2), -1))  # [B, T, K, H / K, d]
-    unit = F.normalize(v.float(), dim=-1).unsqueeze(3)
+    grouped, unit = y.unflatten(2, (unit.size(2), -1)), unit.unsqueeze(3)  # [B, T, K, H / K, d]
     along = (grouped.float() * unit).sum(-1, keepdim=True)
     return (grouped - (along * unit).to(y.dtype)).flatten(2, 3)
 
@@ -1518,9 +1517,11 @@ class CausalSelfAttention(nn.Module):
             v = v + context.value_embeds[self.layer].view_as(v)
         q = rotate(rms_norm(q), context.rotation) * self.q_gain.to(x.dtype)
         k = rotate(rms_norm(k), context.rotation)
+        # Before attention: after it, the compiler would store v in float32 for the backward pass.
+        unit = F.normalize(v.float(), dim=-1) if self.xsa else None
         y = self.attend(q, k, v, window=context.window)
-        if self.xsa:
-            y = subtract_self_value(y, v)
+        if unit is not None:
+            y = subtract_self_value(y, unit)
         return self.proj(y.flatten(2))
 
 
