@@ -1578,7 +1578,10 @@ class CausalSelfAttention(nn.Module):
         q, k, v = qkv.split(self.heads, dim=2)
         if self.layer in context.value_embeds:
             v = v + context.value_embeds[self.layer].view_as(v)
-        q = rotate(rms_norm(q), context.rotation) * self.q_gain.to(x.dtype)
+        # The gain comes before RoPE and is expanded over positions, so that its gradient is a sum
+        # over each head, which the compiler fuses with the backward pass of the norm.
+        gain = self.q_gain.expand(*x.shape[:2], -1, 1).to(x.dtype)
+        q = rotate(rms_norm(q) * gain, context.rotation)
         k = rotate(rms_norm(k), context.rotation)
         # Before attention: after it, the compiler would store v in float32 for the backward pass.
         unit = F.normalize(v.float(), dim=-1) if self.xsa else None
