@@ -3398,6 +3398,8 @@ class Run:
             folder = Path(h.run_dir or f"logs/{run_id}")
             existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
             has_begun = (folder / PROGRAM).exists() or not (folder / RESULT).exists()
+            names = (ARTIFACT, CHECKPOINT, FINAL_MODEL, LOG, PROGRAM, READABLE, RESULT)
+            blocked = [name for name in names if (folder / name).is_dir()]
             with torch.device("meta"):
                 needed = BYTES_LIMIT + 40 * sum(p.numel() for p in GPT(h).parameters())
             free, fault = shutil.disk_usage(existing).free, ""
@@ -3405,6 +3407,8 @@ class Run:
                 fault = f"{existing} is not a folder that can be written"
             elif (folder / LOG).exists() and has_begun and h.resume != "auto":
                 fault = "another run is there"
+            elif blocked:
+                fault = f"{blocked[0]} is a folder there"
             elif free < needed:
                 fault = f"its disk has {free} bytes free, {needed} are needed"
             if fault:
@@ -3420,7 +3424,8 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             mode = "a" if (folder / LOG).exists() else "x"  # of two runs, one creates it
             (folder / LOG).open(mode).close()
-            (folder / RESULT).unlink(missing_ok=True)
+            if not (folder / PROGRAM).exists():  # a result of a run that never began
+                (folder / RESULT).unlink(missing_ok=True)
         log.folder = folder
         log(f"{folder}/{LOG}")
         self.result["settings"] = asdict(self.h)
@@ -3447,8 +3452,9 @@ class Run:
         return self.device.describe() | {"attention": self.attention.name}
 
     def write_program(self) -> None:
-        """Writes both forms of the program into the run's folder."""
+        """Begins the run: writes both forms of the program, removes an earlier result."""
         if self.log.folder and not self.log.silent:
+            (self.log.folder / RESULT).unlink(missing_ok=True)
             write_atomically(self.log.folder / READABLE, self.source)
             write_atomically(self.log.folder / PROGRAM, self.twin)
 
@@ -3485,6 +3491,10 @@ class Run:
         saved = self.ranks.broadcast_from_rank0(read)
         if saved is None:
             return None
+        if "progress/losses" not in saved.tensors:
+            raise DataError(f"RESUME={path}: it has weights only; name a {CHECKPOINT}")
+        if saved.step > h.iterations:
+            raise DataError(f"RESUME={path}: it has {saved.step} steps; raise ITERATIONS to more")
         own = asdict(h)
         changed = {name: value for name, value in saved.settings.items() if value != own[name]}
         fixed = {name: value for name, value in changed.items() if name not in FREE_ON_RESUME}
