@@ -1529,14 +1529,13 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
 
 
-def subtract_self_value(y: Tensor, v: Tensor) -> Tensor:
-    """Removes from attention outputs y [B, T, H, d] their part along v [B, T, K, d].
+def subtract_self_value(y: Tensor, unit: Tensor) -> Tensor:
+    """Removes from attention outputs y [B, T, H, d] their part along unit vectors [B, T, K, d].
 
-    This is exclusive self-attention, XSA (arXiv 2603.09078): each head keeps only what other
-    positions contribute.
+    This is exclusive self-attention, XSA (arXiv 2603.09078): along the position's own value, each
+    head keeps only what other positions contribute.
     """
-    grouped = y.unflatten(2, (v.size(2), -1))  # [B, T, K, H / K, d]
-    unit = F.normalize(v.float(), dim=-1).unsqueeze(3)
+    grouped, unit = y.unflatten(2, (unit.size(2), -1)), unit.unsqueeze(3)  # [B, T, K, H / K, d]
     along = (grouped.float() * unit).sum(-1, keepdim=True)
     return (grouped - (along * unit).to(y.dtype)).flatten(2, 3)
 
@@ -1559,11 +1558,12 @@ class CausalSelfAttention(nn.Module):
     """Grouped-query attention with partial RoPE and, in the last layers, XSA."""
 
     role = "scalar"  # of q_gain
+    INPUT_LAYERS = "c_q", "c_k", "c_v"  # one product with the module's input
 
     def __init__(self, h: Hyperparameters, layer: int, attend: Attend) -> None:
         super().__init__()
         self.layer, self.attend = layer, attend
-        self.head_dim = h.head_dim
+        self.head_dim, self.heads = h.head_dim, (h.num_heads, h.num_kv_heads, h.num_kv_heads)
         self.c_q = Linear(h.model_dim, h.model_dim)
         self.c_k = Linear(h.model_dim, h.kv_dim)
         self.c_v = Linear(h.model_dim, h.kv_dim)
@@ -1573,16 +1573,18 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Maps x [B, T, D] to attention's output [B, T, D]."""
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q, k, v = self.c_q(x).view(heads), self.c_k(x).view(heads), self.c_v(x)
+        weight = torch.cat([getattr(self, name).weight for name in self.INPUT_LAYERS])
+        qkv = F.linear(x, weight.to(x.dtype)).unflatten(-1, (-1, self.head_dim))
+        q, k, v = qkv.split(self.heads, dim=2)
         if self.layer in context.value_embeds:
-            v = v + context.value_embeds[self.layer]
-        v = v.view(heads)
+            v = v + context.value_embeds[self.layer].view_as(v)
         q = rotate(rms_norm(q), context.rotation) * self.q_gain.to(x.dtype)
         k = rotate(rms_norm(k), context.rotation)
+        # Before attention: after it, the compiler would store v in float32 for the backward pass.
+        unit = F.normalize(v.float(), dim=-1) if self.xsa else None
         y = self.attend(q, k, v, window=context.window)
-        if self.xsa:
-            y = subtract_self_value(y, v)
+        if unit is not None:
+            y = subtract_self_value(y, unit)
         return self.proj(y.flatten(2))
 
 
@@ -2906,12 +2908,13 @@ def collect_hessians(model: GPT, batches: Sequence[Tensor], ranks: Ranks) -> dic
     head = "tok_emb.weight" if model.lm_head is None else "lm_head.weight"
     if model.h.gptq_embed:
         sums[head] = torch.zeros(model.h.model_dim, model.h.model_dim, device=device)
-    for name, module in model.named_modules():
-        weight = f"{name}.weight"
-        if roles.get(weight) == "matrix":
-            assert isinstance(module, Linear)
-            sums[weight] = module.weight.new_zeros(module.in_features, module.in_features)
-            hooks.append(module.register_forward_pre_hook(partial(add, sums[weight])))
+    for weight in (name for name, role in roles.items() if role == "matrix"):
+        reader, layer = weight.removesuffix(".weight").rsplit(".", 1)
+        if layer not in CausalSelfAttention.INPUT_LAYERS:
+            reader = f"{reader}.{layer}"
+        matrix, module = model.get_parameter(weight), model.get_submodule(reader)
+        sums[weight] = matrix.new_zeros(matrix.size(1), matrix.size(1))
+        hooks.append(module.register_forward_pre_hook(partial(add, sums[weight])))
     try:
         for ids in batches:
             own = ids[ranks.rank :: ranks.world_size]

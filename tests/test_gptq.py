@@ -195,12 +195,15 @@ def test_hessians_are_sums_over_all_inputs_of_the_matrices(dtype):
     want, hooks, ids = {}, [], some_ids(8, 64)
     for name, module in model.blocks.named_modules(prefix="blocks"):
         if isinstance(module, torch.nn.Linear):
+            # The attention's input is multiplied by three matrices in one product.
+            parent, _, layer = name.rpartition(".")
+            reader = model.get_submodule(parent) if layer in ("c_q", "c_k", "c_v") else module
 
             def keep(_, inputs, name=name):
                 x = inputs[0].detach().double().flatten(0, -2)
                 want[f"{name}.weight"] = x.T @ x
 
-            hooks.append(module.register_forward_pre_hook(keep))
+            hooks.append(reader.register_forward_pre_hook(keep))
     model.backbone(ids)
     for hook in hooks:
         hook.remove()

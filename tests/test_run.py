@@ -109,7 +109,6 @@ def test_the_log_has_the_conventional_lines(done):
         "val_bpb:enabled tokenizer_kind=byte260 vocab_size=260",
         "train_loader:dataset:tiny_byte260 train_shards:2",
         "val_loader:shards pattern=",
-        "muon:18 matrices in 4 stacks",
         "world_size:1 grad_accum_steps:2",
         "step:1/12 train_loss:5.",
         "step:12/12 val_loss:",
@@ -493,7 +492,7 @@ def test_the_twin_imported_under_any_name_is_its_source(twin):
 
 def test_an_error_inside_the_twin_shows_the_line_of_its_source(env, capsys):
     """A bug of the program has status 6 and a traceback, which does not end at the wrapper."""
-    line = b"        self.program = Program.load()\n"
+    line = b"        self.source, self.twin = read_program()\n"
     assert SOURCE.count(line) == 1
     broken = SOURCE.replace(line, b"        1 / 0  # a bug in this line\n")
     file = Path("broken.py").absolute()
@@ -514,4 +513,4 @@ def test_line_ends_change_no_byte_of_the_program(tmp_path):
     for program in (SOURCE, twin):
         for data in (program, program.replace(b"\n", b"\r\n")):
             path.write_bytes(data)
-            assert import_file(path, "any_name").Program.load() == (SOURCE, twin)
+            assert import_file(path, "any_name").read_program() == (SOURCE, twin)
