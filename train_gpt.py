@@ -667,13 +667,14 @@ class Ranks:
 
         Returns the outputs [n, ...] on every rank, by all-gather. A stack that is None stays None.
         """
-        n = next(len(stack) for stack in stacks if stack is not None)
+        n, device = next((len(s), s.device) for s in stacks if s is not None)
         if self.world_size == 1:
             return tuple(function(*stacks))
         share = -(-n // self.world_size)
         # The last ranks repeat the last item, so that all shares have one shape.
-        mine = torch.arange(self.rank * share, (self.rank + 1) * share).clamp(max=n - 1)
-        own = [stack if stack is None else stack[mine.to(stack.device)] for stack in stacks]
+        first = self.rank * share
+        mine = torch.arange(first, first + share, device=device).clamp(max=n - 1)
+        own = [stack if stack is None else stack[mine] for stack in stacks]
         gathered = []
         for output in function(*own):
             raw = output.contiguous().view(torch.uint8)  # collectives do not take every dtype
@@ -2227,7 +2228,7 @@ class Muon:
         self.momenta = [torch.zeros_like(torch.stack(stack)) for stack in self.stacks]
 
     @torch.no_grad()
-    def step(self, lr_scale: float, momentum: float) -> None:
+    def step(self, lr_scale: float | Tensor, momentum: float) -> None:
         """Decays the weights, then moves them by the orthogonalized update.
 
         The update of a matrix [rows, cols] is multiplied by max(1, rows / cols) ** 0.5.
@@ -2270,7 +2271,9 @@ class Optimizers:
                 groups.append({"params": params, "lr": 0.0, "base_lr": lr, "weight_decay": decay})
         self.adamw = torch.optim.AdamW(groups, betas=(h.beta1, h.beta2), eps=h.adam_eps, fused=True)
         self.names: dict[Tensor, str] = {p: name for name, p in named.items()}
-        self.gradient = bind_flat_gradient_([*named.values()])
+        # Largest first: views behind an odd number of elements would not be aligned.
+        by_size = sorted(named.values(), key=torch.numel, reverse=True)
+        self.gradient = bind_flat_gradient_(by_size)
         self.adamw.step()  # at rate 0: creates the state into which a checkpoint is copied
         for state in self.adamw.state.values():
             state["step"].zero_()
@@ -2278,14 +2281,15 @@ class Optimizers:
     def step(self, phase: Phase) -> Tensor:
         """Clips the gradient, takes a step, clears the gradient; returns the gradient's norm [].
 
-        A gradient that is not finite counts as zero, so that it reaches no weight.
+        A gradient that is not finite changes no weight: it counts as zero, at rate 0.
         """
         norm = self.gradient.norm()
         factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1)
         self.gradient.nan_to_num_(0.0, 0.0, 0.0).mul_(factor.where(norm.isfinite(), 0.0))
-        self.muon.step(phase.lr_scale, phase.muon_momentum)
+        lr_scale = phase.lr_scale * norm.isfinite()
+        self.muon.step(lr_scale, phase.muon_momentum)
         for group in self.adamw.param_groups:
-            group["lr"] = group["base_lr"] * phase.lr_scale
+            group["lr"] = group["base_lr"] * lr_scale
         self.adamw.step()
         self.gradient.zero_()
         return norm
