@@ -821,7 +821,8 @@ def matmul_precision(precision: str) -> Iterator[None]:
 def is_out_of_memory(error: BaseException) -> bool:
     """Returns whether the memory of a GPU or a CPU ran out."""
     kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or "allocate mem" in str(error)
+    says = r"allocate mem|out of memory|ALLOC\w*_FAILED"  # of CPUs, CUDA and NCCL, CUDA's libraries
+    return isinstance(error, kinds) or re.search(says, str(error)) is not None
 
 
 # ---- Attention: the back ends, and one that works here ----
@@ -2430,10 +2431,11 @@ class StepLog:
             self.write(**terms)
         left = self.clock.elapsed / step * (self.iterations - step)
         self.log.progress(f"step {step}/{self.iterations}  loss {loss:.4f}  {left:.0f} s left")
-        if not math.isfinite(sum(terms.values())):
+        total, bad = sum(terms.values()), [k for k, v in terms.items() if not math.isfinite(v)]
+        if bad:
             raise DivergenceError(
-                f"step {step}: the loss is {loss}, or the norm of its gradient is; lower MATRIX_LR "
-                "and SCALAR_LR, or set ATTN to another back end"
+                f"step {step}: the loss is {total}: {' '.join(bad)} or its gradient is not finite; "
+                "lower MATRIX_LR and SCALAR_LR, or set ATTN to another back end"
             )
 
     def write(self, **values: float) -> None:
