@@ -667,13 +667,14 @@ class Ranks:
 
         Returns the outputs [n, ...] on every rank, by all-gather. A stack that is None stays None.
         """
-        n = next(len(stack) for stack in stacks if stack is not None)
+        n, device = next((len(s), s.device) for s in stacks if s is not None)
         if self.world_size == 1:
             return tuple(function(*stacks))
         share = -(-n // self.world_size)
         # The last ranks repeat the last item, so that all shares have one shape.
-        mine = torch.arange(self.rank * share, (self.rank + 1) * share).clamp(max=n - 1)
-        own = [stack if stack is None else stack[mine.to(stack.device)] for stack in stacks]
+        first = self.rank * share
+        mine = torch.arange(first, first + share, device=device).clamp(max=n - 1)
+        own = [stack if stack is None else stack[mine] for stack in stacks]
         gathered = []
         for output in function(*own):
             raw = output.contiguous().view(torch.uint8)  # collectives do not take every dtype
@@ -820,7 +821,8 @@ def matmul_precision(precision: str) -> Iterator[None]:
 def is_out_of_memory(error: BaseException) -> bool:
     """Returns whether the memory of a GPU or a CPU ran out."""
     kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or "allocate mem" in str(error)
+    says = r"allocate mem|out of memory|ALLOC\w*_FAILED"  # of CPUs, CUDA and NCCL, CUDA's libraries
+    return isinstance(error, kinds) or re.search(says, str(error)) is not None
 
 
 # ---- Attention: the back ends, and one that works here ----
@@ -2230,7 +2232,7 @@ class Muon:
         self.momenta = [torch.zeros_like(torch.stack(stack)) for stack in self.stacks]
 
     @torch.no_grad()
-    def step(self, lr_scale: float, momentum: float) -> None:
+    def step(self, lr_scale: float | Tensor, momentum: float) -> None:
         """Decays the weights, then moves them by the orthogonalized update.
 
         The update of a matrix [rows, cols] is multiplied by max(1, rows / cols) ** 0.5.
@@ -2273,7 +2275,9 @@ class Optimizers:
                 groups.append({"params": params, "lr": 0.0, "base_lr": lr, "weight_decay": decay})
         self.adamw = torch.optim.AdamW(groups, betas=(h.beta1, h.beta2), eps=h.adam_eps, fused=True)
         self.names: dict[Tensor, str] = {p: name for name, p in named.items()}
-        self.gradient = bind_flat_gradient_([*named.values()])
+        # Largest first: views behind an odd number of elements would not be aligned.
+        by_size = sorted(named.values(), key=torch.numel, reverse=True)
+        self.gradient = bind_flat_gradient_(by_size)
         self.adamw.step()  # at rate 0: creates the state into which a checkpoint is copied
         for state in self.adamw.state.values():
             state["step"].zero_()
@@ -2281,14 +2285,15 @@ class Optimizers:
     def step(self, phase: Phase) -> Tensor:
         """Clips the gradient, takes a step, clears the gradient; returns the gradient's norm [].
 
-        A gradient that is not finite counts as zero, so that it reaches no weight.
+        A gradient that is not finite changes no weight: it counts as zero, at rate 0.
         """
         norm = self.gradient.norm()
         factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1)
         self.gradient.nan_to_num_(0.0, 0.0, 0.0).mul_(factor.where(norm.isfinite(), 0.0))
-        self.muon.step(phase.lr_scale, phase.muon_momentum)
+        lr_scale = phase.lr_scale * norm.isfinite()
+        self.muon.step(lr_scale, phase.muon_momentum)
         for group in self.adamw.param_groups:
-            group["lr"] = group["base_lr"] * phase.lr_scale
+            group["lr"] = group["base_lr"] * lr_scale
         self.adamw.step()
         self.gradient.zero_()
         return norm
@@ -2429,10 +2434,11 @@ class StepLog:
             self.write(**terms)
         left = self.clock.elapsed / step * (self.iterations - step)
         self.log.progress(f"step {step}/{self.iterations}  loss {loss:.4f}  {left:.0f} s left")
-        if not math.isfinite(sum(terms.values())):
+        total, bad = sum(terms.values()), [k for k, v in terms.items() if not math.isfinite(v)]
+        if bad:
             raise DivergenceError(
-                f"step {step}: the loss is {loss}, or the norm of its gradient is; lower MATRIX_LR "
-                "and SCALAR_LR, or set ATTN to another back end"
+                f"step {step}: the loss is {total}: {' '.join(bad)} or its gradient is not finite; "
+                "lower MATRIX_LR and SCALAR_LR, or set ATTN to another back end"
             )
 
     def write(self, **values: float) -> None:
@@ -3390,6 +3396,8 @@ class Run:
             folder = Path(h.run_dir or f"logs/{run_id}")
             existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
             has_begun = (folder / PROGRAM).exists() or not (folder / RESULT).exists()
+            names = (ARTIFACT, CHECKPOINT, FINAL_MODEL, LOG, PROGRAM, READABLE, RESULT)
+            blocked = [name for name in names if (folder / name).is_dir()]
             with torch.device("meta"):
                 needed = BYTES_LIMIT + 40 * sum(p.numel() for p in GPT(h).parameters())
             free, fault = shutil.disk_usage(existing).free, ""
@@ -3397,6 +3405,8 @@ class Run:
                 fault = f"{existing} is not a folder that can be written"
             elif (folder / LOG).exists() and has_begun and h.resume != "auto":
                 fault = "another run is there"
+            elif blocked:
+                fault = f"{blocked[0]} is a folder there"
             elif free < needed:
                 fault = f"its disk has {free} bytes free, {needed} are needed"
             if fault:
@@ -3412,7 +3422,8 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             mode = "a" if (folder / LOG).exists() else "x"  # of two runs, one creates it
             (folder / LOG).open(mode).close()
-            (folder / RESULT).unlink(missing_ok=True)
+            if not (folder / PROGRAM).exists():  # a result of a run that never began
+                (folder / RESULT).unlink(missing_ok=True)
         log.folder = folder
         log(f"{folder}/{LOG}")
         self.result["settings"] = asdict(self.h)
@@ -3439,8 +3450,9 @@ class Run:
         return self.device.describe() | {"attention": self.attention.name}
 
     def write_program(self) -> None:
-        """Writes both forms of the program into the run's folder."""
+        """Begins the run: writes both forms of the program, removes an earlier result."""
         if self.log.folder and not self.log.silent:
+            (self.log.folder / RESULT).unlink(missing_ok=True)
             write_atomically(self.log.folder / READABLE, self.source)
             write_atomically(self.log.folder / PROGRAM, self.twin)
 
@@ -3477,6 +3489,10 @@ class Run:
         saved = self.ranks.broadcast_from_rank0(read)
         if saved is None:
             return None
+        if "progress/losses" not in saved.tensors:
+            raise DataError(f"RESUME={path}: it has weights only; name a {CHECKPOINT}")
+        if saved.step > h.iterations:
+            raise DataError(f"RESUME={path}: it has {saved.step} steps; raise ITERATIONS to more")
         own = asdict(h)
         changed = {name: value for name, value in saved.settings.items() if value != own[name]}
         fixed = {name: value for name, value in changed.items() if name not in FREE_ON_RESUME}

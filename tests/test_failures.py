@@ -1,5 +1,6 @@
 """Runs that end early: the files they leave, the messages, the exit status; none hangs."""
 
+import errno
 import os
 import re
 import resource
@@ -285,6 +286,11 @@ OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 GiB."),
     MemoryError(),
     RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in its manual"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    RuntimeError("NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'"),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
 ]
 
 
@@ -293,13 +299,17 @@ OUT_OF_MEMORY = [
     ("kind", "status", "says"),
     [
         ("oom", 3, r"memory; peak \d+ MiB; lower MICRO_BATCH_TOKENS, EVAL_SEQ_LEN or EVAL_WINDOW"),
-        ("nan", 4, r"step 5: the loss is nan.*; lower MATRIX_LR"),
+        (
+            "nan",
+            4,
+            r"step 5: the loss is nan: train_loss or its gradient is not finite; lower MATRIX_LR",
+        ),
     ],
 )
 def test_a_failed_training_keeps_the_previous_checkpoint(kind, status, says, env, capsys):
     """It says what to lower. Weights that are saved are finite."""
     assert all(map(tg.is_out_of_memory, OUT_OF_MEMORY))
-    assert not tg.is_out_of_memory(RuntimeError("another error"))
+    assert not tg.is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"))
 
     def fail(step: int, trainer: tg.Trainer, *_: object) -> None:
         if step == 5 and kind == "oom":

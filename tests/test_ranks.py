@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from launch import (
     result_of,
     torchrun,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt as tg
 
@@ -172,6 +174,32 @@ def test_collectives_and_work_divided_among_ranks(world, tmp_path):
     ranks = Ranks(tmp_path, world=world, first=collectives)
     assert ranks.end() == [0] * world, ranks.said()
     assert ranks.said().count("all hold") == world
+
+
+class Operations(TorchDispatchMode):
+    """Notes the operations of a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), named: Any = None
+    ) -> Any:
+        self.names.append(str(function))
+        return function(*arguments, **(named or {}))
+
+
+def test_dividing_work_copies_nothing_from_the_cpu(monkeypatch):
+    """Such a copy would wait for the GPU, for which a device without data stands here."""
+    for name in ("all_gather", "all_gather_into_tensor"):
+        monkeypatch.setattr(dist, name, lambda *_, **__: None)
+    stack = torch.empty(3, 4, device="meta")
+    with Operations() as operations:
+        (out,) = tg.Ranks(1, 2).map_over_ranks(lambda _, x: [x], None, stack)
+    assert (out.shape, out.device) == (stack.shape, stack.device)
+    assert operations.names
+    assert not [name for name in operations.names if "copy" in name]
 
 
 def test_collectives_of_one_rank_return_their_inputs():

@@ -134,6 +134,7 @@ OTHER = {
     "MATRIX_LR": "0.5",
     "STP_ENABLED": "1",
     "TRAIN_ORDER": "sequential",
+    "ITERATIONS": "2",
 }
 
 
@@ -145,6 +146,20 @@ def test_resume_under_other_settings_is_refused(name, run, env, capsys):
     assert f"RESUME={path}" in shown
     assert name in shown
     assert not Path(env["RUN_DIR"], tg.PROGRAM).exists()  # the same folder can be used again
+
+
+@pytest.mark.parametrize("argv", [[], ["--check"]])
+def test_resume_from_weights_alone_is_refused(argv, run, env, capsys):
+    assert tg.main(argv, {**env, "RESUME": str(run / WEIGHTS)}) == 2
+    assert f"RESUME={run / WEIGHTS}: it has weights only" in capsys.readouterr().out
+    assert not Path(env["RUN_DIR"], tg.PROGRAM).exists()
+
+
+@pytest.mark.parametrize("change", [{"SEED": "3"}, {"DATA_PATH": "nowhere"}, {"ATTN": "fa3"}])
+def test_a_refused_resume_keeps_the_result_of_the_run(change, run, env):
+    folder = shutil.copytree(run, env["RUN_DIR"])
+    assert tg.main([], {**env, "RESUME": "auto", **change}) == 2
+    assert (Path(folder) / tg.RESULT).read_bytes() == (run / tg.RESULT).read_bytes()
 
 
 @pytest.mark.parametrize("argv", [[], ["--check"]])

@@ -353,12 +353,23 @@ def test_failures_have_their_status_and_reason(env, capsys, changes, status, say
         assert (result["status"], result["settings"]["run_dir"]) == (status, "run")
 
 
+@pytest.mark.parametrize("name", ["result.json", "train.log", ARTIFACT, MODEL])
+def test_a_folder_in_the_place_of_a_file_is_refused_before_training(env, capsys, name):
+    Path("run", name).mkdir(parents=True)
+    for argv in (["--check"], []):
+        assert tg.main(argv, env) == 2
+        assert re.search("RUN_DIR=run: .*; choose another RUN_ID", capsys.readouterr().out)
+    assert [path.name for path in Path("run").iterdir()] == [name]
+
+
 def test_a_run_that_never_began_leaves_its_folder_free(done, env):
     """Once it has begun, no other run gets the folder. Another seed gives other weights."""
     env |= {"ITERATIONS": "1", "SEED": "1"}
-    assert tg.main([], {**env, "DATA_PATH": "nowhere"}) == 2
+    for folder in ("elsewhere", "nowhere"):
+        assert tg.main([], {**env, "DATA_PATH": folder}) == 2
+    assert "DATA_PATH=nowhere" in result_of("run")["reason"]
     assert tg.main([], env) == 0
-    failed, _, good = Path("run/train.log").read_text().partition("\nerror: ")
+    failed, _, good = Path("run/train.log").read_text().rpartition("\nerror: ")
     assert "step:1/1 " in good
     assert "nowhere" not in failed + good.partition("\n")[2]
     assert result_of("run")["train_losses"][0] != done.result["train_losses"][0]

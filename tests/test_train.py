@@ -70,6 +70,13 @@ def test_training_ends_at_a_gradient_that_is_not_finite_with_finite_weights(byte
     assert all(weight.isfinite().all() for weight in run.average.weights.values())
 
 
+def test_the_message_names_the_terms_that_are_not_finite(cpu):
+    log = tg.StepLog(tg.TrainingClock(cpu, tg.Ranks()), tg.Log(silent=True), tg.Ranks(), 9, 0)
+    log.record({"train_loss": 5.1, "stp": 0.2})
+    with pytest.raises(tg.DivergenceError, match=r"step 2: the loss is inf: stp or its gradient"):
+        log.record({"train_loss": 5.1, "stp": math.inf})
+
+
 @pytest.mark.parametrize("features", [{}, {"tie_embeddings": 0, "stp_enabled": 1}])
 def test_micro_batches_change_nothing_but_rounding(byte_corpus: Path, cpu, features):
     """After one step the optimizers' state is the gradient times constants."""
