@@ -3220,7 +3220,8 @@ def pack_to_fit(
     packing = 0
     while True:
         packing += 1
-        target = (1 - 0.0005 * packing**2) * room - added  # the margin grows, so that this ends
+        margin = 0.0005 * max(packing - 1, 1) ** 2  # it grows, so that this ends
+        target = (1 - margin) * room - added
         factor = ranks.broadcast_from_rank0(partial(smallest_factor, size, target))
         arrays = quantize(factor, stacks, ranks)
         blob = ranks.broadcast_from_rank0(partial(pack_artifact, h, arrays, h.compressor))
