@@ -3027,21 +3027,20 @@ def brotli_decompress(data: bytes | memoryview, size: int) -> bytes:
     return raw
 
 
-# 256 x the mean square of codes has level k if it is at most 2**(k / 2) and above that of k - 1.
+# The level of codes is k if 256 x their mean square is at most 2**(k / 2) and above that of k - 1.
 LEVELS = np.array([math.isqrt(1 << k) for k in range(45)])
-PRIOR_ROWS = 4  # what the array's level counts in the mean square of a column
-MAX_BLOCKS = 128  # about; the rows of one block are coded by the same levels and counts
-COUNT_UNIT, COUNT_START = 64, 2048  # added for a code; shared out when a level is first met
+PRIOR_ROWS = 4  # the mean of all columns counts as this many rows of each
+MAX_BLOCKS = 128  # about; the rows of a block are coded by the same levels and counts
+COUNT_UNIT, COUNT_START = 64, 2048  # added for a code; shared out when a level first occurs
 BY_COLUMN, BY_ROW, AS_REST = range(3)  # ways to code an array
 
 
 class RangeCoder:
-    """Encodes codes by a range coder with adaptive frequencies; with `words` it decodes.
+    """Encodes int8 codes by a range coder with adaptive frequencies; with `words` it decodes.
 
-    The frequencies of a code are the counts of the codes so far whose columns had the same level.
-    The level of a column is that of its rows so far. Counts and levels are integers, and of the
-    counts the library takes one quotient and products in IEEE doubles, so that every machine
-    decodes what another has encoded.
+    A code's frequencies are the counts of all codes so far whose columns had the same level. The
+    level of a column is that of its rows so far. Levels and counts are integers; the library takes
+    a quotient and products of counts as IEEE doubles, so every machine derives the same.
     """
 
     def __init__(self, counts: np.ndarray, words: np.ndarray | None = None) -> None:
@@ -3052,16 +3051,18 @@ class RangeCoder:
         self.encoder = stream.queue.RangeEncoder()
         self.decoder = None if words is None else stream.queue.RangeDecoder(words)
 
-    def code(self, codes: np.ndarray, level: int) -> None:
-        """Encodes codes int8 [rows, cols] with mean squares of a level, or decodes into them."""
-        squares, row = np.zeros(codes.shape[1], np.int64), 0
-        while row < len(codes):
-            block = codes[row : row + max(1, min(row, len(codes) // MAX_BLOCKS))]
-            mean = (256 * squares + PRIOR_ROWS * LEVELS[level]) // (row + PRIOR_ROWS)
-            levels = np.searchsorted(LEVELS, mean)
-            for at in np.unique(levels):
-                columns = levels == at
-                block[:, columns] = self.code_block(block[:, columns], self.counts[at])
+    def code(self, codes: np.ndarray) -> None:
+        """Encodes codes [rows, cols], or decodes into them."""
+        rows, cols = codes.shape
+        squares, row = np.zeros(cols, np.int64), 0
+        while row < rows:
+            block = codes[row : row + max(1, min(row, rows // MAX_BLOCKS))]
+            mean = 256 * squares.sum() // max(row * cols, 1)
+            means = (256 * squares + PRIOR_ROWS * mean) // (row + PRIOR_ROWS)
+            levels = np.searchsorted(LEVELS, means)
+            for level in np.unique(levels):
+                columns = levels == level
+                block[:, columns] = self.code_block(block[:, columns], self.counts[level])
             squares += np.square(block, dtype=np.int64).sum(0)
             row += len(block)
 
@@ -3080,65 +3081,55 @@ class RangeCoder:
         return (symbols - 128).reshape(codes.shape)
 
 
-# What the range coder does not take: float16, and tables of which few rows are trained.
+# For what the range coder does not code: float16, and tables with rows that repeat.
 REST = stream_codec("lzma", partial(lzma_compress, lc=0, lp=1, pb=1), lzma_decompress)
 
 
-def choose_way(array: np.ndarray, counts: np.ndarray) -> tuple[int, int]:
-    """Returns the way that takes fewest bytes for an array, and the level of its mean square."""
+def choose_way(array: np.ndarray, counts: np.ndarray) -> int:
+    """Returns the way that takes the fewest bytes for an array after codes with these counts."""
     if array.dtype != np.int8:
-        return AS_REST, 0
-    mean = 256 * np.square(array, dtype=np.int64).sum() // array.size
-    level = int(np.searchsorted(LEVELS, mean))
-    coders = [RangeCoder(counts.copy()) for _ in (BY_COLUMN, BY_ROW)]
-    for coder, codes in zip(coders, (array, array.T)):
-        coder.code(codes, level)
-    sizes = [coder.encoder.get_compressed().nbytes for coder in coders]
+        return AS_REST
+    sizes = []
+    for codes in (array, array.T):
+        coder = RangeCoder(counts.copy())
+        coder.code(codes)
+        sizes.append(coder.encoder.get_compressed().nbytes)
     sizes.append(len(REST.compress([array])))
-    return sizes.index(min(sizes)), level
+    return sizes.index(min(sizes))
 
 
 def range_compress(arrays: Sequence[np.ndarray]) -> bytes:
-    """Returns arrays coded in the best way of each.
+    """Returns arrays, each coded in the way that suits it best.
 
-    In order: way and level of each array, a byte each; the number of the range coder's words, and
-    the CRC-32 of the arrays, uint32; the words, uint32; the other arrays by the codec REST.
+    In order: the number of the range coder's words and the CRC-32 of the arrays, uint32; the way of
+    each array, uint8; the words, uint32; the other arrays by the codec REST.
     """
-    coder = RangeCoder(np.zeros((len(LEVELS), 256), np.int64))
-    ways, rest = [], []
+    coder, ways = RangeCoder(np.zeros((len(LEVELS), 256), np.int64)), []
     for array in arrays:
-        way, level = choose_way(array, coder.counts)
-        ways.append((way, level))
-        if way == AS_REST:
-            rest.append(array)
-        else:
-            coder.code(array.T if way == BY_ROW else array, level)
+        ways.append(choose_way(array, coder.counts))
+        if ways[-1] != AS_REST:
+            coder.code(array.T if ways[-1] == BY_ROW else array)
     words = coder.encoder.get_compressed().astype("<u4")
     checksum = zlib.crc32(b"".join(array.tobytes() for array in arrays))
-    head = np.array(ways, np.uint8).tobytes() + struct.pack("<II", len(words), checksum)
-    return head + words.tobytes() + REST.compress(rest)
+    rest = REST.compress([array for array, way in zip(arrays, ways) if way == AS_REST])
+    return struct.pack("<II", len(words), checksum) + bytes(ways) + words.tobytes() + rest
 
 
 def range_decompress(data: bytes | memoryview, arrays: Sequence[np.ndarray]) -> None:
-    """Decodes arrays that range_compress has coded. Raises ValueError if they are not those."""
-    start = 2 * len(arrays) + 8
-    check(len(data) >= start, "the ways of coding are incomplete")
-    ways = np.frombuffer(data, np.uint8, 2 * len(arrays)).reshape(-1, 2)
-    count, checksum = struct.unpack_from("<II", data, start - 8)
-    stop = start + 4 * count
-    check(len(data) >= stop, f"there are less than {count} words")
-    words = np.frombuffer(data, "<u4", count, start).astype(np.uint32)
-    coder = RangeCoder(np.zeros((len(LEVELS), 256), np.int64), words)
-    rest = []
-    for array, (way, level) in zip(arrays, ways):
-        if way == AS_REST:
-            rest.append(array)
-        else:
-            check(array.dtype == np.int8, "floats are not coded so")
-            coder.code(array.T if way == BY_ROW else array, level)
-    REST.decompress(data[stop:], rest)
+    """Decodes into the arrays what range_compress has returned. Raises ValueError."""
+    words, checksum = struct.unpack_from("<II", data)
+    ways, start = bytes(data[8 : 8 + len(arrays)]), 8 + len(arrays)
+    check(len(data) >= start + 4 * words, f"its codes have less than {words} words")
+    counts = np.zeros((len(LEVELS), 256), np.int64)
+    coder = RangeCoder(counts, np.frombuffer(data, "<u4", words, start).astype(np.uint32))
+    for array, way in zip(arrays, ways):
+        if way != AS_REST:
+            check(array.dtype == np.int8, "its floats are coded as codes")
+            coder.code(array.T if way == BY_ROW else array)
+    rest = [array for array, way in zip(arrays, ways) if way == AS_REST]
+    REST.decompress(data[start + 4 * words :], rest)
     found = zlib.crc32(b"".join(array.tobytes() for array in arrays))
-    check(found == checksum, "the arrays are not those that were coded")
+    check(found == checksum, "its arrays are not those that were coded")
 
 
 CODECS: dict[str, Codec] = {
