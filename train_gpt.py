@@ -51,6 +51,7 @@ import textwrap
 import threading
 import time
 import traceback
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -405,7 +406,9 @@ class Hyperparameters(ModelSettings):
         12.85, "SCALE_RULE=std: k of matrices; raised if the artifact is too large.", low=0.1
     )
     embed_clip_sigmas: float = setting(20.0, "SCALE_RULE=std: k of tables.", low=0.1)
-    compressor: str = setting("zstd", "Codec of the artifact.", choices=("zstd", "lzma", "brotli"))
+    compressor: str = setting(
+        "zstd", "Codec of the artifact.", choices=("zstd", "lzma", "brotli", "range")
+    )
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> "Hyperparameters":
@@ -2936,20 +2939,47 @@ def random_sequences(count: int, seq_len: int, vocab_size: int, seed: int) -> Te
 
 # An artifact, in order: a header of 48 bytes (magic and version, 12; length of the description,
 # uint32; SHA-256 of the whole file with this field zero), the description as JSON (the codec, and
-# the model's settings, from which every shape follows), and the arrays of artifact_layout, joined
-# without padding and compressed as one stream.
+# the model's settings, from which every shape follows), and the arrays of artifact_layout as the
+# codec compresses them: all but `range` join them without padding into one stream.
 HEADER, MAGIC = struct.Struct("<12sI32s"), b"PGOLFGPT\2\0\0\0"
 MAX_DESCRIPTION = 1 << 16  # bytes
 MAX_SCALE_FACTOR = 50  # beyond it nearly all codes are 0
 
 
 class Codec(NamedTuple):
-    """A lossless compressor of the artifact's arrays."""
+    """A lossless compressor of a list of arrays: int8 codes and float16."""
 
     package: str
-    compress: Callable[[bytes], bytes]
-    decompress: Callable[[bytes | memoryview, int], bytes]  # to exactly that many bytes, or raises
-    transpose: bool = False  # codes are stored column by column
+    compress: Callable[[Sequence[np.ndarray]], bytes]
+    decompress: Callable[[bytes | memoryview, Sequence[np.ndarray]], None]  # into arrays, or raises
+
+
+def stream_codec(
+    package: str,
+    compress: Callable[[bytes], bytes],
+    decompress: Callable[[bytes | memoryview, int], bytes],
+    transpose: bool = False,
+) -> Codec:
+    """Returns the codec that joins the arrays and compresses them as one stream of bytes.
+
+    decompress(data, size) returns exactly that many bytes or raises. With `transpose` the codes are
+    stored column by column.
+    """
+
+    def as_stored(array: np.ndarray) -> np.ndarray:
+        return array.T if transpose and array.dtype == np.int8 else array
+
+    def compress_arrays(arrays: Sequence[np.ndarray]) -> bytes:
+        return compress(b"".join(as_stored(array).tobytes() for array in arrays))
+
+    def decompress_arrays(data: bytes | memoryview, arrays: Sequence[np.ndarray]) -> None:
+        raw, start = decompress(data, sum(array.nbytes for array in arrays)), 0
+        for array in map(as_stored, arrays):
+            part = np.frombuffer(raw, array.dtype, array.size, start)
+            array[...] = part.reshape(array.shape)
+            start += array.nbytes
+
+    return Codec(package, compress_arrays, decompress_arrays)
 
 
 def zstd_compress(data: bytes) -> bytes:
@@ -2968,16 +2998,16 @@ def zstd_decompress(data: bytes | memoryview, size: int) -> bytes:
     return zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
 
 
-def lzma_filters(size: int) -> list[dict[str, int]]:
+def lzma_filters(size: int, **options: int) -> list[dict[str, int]]:
     """Returns the LZMA2 filter for so many bytes; no file can ask for more memory than that."""
     dictionary = min(max(1 << (size - 1).bit_length(), 1 << 12), 1 << 26)
     preset = 9 | lzma.PRESET_EXTREME
-    return [{"id": lzma.FILTER_LZMA2, "preset": preset, "dict_size": dictionary}]
+    return [{"id": lzma.FILTER_LZMA2, "preset": preset, "dict_size": dictionary, **options}]
 
 
-def lzma_compress(data: bytes) -> bytes:
+def lzma_compress(data: bytes, **options: int) -> bytes:
     """Returns data as raw LZMA2."""
-    return lzma.compress(data, lzma.FORMAT_RAW, filters=lzma_filters(len(data)))
+    return lzma.compress(data, lzma.FORMAT_RAW, filters=lzma_filters(len(data), **options))
 
 
 def lzma_decompress(data: bytes | memoryview, size: int) -> bytes:
@@ -3002,29 +3032,132 @@ def brotli_decompress(data: bytes | memoryview, size: int) -> bytes:
 
     too_wide = data[0] & 1 and (data[0] >> 1 & 7) > 5  # RFC 7932, 9.1: a window of 17 + n bits
     check(not too_wide, "its window is larger than 4 MiB")
-    decoder, parts, got = brotli.Decompressor(), [], 0
-    part = decoder.process(data, output_buffer_limit=1 << 20)
-    while part and got <= size:
-        parts.append(part)
-        got += len(part)
-        part = decoder.process(b"", output_buffer_limit=1 << 20)
-    check(got == size and decoder.is_finished(), f"the arrays do not have {size} bytes")
-    return b"".join(parts)
+    decoder = brotli.Decompressor()
+    raw = decoder.process(data, output_buffer_limit=size + 1)
+    check(len(raw) == size and decoder.is_finished(), f"the arrays do not have {size} bytes")
+    return raw
+
+
+# The level of codes is k if 256 x their mean square is at most 2**(k / 2) and above that of k - 1.
+LEVELS = np.array([math.isqrt(1 << k) for k in range(45)])
+PRIOR_ROWS = 4  # the mean of all columns counts as this many rows of each
+MAX_BLOCKS = 128  # about; the rows of a block are coded by the same levels and counts
+COUNT_UNIT, COUNT_START = 64, 2048  # added for a code; shared out when a level first occurs
+BY_COLUMN, BY_ROW, AS_REST = range(3)  # ways to code an array
+
+
+class RangeCoder:
+    """Encodes int8 codes by a range coder with adaptive frequencies; with `words` it decodes.
+
+    A code's frequencies are the counts of all codes so far whose columns had the same level. The
+    level of a column is that of its rows so far. Levels and counts are integers; the library takes
+    a quotient and products of counts as IEEE doubles, so every machine derives the same.
+    """
+
+    def __init__(self, counts: np.ndarray, words: np.ndarray | None = None) -> None:
+        from constriction import stream
+
+        self.counts = counts  # int64 [levels, 256], changed in place
+        self.categorical = partial(stream.model.Categorical, perfect=False)
+        self.encoder = stream.queue.RangeEncoder()
+        self.decoder = None if words is None else stream.queue.RangeDecoder(words)
+
+    def code(self, codes: np.ndarray) -> None:
+        """Encodes codes [rows, cols], or decodes into them."""
+        rows, cols = codes.shape
+        squares, row = np.zeros(cols, np.int64), 0
+        while row < rows:
+            block = codes[row : row + max(1, min(row, rows // MAX_BLOCKS))]
+            mean = 256 * squares.sum() // max(row * cols, 1)
+            means = (256 * squares + PRIOR_ROWS * mean) // (row + PRIOR_ROWS)
+            levels = np.searchsorted(LEVELS, means)
+            for level in np.unique(levels):
+                columns = levels == level
+                block[:, columns] = self.code_block(block[:, columns], self.counts[level])
+            squares += np.square(block, dtype=np.int64).sum(0)
+            row += len(block)
+
+    def code_block(self, codes: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Returns codes, encoded or decoded by counts [256], and adds them to the counts."""
+        if not counts.any():
+            total = self.counts.sum(0)
+            counts += 1 + COUNT_START * total // max(total.sum(), 1)
+        model = self.categorical(counts.astype(np.float64))
+        if self.decoder:
+            symbols = self.decoder.decode(model, codes.size)
+        else:
+            symbols = codes.ravel() + np.int32(128)
+            self.encoder.encode(symbols, model)
+        counts += COUNT_UNIT * np.bincount(symbols, minlength=256)
+        return (symbols - 128).reshape(codes.shape)
+
+
+# For what the range coder does not code: float16, and tables with rows that repeat.
+REST = stream_codec("lzma", partial(lzma_compress, lc=0, lp=1, pb=1), lzma_decompress)
+
+
+def choose_way(array: np.ndarray, counts: np.ndarray) -> int:
+    """Returns the way that takes the fewest bytes for an array after codes with these counts."""
+    if array.dtype != np.int8:
+        return AS_REST
+    sizes = []
+    for codes in (array, array.T):
+        coder = RangeCoder(counts.copy())
+        coder.code(codes)
+        sizes.append(coder.encoder.get_compressed().nbytes)
+    sizes.append(len(REST.compress([array])))
+    return sizes.index(min(sizes))
+
+
+def range_compress(arrays: Sequence[np.ndarray]) -> bytes:
+    """Returns arrays, each coded in the way that suits it best.
+
+    In order: the number of the range coder's words and the CRC-32 of the arrays, uint32; the way of
+    each array, uint8; the words, uint32; the other arrays by the codec REST.
+    """
+    coder, ways = RangeCoder(np.zeros((len(LEVELS), 256), np.int64)), []
+    for array in arrays:
+        ways.append(choose_way(array, coder.counts))
+        if ways[-1] != AS_REST:
+            coder.code(array.T if ways[-1] == BY_ROW else array)
+    words = coder.encoder.get_compressed().astype("<u4")
+    checksum = zlib.crc32(b"".join(array.tobytes() for array in arrays))
+    rest = REST.compress([array for array, way in zip(arrays, ways) if way == AS_REST])
+    return struct.pack("<II", len(words), checksum) + bytes(ways) + words.tobytes() + rest
+
+
+def range_decompress(data: bytes | memoryview, arrays: Sequence[np.ndarray]) -> None:
+    """Decodes into the arrays what range_compress has returned. Raises ValueError."""
+    words, checksum = struct.unpack_from("<II", data)
+    ways, start = bytes(data[8 : 8 + len(arrays)]), 8 + len(arrays)
+    check(len(data) >= start + 4 * words, f"its codes have less than {words} words")
+    counts = np.zeros((len(LEVELS), 256), np.int64)
+    coder = RangeCoder(counts, np.frombuffer(data, "<u4", words, start).astype(np.uint32))
+    for array, way in zip(arrays, ways):
+        if way != AS_REST:
+            check(array.dtype == np.int8, "its floats are coded as codes")
+            coder.code(array.T if way == BY_ROW else array)
+    rest = [array for array, way in zip(arrays, ways) if way == AS_REST]
+    REST.decompress(data[start + 4 * words :], rest)
+    found = zlib.crc32(b"".join(array.tobytes() for array in arrays))
+    check(found == checksum, "its arrays are not those that were coded")
 
 
 CODECS: dict[str, Codec] = {
-    "zstd": Codec("zstandard", zstd_compress, zstd_decompress),
-    "lzma": Codec("lzma", lzma_compress, lzma_decompress),
-    "brotli": Codec("brotli", brotli_compress, brotli_decompress, transpose=True),
+    "zstd": stream_codec("zstandard", zstd_compress, zstd_decompress),
+    "lzma": stream_codec("lzma", lzma_compress, lzma_decompress),
+    "brotli": stream_codec("brotli", brotli_compress, brotli_decompress, transpose=True),
+    "range": Codec("constriction", range_compress, range_decompress),
 }
 
 
 def load_codec(name: str) -> Codec:
     """Returns a codec that works here. Raises SettingsError for a package missing or too old."""
-    codec, text = CODECS[name], bytes(1000)
+    codec, array, copy = CODECS[name], np.eye(30, 40, dtype=np.int8), np.ones((30, 40), np.int8)
     require(codec.package, f"COMPRESSOR={name}")
     try:
-        check(codec.decompress(codec.compress(text), len(text)) == text, "a round trip fails")
+        codec.decompress(codec.compress([array]), [copy])
+        check(np.array_equal(array, copy), "a round trip fails")
     except Exception as error:
         raise SettingsError(
             f"COMPRESSOR={name}: {error!r:.200}; pip install --upgrade {codec.package}"
@@ -3041,14 +3174,9 @@ def artifact_header(body: bytes | memoryview, description_size: int) -> bytes:
 
 def pack_artifact(settings: ModelSettings, arrays: Mapping[str, Tensor], compressor: str) -> bytes:
     """Returns the bytes of an artifact, the same for the same arrays."""
-    codec = CODECS[compressor]
     described = {"codec": compressor, "settings": model_settings(settings)}
     description = json.dumps(described, separators=(",", ":")).encode()
-    parts = []
-    for name, array in arrays.items():
-        array = array.mT if codec.transpose and name.endswith(".codes") else array
-        parts.append(array.contiguous().cpu().numpy().tobytes())
-    body = description + codec.compress(b"".join(parts))
+    body = description + CODECS[compressor].compress([a.cpu().numpy() for a in arrays.values()])
     return artifact_header(body, len(description)) + body
 
 
@@ -3077,8 +3205,7 @@ def unpack_artifact(
     h = replace(h, **description["settings"])
     with torch.device("meta"):
         layout = artifact_layout(GPT(h))
-    sizes = [array.nbytes for array in layout.values()]
-    size, stored = sum(sizes), len(payload)
+    size, stored = sum(array.nbytes for array in layout.values()), len(payload)
     # No codec does better or worse than this; it bounds the memory before anything is decompressed.
     check(size / 1000 < stored < 1.01 * size + 1000, f"{stored} bytes for arrays of {size} bytes")
     check(
@@ -3086,15 +3213,8 @@ def unpack_artifact(
         "its checksum is wrong",
     )
     codec = load_codec(description["codec"])
-    raw = bytearray(codec.decompress(payload, size))
-    arrays = {}
-    for (name, like), part in zip(
-        layout.items(), torch.frombuffer(raw, dtype=torch.uint8).split(sizes)
-    ):
-        transposed = codec.transpose and name.endswith(".codes")
-        shape = like.shape[::-1] if transposed else like.shape
-        array = part.clone().view(like.dtype).view(shape)
-        arrays[name] = array.mT if transposed else array
+    arrays = {name: torch.empty_like(like, device="cpu") for name, like in layout.items()}
+    codec.decompress(payload, [array.numpy() for array in arrays.values()])
     return h, arrays
 
 
