@@ -1430,9 +1430,13 @@ class Linear(nn.Linear):
         elif gain is not None:
             nn.init.orthogonal_(self.weight, gain)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps x [..., fan_in] to [..., fan_out]."""
-        return F.linear(x, self.weight.to(x.dtype))
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Maps x [..., fan_in] to [..., fan_out], times a learned scale [fan_out] or [].
+
+        Scaling the weight instead of the output saves the output for no gradient.
+        """
+        weight = self.weight if scale is None else scale.unsqueeze(-1) * self.weight
+        return F.linear(x, weight.to(x.dtype))
 
 
 class Embedding(nn.Embedding):
@@ -1508,8 +1512,8 @@ class CausalSelfAttention(nn.Module):
         self.q_gain = nn.Parameter(torch.full((h.num_heads, 1), h.qk_gain_init))
         self.xsa = layer >= h.num_layers - h.xsa_last_n
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        """Maps x [B, T, D] to attention's output [B, T, D]."""
+    def forward(self, x: Tensor, scale: Tensor, context: Context) -> Tensor:
+        """Maps x [B, T, D] to attention's output [B, T, D], times `scale` [D]."""
         weight = torch.cat([getattr(self, name).weight for name in self.INPUT_LAYERS])
         qkv = F.linear(x, weight.to(x.dtype)).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split(self.heads, dim=2)
@@ -1525,7 +1529,7 @@ class CausalSelfAttention(nn.Module):
         y = self.attend(q, k, v, window=context.window)
         if unit is not None:
             y = subtract_self_value(y, unit)
-        return self.proj(y.flatten(2))
+        return self.proj(y.flatten(2), scale)
 
 
 class MLP(nn.Module):
@@ -1538,9 +1542,9 @@ class MLP(nn.Module):
         self.down = Linear(width, h.model_dim, gain=0)
         self.negative_slope = h.negative_slope
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps x [..., D] to [..., D]."""
-        return self.down(F.leaky_relu(self.up(x), self.negative_slope).square())
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        """Maps x [..., D] to [..., D], times `scale` [D]."""
+        return self.down(F.leaky_relu(self.up(x), self.negative_slope).square(), scale)
 
 
 class SmearGate(nn.Module):
@@ -1582,7 +1586,7 @@ class BigramHash(nn.Module):
         pairs = (36_313 * ids[:, 1:] ^ 27_191 * ids[:, :-1]) % last
         starts = (ids[:, 1:] == BOS_ID) & self.bos_mask
         rows = F.pad(pairs.masked_fill(starts, last), (1, 0), value=last)
-        return self.proj(self.embed(rows)) * self.scale
+        return self.proj(self.embed(rows), self.scale)
 
 
 class ValueEmbedding(nn.Module):
@@ -1601,7 +1605,7 @@ class ValueEmbedding(nn.Module):
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
         """Returns what each layer adds to its values, [B, T, K d], for ids [B, T]."""
-        values = self.proj(self.embed(ids)) * self.scale
+        values = self.proj(self.embed(ids), self.scale)
         return {n: (values * self.layer_scales[i]).to(dtype) for i, n in enumerate(self.layers)}
 
 
@@ -1624,9 +1628,8 @@ class Block(nn.Module):
         x = lanes[0]
         keep, restart = self.resid_mix.to(x.dtype)
         x = keep * x + restart * context.x0
-        attention = self.attn(rms_norm(x) * self.norm_scale, context)
-        x = x + self.attn_scale.to(x.dtype) * attention
-        x = x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.norm_scale)
+        x = x + self.attn(rms_norm(x) * self.norm_scale, self.attn_scale, context)
+        x = x + self.mlp(rms_norm(x) * self.norm_scale, self.mlp_scale)
         return (x,)
 
 
