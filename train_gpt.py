@@ -139,21 +139,22 @@ PRESETS: dict[str, dict[str, Any]] = {
 UNSUPPORTED_SETTINGS = frozenset(
     """
     WARMDOWN_FRAC VAL_BATCH_TOKENS SKIP_GATES_ENABLED NUM_LOOPS MIN_LR GPTQ_CALIBRATION_BATCHES
-    EMBED_WD MUON_ROW_NORMALIZE MUON_BETA2 MATRIX_CLIP_SIGMAS MATRIX_BITS LOOP_START LOOP_END
-    ENABLE_LOOPING_AT EMBED_CLIP_SIGMAS EMBED_BITS TTT_LORA_RANK TTT_LORA_LR TTT_EVAL_SEQ_LEN
-    TTT_CHUNK_SIZE TTT_BATCH_SIZE TTT_WEIGHT_DECAY TTT_OPTIMIZER TTT_GRAD_STEPS TTT_MOMENTUM
-    TTT_FREEZE_BLOCKS TTT_GRAD_CLIP TTT_BATCH_SEQS PARALLEL_START_LAYER PARALLEL_FINAL_LANE
-    VAL_DOC_FRACTION VAL_MAX_TOKENS ROPE_YARN PHASED_TTT_ENABLED GLOBAL_TTT_LR MLP_CLIP_SIGMAS
-    ATTN_CLIP_SIGMAS SLIDING_WINDOW_ENABLED QAT_ENABLED GATE_WINDOW GATED_ATTN_ENABLED
-    GATED_ATTENTION SPARSE_ATTN_GATE_ENABLED ATTN_OUT_GATE_ENABLED CASEOPS_ENABLED MTP_NUM_HEADS
-    MTP_LOSS_WEIGHT EMBEDDING_DIM LQER_ENABLED MLP_HIDDEN DTG_ENABLED VALUE_RESIDUAL QUANT_BITS
-    ZSTD_LEVEL JEPA_SIGREG JEPA_BACKBONE_GRAD
+    EMBED_WD MUON_ROW_NORMALIZE MUON_BETA2 LOOP_START LOOP_END ENABLE_LOOPING_AT TTT_LORA_RANK
+    TTT_LORA_LR TTT_EVAL_SEQ_LEN TTT_CHUNK_SIZE TTT_BATCH_SIZE TTT_WEIGHT_DECAY TTT_OPTIMIZER
+    TTT_GRAD_STEPS TTT_MOMENTUM TTT_FREEZE_BLOCKS TTT_GRAD_CLIP TTT_BATCH_SEQS PARALLEL_START_LAYER
+    PARALLEL_FINAL_LANE VAL_DOC_FRACTION VAL_MAX_TOKENS ROPE_YARN PHASED_TTT_ENABLED GLOBAL_TTT_LR
+    MLP_CLIP_SIGMAS ATTN_CLIP_SIGMAS SLIDING_WINDOW_ENABLED QAT_ENABLED GATE_WINDOW
+    GATED_ATTN_ENABLED GATED_ATTENTION SPARSE_ATTN_GATE_ENABLED ATTN_OUT_GATE_ENABLED
+    CASEOPS_ENABLED MTP_NUM_HEADS MTP_LOSS_WEIGHT EMBEDDING_DIM LQER_ENABLED MLP_HIDDEN DTG_ENABLED
+    VALUE_RESIDUAL QUANT_BITS ZSTD_LEVEL GPTQ_RESERVE_SECONDS JEPA_SIGREG JEPA_BACKBONE_GRAD
     """.split()
 )
 
 
 class SettingsError(ValueError):
     """Settings that cannot be used; the message has one line per fault."""
+
+    status = "settings"
 
 
 def setting(
@@ -201,12 +202,12 @@ class ModelSettings:
     bigram_vocab_size: int = setting(
         2048, "Rows in the table of hashed token pairs (BigramHash); 0 disables it.", high=1 << 24
     )
-    bigram_dim: int = setting(128, "Width of the BigramHash table.", low=1, high=65_536)
+    bigram_dim: int = setting(128, "Width of the BigramHash table.", low=2, high=65_536)
     bos_mask: bool = setting(
         True, "SmearGate and BigramHash stop at BOS; 0 crosses documents as published."
     )
     ve_enabled: bool = setting(True, "Add a second token embedding to the values of some layers.")
-    ve_dim: int = setting(128, "Width of the value embedding's table.", low=1, high=65_536)
+    ve_dim: int = setting(128, "Width of the value embedding's table.", low=2, high=65_536)
     ve_layers: str = setting(
         "", "Layers with value embeddings, such as 9,10; empty selects the last two."
     )
@@ -255,9 +256,7 @@ class Hyperparameters(ModelSettings):
     )
     run_id: str = setting("", "Name of the run; empty takes date, time, seed and process id.")
     run_dir: str = setting("", "Folder of the run; empty takes logs/<RUN_ID>.")
-    checkpoint_every: str = setting(
-        "0", "Steps (500) or training seconds (60s) between checkpoints; 0 writes none."
-    )
+    checkpoint_every: int = setting(0, "Steps between checkpoints; 0 writes none.")
     resume: str = setting(
         "", "Checkpoint file to continue; auto takes the run's own, if there is one."
     )
@@ -282,6 +281,12 @@ class Hyperparameters(ModelSettings):
     )
     max_unknown_fraction: float = setting(
         0.005, "Largest fraction of validation tokens that may be unknown to the tokenizer.", high=1
+    )
+    train_order: str = setting(
+        "shuffled",
+        "Order of the training sequences: shuffled takes windows of all shards, sequential follows "
+        "the token stream, as published.",
+        choices=("shuffled", "sequential"),
     )
     train_batch_tokens: int = setting(786_432, "Tokens in a training step, over all ranks.", low=2)
     micro_batch_tokens: int = setting(
@@ -385,9 +390,21 @@ class Hyperparameters(ModelSettings):
         choices=("random", "train"),
     )
     gptq_calib_tokens: int = setting(131_072, "Number of tokens that calibrate GPTQ.", low=1)
-    gptq_reserve_seconds: float = setting(
-        14.0, "Part of MAX_WALLCLOCK_SECONDS kept for GPTQ_CALIB=train."
+    gptq_embed: bool = setting(
+        False, "Quantize the table of the output head by GPTQ too, with the inputs of the head."
     )
+    matrix_bits: int = setting(6, "Range of the codes of matrices.", low=2, high=8)
+    embed_bits: int = setting(8, "Range of the codes of tables.", low=2, high=8)
+    scale_rule: str = setting(
+        "search",
+        "Scale of a row: search tries clips of its largest weight, as published; std takes k times "
+        "its standard deviation (SDClip, PR #1394).",
+        choices=("search", "std"),
+    )
+    matrix_clip_sigmas: float = setting(
+        12.85, "SCALE_RULE=std: k of matrices; raised if the artifact is too large.", low=0.1
+    )
+    embed_clip_sigmas: float = setting(20.0, "SCALE_RULE=std: k of tables.", low=0.1)
     compressor: str = setting("zstd", "Codec of the artifact.", choices=("zstd", "lzma", "brotli"))
 
     @classmethod
@@ -418,12 +435,6 @@ class Hyperparameters(ModelSettings):
     def training_seconds(self) -> float:
         """Seconds for everything that reads training data, math.inf without a limit."""
         return self.max_wallclock_seconds or math.inf
-
-    @property
-    def training_deadline(self) -> float:
-        """Seconds at which training steps end; the rest is kept for calibration on text."""
-        reserve = self.gptq_reserve_seconds if self.calibrates_on_text else 0.0
-        return self.training_seconds - reserve
 
     @property
     def calibrates_on_text(self) -> bool:
@@ -508,18 +519,8 @@ def rules(h: Hyperparameters, world_size: int) -> list[str]:
         faults.append(f"TRAIN_SEQ_LEN={h.train_seq_len}: STP_ENABLED=1 needs at least 3")
     if h.run_id and not is_plain_name(h.run_id):
         faults.append(f"RUN_ID={h.run_id!r}: must be a name of letters, digits and - _ . + =")
-    if not re.fullmatch(r"\d+s?", h.checkpoint_every, re.ASCII):
-        faults.append(
-            f"CHECKPOINT_EVERY={h.checkpoint_every!r}: must be steps, such as 500, or seconds, "
-            "such as 60s"
-        )
     if h.resume == "auto" and not (h.run_id or h.run_dir):
         faults.append("RESUME=auto: needs RUN_ID or RUN_DIR, to know which run to continue")
-    if h.calibrates_on_text and h.training_seconds <= h.gptq_reserve_seconds:
-        faults.append(
-            f"GPTQ_RESERVE_SECONDS={h.gptq_reserve_seconds:g}: must be below "
-            f"MAX_WALLCLOCK_SECONDS={h.max_wallclock_seconds:g}"
-        )
     return faults
 
 
@@ -531,7 +532,7 @@ FREE_ON_RESUME = frozenset(
     max_unknown_fraction micro_batch_tokens iterations max_wallclock_seconds warmup_steps
     val_loss_every train_log_every eval_seq_len eval_stride eval_window val_batch_size ttt_enabled
     ttt_chunk_tokens ttt_epochs ttt_lr gptq_enabled gptq_calib gptq_calib_tokens
-    gptq_reserve_seconds compressor
+    gptq_embed matrix_bits embed_bits scale_rule matrix_clip_sigmas embed_clip_sigmas compressor
     """.split()
 )
 
@@ -666,13 +667,14 @@ class Ranks:
 
         Returns the outputs [n, ...] on every rank, by all-gather. A stack that is None stays None.
         """
-        n = next(len(stack) for stack in stacks if stack is not None)
+        n, device = next((len(s), s.device) for s in stacks if s is not None)
         if self.world_size == 1:
             return tuple(function(*stacks))
         share = -(-n // self.world_size)
         # The last ranks repeat the last item, so that all shares have one shape.
-        mine = torch.arange(self.rank * share, (self.rank + 1) * share).clamp(max=n - 1)
-        own = [stack if stack is None else stack[mine.to(stack.device)] for stack in stacks]
+        first = self.rank * share
+        mine = torch.arange(first, first + share, device=device).clamp(max=n - 1)
+        own = [stack if stack is None else stack[mine] for stack in stacks]
         gathered = []
         for output in function(*own):
             raw = output.contiguous().view(torch.uint8)  # collectives do not take every dtype
@@ -741,7 +743,6 @@ class Device:
         """Returns the function, compiled for fixed shapes if this device compiles."""
         if not self.compiled:
             return function
-        torch._dynamo.config.recompile_limit = 64  # scoring halves its batches without memory
         return torch.compile(function, dynamic=False, fullgraph=True)
 
     def now(self) -> float:
@@ -749,6 +750,11 @@ class Device:
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+    def send(self, tensor: Tensor) -> Tensor:
+        """Returns a tensor of the CPU on the device; a GPU copies it when it comes to it."""
+        tensor = tensor.pin_memory() if self.is_cuda else tensor
+        return tensor.to(self.device, non_blocking=True)
 
     @property
     def is_cuda(self) -> bool:
@@ -815,7 +821,8 @@ def matmul_precision(precision: str) -> Iterator[None]:
 def is_out_of_memory(error: BaseException) -> bool:
     """Returns whether the memory of a GPU or a CPU ran out."""
     kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or "allocate mem" in str(error)
+    says = r"allocate mem|out of memory|ALLOC\w*_FAILED"  # of CPUs, CUDA and NCCL, CUDA's libraries
+    return isinstance(error, kinds) or re.search(says, str(error)) is not None
 
 
 # ---- Attention: the back ends, and one that works here ----
@@ -957,6 +964,8 @@ MAX_HEADER = 1 << 20  # bytes of a checkpoint's header; that of 200 layers has 0
 
 class DataError(ValueError):
     """A shard, tokenizer, checkpoint or artifact that cannot be used."""
+
+    status = "data"
 
 
 @contextmanager
@@ -1108,16 +1117,25 @@ class TokenStream:
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def check(self, log: Log, reach: int, ranks: Ranks) -> None:
+    def fingerprint(self) -> int:
+        """Returns a number of 48 bits that identifies the shards by length and first tokens."""
+        heads = [(len(shard), shard[:1000].tobytes()) for shard in self.shards]
+        return int.from_bytes(hashlib.sha256(repr(heads).encode()).digest()[:6], "little")
+
+    def check(self, log: Log, ranks: Ranks) -> None:
         """Warns of missing shards. Raises DataError for a token id outside the vocabulary.
 
-        Ids are checked in the shards that the first `reach` tokens touch, divided among the ranks.
+        The shards are divided among the ranks, which must all see the same ones.
         """
         count, last = len(self.paths), self.paths[-1].stem[-6:]
         if last.isdecimal() and count <= int(last):
             log(f"warning: {self.pattern}: {count} of {int(last) + 1} shards found")
-        reached = int(np.searchsorted(self.ends, reach)) + 1
-        for index in range(ranks.rank, min(reached, count), ranks.world_size):
+        own = self.fingerprint()
+        if ranks.all_reduce_max(own, -own) != [own, -own]:
+            raise DataError(
+                f"{self.pattern}: ranks see different shards; copy the same to all nodes"
+            )
+        for index in range(ranks.rank, count, ranks.world_size):
             log.progress(f"checking {self.paths[index]}")
             largest = int(self.shards[index].max())
             if largest >= self.vocab_size:
@@ -1138,28 +1156,68 @@ class TokenStream:
         return torch.from_numpy(tokens)
 
 
-@dataclass(frozen=True)
 class TrainingBatches:
-    """The training text cut into steps; a step is a stack of sequences.
+    """The training text cut into sequences of T tokens; a step reads the next rows of them.
 
-    Steps follow the token stream in sequence. A rank reads its own rows only.
+    Shuffled, a sequence is one of the n windows of T tokens into which the shards are cut, and
+    sequence i is window (i * stride + offset) mod n. The stride is coprime to n, so that every
+    window comes once before any comes again, and near 0.618 n, so that a step reads windows from
+    all over the text. In sequence, as published, sequence i starts at token i * T of the stream.
+    Either order follows from the number of the sequence alone: it is the same for any number of
+    ranks, and after a resume. A rank reads its own rows only.
     """
 
-    stream: TokenStream
-    batch_tokens: int  # of a step, over all ranks
-    seq_len: int
-    ranks: Ranks
+    def __init__(
+        self,
+        stream: TokenStream,
+        batch_tokens: int,
+        seq_len: int,
+        ranks: Ranks,
+        order: str = "shuffled",
+        seed: int = 0,
+    ) -> None:
+        self.stream, self.seq_len, self.ranks, self.seed = stream, seq_len, ranks, seed
+        self.rows = batch_tokens // seq_len  # of a step, over all ranks
+        self.is_shuffled = order == "shuffled"
+        lengths = np.array([len(shard) for shard in stream.shards])
+        windows = (lengths - 1) // seq_len  # of each shard; the last target is the token after
+        self.window_ends = np.cumsum(windows)
+        self.count = int(self.window_ends[-1])
+        # What window * T lacks of the window's position, because shards end between windows.
+        self.shifts = stream.ends - lengths - (self.window_ends - windows) * seq_len
+        if not self.count:
+            raise DataError(
+                f"{stream.pattern}: no shard has a sequence of TRAIN_SEQ_LEN={seq_len} tokens and "
+                "its next token; lower TRAIN_SEQ_LEN or use more text"
+            )
+        near = max(round(0.618 * self.count), 1)
+        self.stride = next(
+            s for s in range(near, near + self.count) if math.gcd(s, self.count) == 1
+        )
+
+    def position(self, index: int) -> int:
+        """Returns the position in the stream of the first token of sequence `index`."""
+        if not self.is_shuffled:
+            return index * self.seq_len
+        # Each pass and each seed starts elsewhere in the cycle of the windows.
+        offset = 1_000_003 * self.seed + 7919 * (index // self.count)
+        window = (index * self.stride + offset) % self.count
+        shard = np.searchsorted(self.window_ends, window, "right")
+        return window * self.seq_len + int(self.shifts[shard])
+
+    def sequences(self, start: int, count: int) -> Tensor:
+        """Returns `count` sequences from number `start` on, with the tokens that follow each.
+
+        int64 [count, T + 1].
+        """
+        positions = map(self.position, range(start, start + count))
+        return torch.stack([self.stream.read(at, self.seq_len + 1) for at in positions])
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Returns this rank's inputs and targets of a step, int64 [rows, T]."""
-        share = self.batch_tokens // self.ranks.world_size
-        tokens = self.stream.read(step * self.batch_tokens + self.ranks.rank * share, share + 1)
-        return tokens[:-1].view(-1, self.seq_len), tokens[1:].view(-1, self.seq_len)
-
-    def sequences(self, step: int, count: int) -> Tensor:
-        """Returns the `count` sequences that step `step` would read first, int64 [count, T]."""
-        tokens = self.stream.read(step * self.batch_tokens, count * self.seq_len)
-        return tokens.view(count, self.seq_len)
+        share = self.rows // self.ranks.world_size
+        tokens = self.sequences(step * self.rows + self.ranks.rank * share, share)
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
 def grad_accum_steps(rows: int, seq_len: int, micro_batch_tokens: int) -> int:
@@ -1233,6 +1291,10 @@ class Validation(NamedTuple):
     tokens: Tensor  # int32 [N]
     table: ByteTable
     canonical: bool  # whether it has the bytes of the challenge's text
+
+    def to(self, device: torch.device) -> "Validation":
+        """Returns the text on a device."""
+        return self._replace(tokens=self.tokens.to(device), table=self.table.to(device))
 
 
 class Data(NamedTuple):
@@ -1313,9 +1375,9 @@ def load_byte_table(h: Hyperparameters, folder: Path, tokens: Tensor, log: Log) 
     return table
 
 
-def load_validation(h: Hyperparameters, stream: TokenStream, log: Log) -> Validation:
+def load_validation(h: Hyperparameters, stream: TokenStream, ranks: Ranks, log: Log) -> Validation:
     """Returns the validation text; every token id and the byte table are checked."""
-    stream.check(log, len(stream), Ranks())
+    stream.check(log, ranks)
     tokens = stream.read(0, len(stream), np.int32)
     folder = stream.pattern.parent
     if len(tokens) <= h.window_tokens:
@@ -1350,23 +1412,26 @@ def refuse_duplicates(*streams: TokenStream) -> None:
                 )
 
 
-def load_data(h: Hyperparameters, ranks: Ranks, log: Log, steps: int | None) -> Data:
-    """Opens and checks the validation split and, unless `steps` is None, the training split.
+def load_data(h: Hyperparameters, ranks: Ranks, log: Log, trains: bool = True) -> Data:
+    """Opens and checks the validation split and, if `trains`, the training split.
 
-    Token ids are checked as far as that many training steps and calibration read. Raises DataError.
+    Raises DataError.
     """
     folder = data_folder(h)
     val_stream = TokenStream(folder, "val", h.vocab_size)
-    val = load_validation(h, val_stream, log)
+    val = load_validation(h, val_stream, ranks, log)
     refuse_duplicates(val_stream)
-    if steps is None:
+    if not trains:
         return Data(val, None)
     train_stream = TokenStream(folder, "train", h.vocab_size)
-    reach = steps * h.train_batch_tokens + h.gptq_calib_tokens + h.train_seq_len
-    train_stream.check(log, reach, ranks)
+    train_stream.check(log, ranks)
     refuse_duplicates(val_stream, train_stream)
-    log(f"train_loader:dataset:{folder.name} train_shards:{len(train_stream.paths)}")
-    return Data(val, TrainingBatches(train_stream, h.train_batch_tokens, h.train_seq_len, ranks))
+    batches = TrainingBatches(
+        train_stream, h.train_batch_tokens, h.train_seq_len, ranks, h.train_order, h.seed
+    )
+    shards, windows = len(train_stream.paths), batches.count
+    log(f"train_loader:dataset:{folder.name} train_shards:{shards} windows:{windows}")
+    return Data(val, batches)
 
 
 # ---- Model: the network ----
@@ -1378,18 +1443,18 @@ class Role(NamedTuple):
     optimizer: str  # "muon" or "adamw"
     learning_rate: str  # the setting
     weight_decay: str  # the setting; "" for none
-    bits: int  # range of the stored codes, with a float16 scale per row; 16: float16, no codes
+    stored: str  # as codes with a scale per row, by *_BITS and *_CLIP_SIGMAS; "" for float16
 
 
 # A module's `role` holds for the parameters directly in it, not for its submodules. Optimizer,
 # rates and stored bits of a parameter follow from it. A Linear is a "matrix" unless told otherwise.
 ROLES = {
-    "matrix": Role("muon", "matrix_lr", "muon_wd", 6),
-    "embed": Role("adamw", "tied_embed_lr", "adam_wd", 8),
-    "untied_embed": Role("adamw", "embed_lr", "adam_wd", 8),
-    "head": Role("adamw", "head_lr", "", 8),
-    "scalar": Role("adamw", "scalar_lr", "adam_wd", 16),
-    "aux": Role("adamw", "jepa_lr", "", 8),
+    "matrix": Role("muon", "matrix_lr", "muon_wd", "matrix"),
+    "embed": Role("adamw", "tied_embed_lr", "adam_wd", "embed"),
+    "untied_embed": Role("adamw", "embed_lr", "adam_wd", "embed"),
+    "head": Role("adamw", "head_lr", "", "embed"),
+    "scalar": Role("adamw", "scalar_lr", "adam_wd", ""),
+    "aux": Role("adamw", "jepa_lr", "", "embed"),
 }
 
 
@@ -1654,34 +1719,18 @@ def layer_plan(h: Hyperparameters) -> LayerPlan:
     return LayerPlan(tuple(range(half)), tuple(range(half, h.num_layers)))
 
 
-class JepaInputs(NamedTuple):
-    """What the JEPA losses of a step need. Tensors, so that new values compile nothing anew."""
+class Auxiliary(NamedTuple):
+    """What the auxiliary losses of a step need; None for a loss that the step does not have.
 
-    weight: Tensor  # [], lambda
-    directions: Tensor  # [latent, P] unit columns, along which SIGReg looks
+    The weights are tensors, so that new values compile nothing anew.
+    """
 
-
-class StpInputs(NamedTuple):
-    """What the STP loss of a step needs."""
-
-    weight: Tensor  # []
-    positions: Tensor  # int64 [rows, 3], s < r < t in each sequence
+    jepa_weight: Tensor | None = None  # [], lambda
+    stp_weight: Tensor | None = None  # []
+    stp_positions: Tensor | None = None  # int64 [rows, 3], s < r < t in each sequence
 
 
-class AuxiliaryInputs(NamedTuple):
-    """What the auxiliary losses of a step need; None for a loss that the step does not have."""
-
-    jepa: JepaInputs | None = None
-    stp: StpInputs | None = None
-
-    def rows(self, part: slice) -> "AuxiliaryInputs":
-        """Returns the inputs for some of the sequences."""
-        if self.stp is None:
-            return self
-        return self._replace(stp=self.stp._replace(positions=self.stp.positions[part]))
-
-
-NO_AUXILIARY = AuxiliaryInputs()
+NO_AUXILIARY = Auxiliary()
 
 
 def sigreg(z: Tensor, directions: Tensor, knots: int) -> Tensor:
@@ -1713,6 +1762,7 @@ class JEPA(nn.Module):
 
     role = "aux"
     DIRECTIONS, KNOTS = 256, 17  # of SIGReg
+    directions: Tensor  # [latent, DIRECTIONS], unit columns
 
     def __init__(self, h: Hyperparameters) -> None:
         super().__init__()
@@ -1727,6 +1777,10 @@ class JEPA(nn.Module):
         self.start = nn.Parameter(torch.empty(1, latent).normal_(std=0.02))
         self.inject = Linear(latent, h.model_dim, 0, "aux")
         self.chunk_size, self.sigreg_weight = h.jepa_chunk_size, h.jepa_sigreg_weight
+        # As published, SIGReg looks along the same directions in every step.
+        draws = torch.Generator().manual_seed(h.seed)
+        directions = torch.randn(latent, self.DIRECTIONS, generator=draws, device="cpu")
+        self.register_buffer("directions", F.normalize(directions, dim=0), persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the stream [B, T, D] with predictions added, latents and predicted latents."""
@@ -1738,12 +1792,10 @@ class JEPA(nn.Module):
         added = self.inject(predicted.detach()).repeat_interleave(self.chunk_size, dim=1)
         return x + F.pad(added, (0, 0, 0, rest)), latents, predicted
 
-    def losses(
-        self, latents: Tensor, predicted: Tensor, inputs: JepaInputs
-    ) -> tuple[Tensor, Tensor]:
+    def losses(self, latents: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the squared error of the prediction, and SIGReg of the latents."""
         error = F.mse_loss(predicted.float(), latents.detach().float())
-        return error, sigreg(latents.flatten(0, 1), inputs.directions, self.KNOTS)
+        return error, sigreg(latents.flatten(0, 1), self.directions, self.KNOTS)
 
 
 def stp_loss(states: Tensor, positions: Tensor) -> Tensor:
@@ -1827,15 +1879,19 @@ class GPT(nn.Module):
         # Dividing the head is cheaper than dividing the logits; tanh_ saves a copy of them.
         return F.linear(states, (head / cap).to(states.dtype)).float().tanh_() * cap
 
-    def forward_logits(self, ids: Tensor, last: int = 0, window: int = 0) -> Tensor:
-        """Returns logits [B, last, V] for the last positions of ids [B, T]; for all with last=0."""
+    def states(self, ids: Tensor, window: int = 0) -> Tensor:
+        """Returns the normalized states [B, T, D] that the output head reads, for ids [B, T]."""
         x = self.backbone(ids, window)
         if self.jepa is not None:
             x = self.jepa(x)[0]
-        return self.logits(rms_norm(x)[:, -last:])
+        return rms_norm(x)
+
+    def forward_logits(self, ids: Tensor, last: int = 0, window: int = 0) -> Tensor:
+        """Returns logits [B, last, V] for the last positions of ids [B, T]; for all with last=0."""
+        return self.logits(self.states(ids, window)[:, -last:])
 
     def losses(
-        self, ids: Tensor, targets: Tensor, auxiliary: AuxiliaryInputs = NO_AUXILIARY
+        self, ids: Tensor, targets: Tensor, auxiliary: Auxiliary = NO_AUXILIARY
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss to minimize, and its terms; cross-entropy is `train_loss`, in nats."""
         x = self.backbone(ids)
@@ -1847,13 +1903,13 @@ class GPT(nn.Module):
             self.logits(states).flatten(0, 1), targets.flatten(), label_smoothing=smoothing
         )
         terms = {"train_loss": loss}
-        if self.jepa is not None and auxiliary.jepa is not None:
-            error, spread = self.jepa.losses(latents, predicted, auxiliary.jepa)
-            loss = loss + auxiliary.jepa.weight * (error + self.jepa.sigreg_weight * spread)
+        if self.jepa is not None and auxiliary.jepa_weight is not None:
+            error, spread = self.jepa.losses(latents, predicted)
+            loss = loss + auxiliary.jepa_weight * (error + self.jepa.sigreg_weight * spread)
             terms |= {"jepa_error": error, "jepa_sigreg": spread}
-        if auxiliary.stp is not None:
-            terms["stp"] = stp_loss(states, auxiliary.stp.positions)
-            loss = loss + auxiliary.stp.weight * terms["stp"]
+        if auxiliary.stp_weight is not None and auxiliary.stp_positions is not None:
+            terms["stp"] = stp_loss(states, auxiliary.stp_positions)
+            loss = loss + auxiliary.stp_weight * terms["stp"]
         return loss, terms
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
@@ -1959,6 +2015,8 @@ def programs(h: Hyperparameters) -> list[Phase]:
 class DivergenceError(RuntimeError):
     """A loss, a weight or a score is not finite."""
 
+    status = "nan"
+
 
 class Score(NamedTuple):
     """The result of a scoring pass: bpb (bits per byte) = nats / ln 2 / bytes."""
@@ -2037,48 +2095,27 @@ def plan_windows(
     return [F.pad(batch, (0, 0, 0, size - len(batch))) for batch in batches if len(batch)]
 
 
-class WindowScorer:
-    """Sums nats, tokens and bytes of text over windows.
+def score_windows(
+    forward_logits: Callable[[Tensor, int], Tensor],
+    val: Validation,
+    windows: Tensor,
+    seq_len: int,
+    last: int,
+) -> Tensor:
+    """Returns nats, tokens and bytes, float64 [3], of windows [n, 2] of plan_windows.
 
-    When the memory runs out it goes on with half as many windows at once.
+    A window has `seq_len` tokens and scores at most `last` positions.
     """
-
-    def __init__(
-        self, scoring_pass: ScoringPass, val: Validation, device: Device, log: Log
-    ) -> None:
-        self.forward_logits, self.log, self.device = scoring_pass.forward_logits, log, device.device
-        self.seq_len = min(scoring_pass.seq_len, len(val.tokens) - 1)
-        self.tokens, self.table = val.tokens.to(self.device), val.table.to(self.device)
-        self.offsets = torch.arange(self.seq_len + 1, device=self.device)
-        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        self.most = math.inf  # windows at once
-
-    def add(self, windows: Tensor, last: int) -> None:
-        """Adds windows [n, 2] of plan_windows, each of which scores at most `last` positions."""
-        while len(windows):
-            part = windows[: int(min(self.most, len(windows)))]
-            try:
-                self.sums += self.sums_of(part, last)
-                windows = windows[len(part) :]
-            except Exception as error:
-                if len(part) == 1 or not is_out_of_memory(error):
-                    raise
-                self.most = len(part) // 2
-                self.log(
-                    f"out of memory: scoring {self.most} windows at once; lower VAL_BATCH_SIZE"
-                )
-
-    def sums_of(self, windows: Tensor, last: int) -> Tensor:
-        """Returns nats, tokens and bytes, float64 [3], of windows [n, 2]."""
-        starts, counts = windows.to(self.device).unsqueeze(-1).unbind(1)
-        ids = self.tokens[starts + self.offsets].long()
-        inputs, targets = ids[:, :-1], ids[:, -last:]
-        logits = self.forward_logits(inputs, last).flatten(0, 1)
-        nats = F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
-        text_bytes = self.table.text_bytes(inputs[:, -last:], targets)
-        scored = self.offsets[:last] >= last - counts
-        columns = torch.stack((nats.double(), scored, text_bytes))
-        return columns.where(scored, 0).sum((1, 2))
+    starts, counts = windows.unsqueeze(-1).unbind(1)
+    offsets = torch.arange(seq_len + 1, device=windows.device)
+    ids = val.tokens[starts + offsets].long()
+    inputs, targets = ids[:, :-1], ids[:, -last:]
+    logits = forward_logits(inputs, last).flatten(0, 1)
+    nats = F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
+    text_bytes = val.table.text_bytes(inputs[:, -last:], targets)
+    scored = offsets[:last] >= last - counts
+    columns = torch.stack((nats.double(), scored, text_bytes))
+    return columns.where(scored, 0).sum((1, 2))
 
 
 @torch.inference_mode()
@@ -2096,8 +2133,8 @@ def score(
     batch the learner, if there is one, trains on the chunks whose positions are all scored.
     """
     began, total = device.now(), len(val.tokens) - 1
-    scorer = WindowScorer(scoring_pass, val, device, log)
-    seq_len, learner = scorer.seq_len, scoring_pass.learner
+    val, sums = val.to(device.device), torch.zeros(3, dtype=torch.float64, device=device.device)
+    seq_len, learner = min(scoring_pass.seq_len, total), scoring_pass.learner
     stride = min(scoring_pass.stride, seq_len)
     chunk, learned = learner.chunk_tokens if learner else total, 0
     batches = plan_windows(total, seq_len, stride, max(batch_tokens // seq_len, 1), chunk)
@@ -2108,13 +2145,15 @@ def score(
             complete = (start + seq_len - count) // chunk
             if learner and complete > learned:
                 # Position p predicts token p + 1, so all of these tokens are scored.
-                text = scorer.tokens[learned * chunk : complete * chunk + 1]
+                text = val.tokens[learned * chunk : complete * chunk + 1]
                 learner.learn(text, learned * chunk / total)
                 learned = complete
             if n % ranks.world_size == ranks.rank:
-                scorer.add(windows, stride if n else seq_len)
+                last = stride if n else seq_len
+                windows = device.send(windows)
+                sums += score_windows(scoring_pass.forward_logits, val, windows, seq_len, last)
             log.progress(f"scoring batch {n + 1} of {len(batches)}")
-    nats, tokens, text_bytes = ranks.all_reduce_(scorer.sums).tolist()
+    nats, tokens, text_bytes = ranks.all_reduce_(sums).tolist()
     if tokens != total:
         raise RuntimeError(f"scored {tokens:.0f} tokens of {total}")
     if not math.isfinite(nats):
@@ -2124,10 +2163,10 @@ def score(
     return Score(nats / total, bpb, nats, total, int(text_bytes), seconds, stride)
 
 
-def scoring_batch_tokens(val_batch_size: int, device: Device) -> int:
+def scoring_batch_tokens(h: Hyperparameters, device: Device) -> int:
     """Returns the tokens that one rank scores at once; a CPU's caches hold about 4,096."""
-    share = val_batch_size // 8  # the setting is for 8 GPUs
-    return share if device.is_cuda else min(share, 4096)
+    share = h.val_batch_size // 8  # the setting is for 8 GPUs
+    return min(share, h.micro_batch_tokens if device.is_cuda else 4096)
 
 
 def plain_pass(forward_logits: Callable[[Tensor, int], Tensor], h: Hyperparameters) -> ScoringPass:
@@ -2196,7 +2235,7 @@ class Muon:
         self.momenta = [torch.zeros_like(torch.stack(stack)) for stack in self.stacks]
 
     @torch.no_grad()
-    def step(self, lr_scale: float, momentum: float) -> None:
+    def step(self, lr_scale: float | Tensor, momentum: float) -> None:
         """Decays the weights, then moves them by the orthogonalized update.
 
         The update of a matrix [rows, cols] is multiplied by max(1, rows / cols) ** 0.5.
@@ -2239,7 +2278,9 @@ class Optimizers:
                 groups.append({"params": params, "lr": 0.0, "base_lr": lr, "weight_decay": decay})
         self.adamw = torch.optim.AdamW(groups, betas=(h.beta1, h.beta2), eps=h.adam_eps, fused=True)
         self.names: dict[Tensor, str] = {p: name for name, p in named.items()}
-        self.gradient = bind_flat_gradient_([*named.values()])
+        # Largest first: views behind an odd number of elements would not be aligned.
+        by_size = sorted(named.values(), key=torch.numel, reverse=True)
+        self.gradient = bind_flat_gradient_(by_size)
         self.adamw.step()  # at rate 0: creates the state into which a checkpoint is copied
         for state in self.adamw.state.values():
             state["step"].zero_()
@@ -2247,14 +2288,15 @@ class Optimizers:
     def step(self, phase: Phase) -> Tensor:
         """Clips the gradient, takes a step, clears the gradient; returns the gradient's norm [].
 
-        A gradient that is not finite counts as zero, so that it reaches no weight.
+        A gradient that is not finite changes no weight: it counts as zero, at rate 0.
         """
         norm = self.gradient.norm()
         factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1)
         self.gradient.nan_to_num_(0.0, 0.0, 0.0).mul_(factor.where(norm.isfinite(), 0.0))
-        self.muon.step(phase.lr_scale, phase.muon_momentum)
+        lr_scale = phase.lr_scale * norm.isfinite()
+        self.muon.step(lr_scale, phase.muon_momentum)
         for group in self.adamw.param_groups:
-            group["lr"] = group["base_lr"] * phase.lr_scale
+            group["lr"] = group["base_lr"] * lr_scale
         self.adamw.step()
         self.gradient.zero_()
         return norm
@@ -2283,38 +2325,25 @@ class WeightAverage:
         self.weights = {name: p.clone() for name, p in self.params.items()}
         self.count = 0  # weights in the average of SWA
 
-    def share(self, step: int, lr_scale: float) -> float:
-        """Returns the share of the weights after step `step` in the new average."""
-        if self.kind == "ema":
-            # With a constant decay, 0.997 would leave 41 % of the initial weights after 300 steps.
-            return 1 - min(self.ema_decay, (1 + step) / (10 + step))
-        if self.due(step, lr_scale):
-            return 1 / (self.count + 1)
-        return 0.0 if self.count else 1.0  # until SWA starts, the last weights
-
-    def due(self, step: int, lr_scale: float) -> bool:
-        """Returns whether SWA averages the weights after this step."""
-        late = self.kind == "swa" and lr_scale < self.swa_start
-        return late and (step + 1) % self.swa_every == 0
-
     def update(self, step: int, lr_scale: float) -> None:
         """Updates the average with the weights after step `step`, the first being 0."""
-        share = self.share(step, lr_scale)
-        self.count += self.due(step, lr_scale)
+        if self.kind == "ema":
+            # With a constant decay, 0.997 would leave 41 % of the initial weights after 300 steps.
+            share = 1 - min(self.ema_decay, (1 + step) / (10 + step))
+        else:
+            late = self.kind == "swa" and lr_scale < self.swa_start
+            due = late and (step + 1) % self.swa_every == 0
+            self.count += due
+            share = 1 / self.count if due else float(not self.count)  # at first the last weights
         if share:
-            averages, latest = [*self.weights.values()], [*self.params.values()]
-            torch._foreach_lerp_(averages, latest, share)
+            torch._foreach_lerp_([*self.weights.values()], [*self.params.values()], share)
 
     def copy_to_model(self, log: Log) -> str:
         """Copies the average into the model; returns its kind: ema, swa, or raw (no average)."""
         kind = "raw" if self.kind == "swa" and not self.count else self.kind
         torch._foreach_copy_([*self.params.values()], [*self.weights.values()])
-        if self.kind == "swa":
-            log(f"swa:applying averaged {self.count} checkpoints")
-        if kind == "raw":
-            log("weights:applying the last weights, no average")
-        elif kind == "ema":
-            log("ema:applying EMA weights")
+        applied = {"swa": f"averaged {self.count} checkpoints", "ema": "EMA weights"}
+        log(f"{kind}:applying {applied.get(kind, 'the last weights, no average')}")
         return kind
 
 
@@ -2408,10 +2437,11 @@ class StepLog:
             self.write(**terms)
         left = self.clock.elapsed / step * (self.iterations - step)
         self.log.progress(f"step {step}/{self.iterations}  loss {loss:.4f}  {left:.0f} s left")
-        if not math.isfinite(sum(terms.values())):
+        total, bad = sum(terms.values()), [k for k, v in terms.items() if not math.isfinite(v)]
+        if bad:
             raise DivergenceError(
-                f"step {step}: the loss is {loss}, or the norm of its gradient is; lower MATRIX_LR "
-                "and SCALAR_LR, or set ATTN to another back end"
+                f"step {step}: the loss is {total}: {' '.join(bad)} or its gradient is not finite; "
+                "lower MATRIX_LR and SCALAR_LR, or set ATTN to another back end"
             )
 
     def write(self, **values: float) -> None:
@@ -2421,24 +2451,6 @@ class StepLog:
         times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
         self.log(f"step:{step}/{self.iterations} {terms} {times}")
         self.log.event("step", step=step, seconds=self.clock.elapsed, **values)
-
-
-class CheckpointTimer:
-    """When the next checkpoint is due, by CHECKPOINT_EVERY: steps (500) or seconds (60s)."""
-
-    def __init__(self, every: str, step: int, seconds: float) -> None:
-        self.by_seconds = every.endswith("s")
-        self.interval = int(every.removesuffix("s"))
-        self.restart(step, seconds)
-
-    def restart(self, step: int, seconds: float) -> None:
-        """Counts from here."""
-        self.last = seconds if self.by_seconds else step
-
-    def due(self, step: int, seconds: float) -> bool:
-        """Returns whether the interval has passed."""
-        now = seconds if self.by_seconds else step
-        return 0 < self.interval <= now - self.last
 
 
 class StopSignal:
@@ -2467,17 +2479,13 @@ class StopSignal:
 def save_tensors(
     log: Log, name: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
 ) -> None:
-    """Writes tensors and settings into the run's folder, on rank 0, unless they are not finite.
+    """Writes tensors and settings into the run's folder, on rank 0.
 
     If the file cannot be written the log says so; a file from before stays whole.
     """
     if log.silent or log.folder is None:
         return
     path = log.folder / name
-    for tensor_name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            log(f"warning: {path} is not written: {tensor_name} is not finite")
-            return
     try:
         write_tensors(path, tensors, settings)
         log(f"Serialized model: {path.stat().st_size} bytes in {name}")
@@ -2486,32 +2494,22 @@ def save_tensors(
 
 
 def auxiliary_inputs(
-    phase: Phase, h: Hyperparameters, step: int, device: torch.device, ranks: Ranks
-) -> AuxiliaryInputs:
-    """Returns what the auxiliary losses of a step need on this rank.
+    phase: Phase, h: Hyperparameters, step: int, rows: slice, device: Device
+) -> Auxiliary:
+    """Returns what the auxiliary losses need for some rows of a step.
 
-    The random numbers follow from SEED and the step, whatever the number of ranks, on one kind of
-    device.
+    The random numbers follow from SEED and the step, whatever the number of ranks.
     """
-    jepa = stp = None
+    jepa_weight = stp_weight = positions = None
     if phase.jepa_weight > 0:
-        # As published, SIGReg looks along the same directions in every step.
-        generator = torch.Generator(device).manual_seed(h.seed)
-        shape = (h.jepa_latent_dim, JEPA.DIRECTIONS)
-        directions = F.normalize(torch.randn(shape, generator=generator, device=device), dim=0)
-        weight = torch.tensor(phase.jepa_weight).to(device, non_blocking=True)
-        jepa = JepaInputs(weight, directions)
+        jepa_weight = device.send(torch.tensor(phase.jepa_weight))
     if phase.stp_weight > 0:
         draws = torch.Generator().manual_seed(h.seed + step)
         shape = (h.train_batch_tokens // h.train_seq_len, 3)
-        positions = torch.randint(h.train_seq_len - 2, shape, generator=draws)
-        positions = positions.sort(dim=1).values + torch.arange(3)  # distinct and rising
-        positions = positions.chunk(ranks.world_size)[ranks.rank]
-        if device.type == "cuda":
-            positions = positions.pin_memory()
-        weight = torch.tensor(phase.stp_weight).to(device, non_blocking=True)
-        stp = StpInputs(weight, positions.to(device, non_blocking=True))
-    return AuxiliaryInputs(jepa, stp)
+        drawn = torch.randint(h.train_seq_len - 2, shape, generator=draws)[rows]
+        positions = device.send(drawn.sort(dim=1).values + torch.arange(3))  # distinct and rising
+        stp_weight = device.send(torch.tensor(phase.stp_weight))
+    return Auxiliary(jepa_weight, stp_weight, positions)
 
 
 class Trainer:
@@ -2552,9 +2550,8 @@ class Trainer:
         Continues from the tensors of a checkpoint, if any. Whatever ends training, the average so
         far is saved. The model keeps its last weights, whose plain score is logged.
         """
-        log, stacks = self.log, [len(stack) for stack in self.optimizers.muon.stacks]
+        log = self.log
         log(f"world_size:{self.ranks.world_size} grad_accum_steps:{self.grad_accum}")
-        log(f"muon:{sum(stacks)} matrices in {len(stacks)} stacks")
         with matmul_precision("medium"):
             self.warm_up()
             if resume_from is not None:
@@ -2563,7 +2560,8 @@ class Trainer:
                 try:
                     self.loop(stop_signal)
                 finally:
-                    save_tensors(log, FINAL_MODEL, self.average.weights, model_settings(self.h))
+                    stated = model_settings(self.h) | {"step": self.step}
+                    save_tensors(log, FINAL_MODEL, self.average.weights, stated)
                 stopped = self.clock.agree(stop_signal.received)  # rank 0 has written its files
         if stopped:
             raise KeyboardInterrupt
@@ -2579,8 +2577,8 @@ class Trainer:
         """
         if not (self.device.is_cuda or self.device.compiled):
             return
-        h, phases, weights = self.h, programs(self.h), [*self.average.params.values()]
-        before = [weight.clone() for weight in weights]
+        h = self.h
+        phases = [phase._replace(lr_scale=0.0) for phase in programs(h)]  # moves no weight
         generator = torch.Generator().manual_seed(h.seed)
         count = max(h.warmup_steps, len(phases)) if h.warmup_steps else 0
         for step in range(count):
@@ -2588,7 +2586,6 @@ class Trainer:
             inputs, targets = torch.randint(h.vocab_size, shape, generator=generator)
             self.take_step(phases[step % len(phases)], inputs, targets)
             self.log(f"warmup_step:{step + 1}/{count}")
-        torch._foreach_copy_(weights, before)
         for state in self.optimizers.state().values():
             state.zero_()
 
@@ -2596,11 +2593,11 @@ class Trainer:
         """Takes steps until the run ends or, after a checkpoint, a signal has come to some rank."""
         h, clock, step_log = self.h, self.clock, self.step_log
         clock.resume()
-        checkpoints = CheckpointTimer(h.checkpoint_every, self.step, clock.elapsed)
+        began = self.step
         while True:
             stop = clock.agree(stop_signal.received)
-            if stop or checkpoints.due(self.step, clock.elapsed):
-                checkpoints.restart(self.step, clock.elapsed)
+            due = h.checkpoint_every and self.step > began and not self.step % h.checkpoint_every
+            if stop or due:
                 self.save_checkpoint()
             if stop:
                 return
@@ -2633,17 +2630,15 @@ class Trainer:
         of all ranks: a compiled backward hands over all gradients at its end, so none could go
         earlier.
         """
-        device = self.device.device
-        if self.device.is_cuda:
-            inputs, targets = inputs.pin_memory(), targets.pin_memory()
-        inputs = inputs.to(device, non_blocking=True)
-        targets = targets.to(device, non_blocking=True)
-        auxiliary = auxiliary_inputs(phase, self.h, self.step, device, self.ranks)
+        h, device = self.h, self.device
+        inputs, targets = device.send(inputs), device.send(targets)
         rows, share = self.rows // self.grad_accum, 1 / (self.grad_accum * self.ranks.world_size)
         sums: dict[str, Tensor] = {}
         for start in range(0, self.rows, rows):
+            first = self.ranks.rank * self.rows + start
+            auxiliary = auxiliary_inputs(phase, h, self.step, slice(first, first + rows), device)
             part = slice(start, start + rows)
-            loss, terms = self.loss_fn(inputs[part], targets[part], auxiliary.rows(part))
+            loss, terms = self.loss_fn(inputs[part], targets[part], auxiliary)
             (loss * share).backward()
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach() * share
@@ -2656,7 +2651,7 @@ class Trainer:
     def validate(self) -> None:
         """Logs the plain score of the weights as they are."""
         self.model.eval()
-        tokens = scoring_batch_tokens(self.h.val_batch_size, self.device)
+        tokens = scoring_batch_tokens(self.h, self.device)
         result = score(self.validation, self.val, self.ranks, self.device, self.log, tokens)
         self.step_log.write(val_loss=result.val_loss, val_bpb=result.val_bpb)
         self.model.train()
@@ -2665,7 +2660,8 @@ class Trainer:
         """Writes a checkpoint; the time that this takes counts as training."""
         self.step_log.finish()
         self.clock.count()
-        save_tensors(self.log, CHECKPOINT, self.tensors(), asdict(self.h))
+        stated = {"step": self.step, "shards": self.batches.stream.fingerprint()}
+        save_tensors(self.log, CHECKPOINT, self.tensors(), asdict(self.h) | stated)
         self.clock.count()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -2720,106 +2716,86 @@ class Quantized(NamedTuple):
     """A stack of n quantized matrices: weight = codes * scales of their rows."""
 
     codes: Tensor  # int8 [n, rows, cols]
-    scales: Tensor  # float16 [n, rows]
-    failed: Tensor  # bool [n], matrices that were rounded because GPTQ could not solve them
-
-
-def choose_row_scales(
-    weight: Tensor,
-    limit: int,
-    scale_factor: float,
-    assign: Callable[[Tensor], tuple[Tensor, Tensor]],
-) -> tuple[Tensor, Tensor]:
-    """Returns codes int8 [n, rows, cols] and scales float16 [n, rows] of weights [n, rows, cols].
-
-    Each row takes the clip ratio of least error, then all scales are multiplied by `scale_factor`.
-    assign(scale [n, rows, 1]) returns codes, float [n, rows, cols], and errors [n, rows, 1]. Unlike
-    in the records the scales have no floor of 1/31, which spoils rows of small weights.
-    """
-    peak = weight.abs().amax(-1, keepdim=True)
-    scales = [
-        (peak * ratio / limit).clamp(MIN_SCALE, MAX_SCALE).half().float() for ratio in CLIP_RATIOS
-    ]
-    errors = torch.cat([assign(scale)[1] for scale in scales], -1)
-    best = torch.cat(scales, -1).take_along_dim(errors.argmin(-1, keepdim=True), -1)
-    # Only now: among wider scales a smaller clip ratio would undo the factor.
-    best = (best * scale_factor).clamp(max=MAX_SCALE).half()
-    return assign(best.float())[0].to(torch.int8), best.squeeze(-1)
+    errors: Tensor  # [n, rows], squared errors, which a search for scales compares
 
 
 def quantize_rounding(
-    bits: int, scale_factor: float, weight: Tensor, hessian: Tensor | None
+    limit: int, weight: Tensor, scales: Tensor, hessian: Tensor | None
 ) -> Quantized:
-    """Quantizes matrices [n, rows, cols] to nearest; does not use the Hessian."""
-    limit = 2 ** (bits - 1) - 1
+    """Quantizes matrices [n, rows, cols] to nearest; does not use the Hessian.
 
-    def assign(scale: Tensor) -> tuple[Tensor, Tensor]:
-        codes = (weight / scale).round().clamp(-limit, limit)
-        return codes, (codes * scale - weight).square().sum(-1, keepdim=True)
+    `scales` is float16 [n, rows]; codes are from -limit to limit.
+    """
+    scale = scales.float().unsqueeze(-1)
+    codes = (weight / scale).round().clamp(-limit, limit)
+    errors = (codes * scale - weight).square().sum(-1)
+    return Quantized(codes.to(torch.int8), errors)
 
-    codes, scales = choose_row_scales(weight, limit, scale_factor, assign)
-    return Quantized(codes, scales, weight.new_zeros(len(weight), dtype=torch.bool))
 
-
-def inverse_cholesky(hessian: Tensor) -> tuple[Tensor, Tensor]:
+def inverse_cholesky(hessian: Tensor) -> Tensor:
     """Returns the upper Cholesky factors of the damped inverses of Hessians [n, cols, cols].
 
-    Damping starts at 1 % of the mean diagonal and rises tenfold, up to three times, where a
-    factorization fails. Second: bool [n], where all of them failed; the factor is the identity.
+    Damping is 1 % of the mean diagonal, far more than float32 can make X^T X negative.
     """
-    eye = torch.eye(hessian.size(-1), device=hessian.device)
-    damping = 0.01 * hessian.diagonal(dim1=1, dim2=2).mean(1)
-    for _ in range(4):
-        lower, info = torch.linalg.cholesky_ex(hessian + damping[:, None, None] * eye)
-        lower[info > 0] = eye  # cholesky_inverse raises at zeros
-        upper, upper_info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        failed = (info + upper_info > 0) | ~upper.isfinite().all((1, 2))
-        damping = torch.where(failed, 10 * damping, damping)
-    upper[failed] = eye
-    return upper, failed
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    damping = 0.01 * diagonal.mean(1, keepdim=True) + 1e-6
+    lower = torch.linalg.cholesky(hessian + torch.diag_embed(damping.expand_as(diagonal)))
+    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
 
 
-def quantize_gptq(
-    bits: int, scale_factor: float, weight: Tensor, hessian: Tensor | None
-) -> Quantized:
+def quantize_gptq(limit: int, weight: Tensor, scales: Tensor, hessian: Tensor | None) -> Quantized:
     """Quantizes matrices [n, rows, cols] by full GPTQ (arXiv 2210.17323).
 
     `hessian` [n, cols, cols] is X^T X of the inputs X. Columns are taken by falling diagonal; the
-    error of each is spread over those after it, so that the output changes least. The errors that
-    choose a row's scale are weighted by the Hessian too.
+    error of each is spread over those after it, so that the output changes least. The errors of the
+    rows are weighted by the Hessian too.
     """
     assert hessian is not None
-    limit, cols = 2 ** (bits - 1) - 1, weight.size(2)
+    cols = weight.size(2)
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     order = diagonal.argsort(dim=1, descending=True).unsqueeze(1)
-    upper, failed = inverse_cholesky(hessian.take_along_dim(order.mT, 1).take_along_dim(order, 2))
-    unused = (diagonal == 0) & ~failed.unsqueeze(1)  # inputs that are always 0
-    weight = weight.masked_fill(unused.unsqueeze(1), 0)
-    columns = weight.take_along_dim(order, 2).mT.contiguous()  # [n, cols, rows]
-
-    def assign(scale: Tensor) -> tuple[Tensor, Tensor]:
-        rest, codes, scale = columns.clone(), torch.empty_like(columns), scale.mT
-        error = torch.zeros_like(columns[:, 0])
-        for start in range(0, cols, GPTQ_BLOCK):
-            stop = min(start + GPTQ_BLOCK, cols)
-            errors = torch.empty_like(rest[:, start:stop])
-            for i in range(start, stop):
-                one, before = slice(i, i + 1), slice(start, i)
-                column = rest[:, one] - upper[:, before, one].mT @ errors[:, : i - start]
-                codes[:, one] = (column / scale).round().clamp(-limit, limit)
-                errors[:, i - start] = ((column - codes[:, one] * scale) / upper[:, one, one])[:, 0]
-            rest[:, stop:] -= upper[:, start:stop, stop:].mT @ errors
-            error += errors.square().sum(1)
-        return codes.mT, error.unsqueeze(-1)
-
-    codes, scales = choose_row_scales(weight, limit, scale_factor, assign)
-    return Quantized(codes.take_along_dim(order.argsort(), 2), scales, failed)
+    upper = inverse_cholesky(hessian.take_along_dim(order.mT, 1).take_along_dim(order, 2))
+    weight = weight.masked_fill((diagonal == 0).unsqueeze(1), 0)  # of inputs that are always 0
+    rest = weight.take_along_dim(order, 2).mT.contiguous()  # [n, cols, rows]
+    codes, scale = torch.empty_like(rest), scales.float().unsqueeze(1)
+    errors = torch.zeros_like(rest[:, 0])
+    for start in range(0, cols, GPTQ_BLOCK):
+        stop = min(start + GPTQ_BLOCK, cols)
+        residuals = torch.empty_like(rest[:, start:stop])
+        for i in range(start, stop):
+            one, before = slice(i, i + 1), slice(start, i)
+            column = rest[:, one] - upper[:, before, one].mT @ residuals[:, : i - start]
+            codes[:, one] = (column / scale).round().clamp(-limit, limit)
+            residual = (column - codes[:, one] * scale) / upper[:, one, one]
+            residuals[:, i - start] = residual[:, 0]
+        rest[:, stop:] -= upper[:, start:stop, stop:].mT @ residuals
+        errors += residuals.square().sum(1)
+    codes = codes.mT.take_along_dim(order.argsort(), 2)
+    return Quantized(codes.to(torch.int8), errors)
 
 
-# A quantizer maps bits, a factor on the scales, weights [n, rows, cols], and Hessians
+# A quantizer maps the largest code, weights [n, rows, cols], scales [n, rows], and Hessians
 # [n, cols, cols] or None to a Quantized stack.
-Quantizer = Callable[[int, float, Tensor, Tensor | None], Quantized]
+Quantizer = Callable[[int, Tensor, Tensor, Tensor | None], Quantized]
 QUANTIZERS: dict[str, Quantizer] = {"rounding": quantize_rounding, "gptq": quantize_gptq}
+
+
+def to_scales(values: Tensor) -> Tensor:
+    """Returns values as scales: float16 above 0. The records' floor of 1/31 spoils small rows."""
+    return values.clamp(MIN_SCALE, MAX_SCALE).half()
+
+
+def search_scales(
+    quantizer: Quantizer, limit: int, weight: Tensor, hessian: Tensor | None
+) -> tuple[Tensor]:
+    """Returns scales [n, rows] of weights [n, rows, cols]: each row's clip ratio of least error."""
+    n, rows = weight.shape[:2]
+    peak = weight.abs().amax(-1)
+    scales = torch.cat([to_scales(peak * ratio / limit) for ratio in CLIP_RATIOS], 1)
+    # Rows do not depend on each other, so that one call can try all ratios.
+    errors = quantizer(limit, weight.repeat(1, len(CLIP_RATIOS), 1), scales, hessian).errors
+    best = errors.view(n, -1, rows).argmin(1, keepdim=True)
+    return (scales.view(n, -1, rows).take_along_dim(best, 1).squeeze(1),)
 
 
 def check_finite(weights: Mapping[str, Tensor]) -> None:
@@ -2838,7 +2814,7 @@ def artifact_layout(model: GPT) -> dict[str, Tensor]:
     codes, scales, floats = {}, {}, {}
     roles = parameter_roles(model)
     for name, p in model.named_parameters():
-        if ROLES[roles[name]].bits == 16:
+        if not ROLES[roles[name]].stored:
             floats[name] = torch.empty_like(p, dtype=torch.float16, device="meta")
         else:
             codes[f"{name}.codes"] = torch.empty_like(p, dtype=torch.int8, device="meta")
@@ -2846,59 +2822,93 @@ def artifact_layout(model: GPT) -> dict[str, Tensor]:
     return codes | scales | floats
 
 
-def quantize_model(
-    model: GPT, hessians: Mapping[str, Tensor], ranks: Ranks, scale_factor: float = 1.0
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Returns the artifact's arrays, and the names of matrices that GPTQ could only round.
+class Stack(NamedTuple):
+    """Weights of one shape that are quantized together."""
 
-    Weights with a Hessian are quantized by GPTQ, the others by rounding; `scale_factor` widens the
-    scales of the matrices. Weights of one shape are one stack, divided among the ranks.
-    """
-    roles = parameter_roles(model)
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-    check_finite(weights)
-    stacks: dict[tuple[torch.Size, str, str], list[str]] = {}
-    values: dict[str, Tensor] = {}
+    names: list[str]
+    clip_sigmas: float
+    limit: int  # the largest code
+    quantizer: Quantizer
+    weight: Tensor  # [n, rows, cols]
+    hessian: Tensor | None  # [n, cols, cols]
+
+
+def weight_stacks(model: GPT, hessians: Mapping[str, Tensor]) -> list[Stack]:
+    """Returns all weights that are stored as codes; those with a Hessian are for GPTQ."""
+    h, roles, weights = model.h, parameter_roles(model), dict(model.named_parameters())
+    groups: dict[tuple[torch.Size, str, str], list[str]] = {}
     for name, p in weights.items():
-        if ROLES[roles[name]].bits == 16:
-            values[name] = p.half()
-        else:
+        stored = ROLES[roles[name]].stored
+        if stored:
             quantizer = "gptq" if name in hessians else "rounding"
-            stacks.setdefault((p.shape, roles[name], quantizer), []).append(name)
-    failed = []
-    for (_, role, quantizer), names in stacks.items():
-        factor = scale_factor if role == "matrix" else 1.0
-        quantize = partial(QUANTIZERS[quantizer], ROLES[role].bits, factor)
+            groups.setdefault((p.shape, stored, quantizer), []).append(name)
+    stacks = []
+    for (_, stored, quantizer), names in groups.items():
+        sigmas, bits = getattr(h, f"{stored}_clip_sigmas"), getattr(h, f"{stored}_bits")
+        weight = torch.stack([weights[name].detach() for name in names])
         hessian = torch.stack([hessians[n] for n in names]) if quantizer == "gptq" else None
-        weight = torch.stack([weights[name] for name in names])
-        stack = Quantized(*ranks.map_over_ranks(quantize, weight, hessian))
-        for i, name in enumerate(names):
-            values[f"{name}.codes"], values[f"{name}.scales"] = stack.codes[i], stack.scales[i]
-            if stack.failed[i]:
-                failed.append(name)
-    return {name: values[name] for name in artifact_layout(model)}, failed
+        limit = 2 ** (bits - 1) - 1
+        stacks.append(Stack(names, sigmas, limit, QUANTIZERS[quantizer], weight, hessian))
+    return stacks
+
+
+def choose_scales(stacks: Sequence[Stack], rule: str, ranks: Ranks) -> dict[str, Tensor]:
+    """Returns scales, float16 [rows], of all weights by name; `rule` is SCALE_RULE."""
+    scales: dict[str, Tensor] = {}
+    for stack in stacks:
+        if rule == "std":
+            chosen = to_scales(stack.weight.std(-1) * stack.clip_sigmas / stack.limit)
+        else:
+            search = partial(search_scales, stack.quantizer, stack.limit)
+            (chosen,) = ranks.map_over_ranks(search, stack.weight, stack.hessian)
+        scales |= zip(stack.names, chosen)
+    return scales
+
+
+def quantize_stacks(
+    stacks: Sequence[Stack], scales: Mapping[str, Tensor], ranks: Ranks
+) -> dict[str, Tensor]:
+    """Returns codes, int8 [rows, cols], of all weights by name.
+
+    The weights of a stack are divided among the ranks.
+    """
+    codes: dict[str, Tensor] = {}
+    for stack in stacks:
+        own = torch.stack([scales[name] for name in stack.names])
+        quantize = partial(stack.quantizer, stack.limit)
+        codes |= zip(
+            stack.names, ranks.map_over_ranks(quantize, stack.weight, own, stack.hessian)[0]
+        )
+    return codes
+
+
+def artifact_arrays(
+    model: GPT, codes: Mapping[str, Tensor], scales: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Returns the arrays of an artifact by name: codes, their scales, and the rest in float16."""
+    arrays = {name: p.detach().half() for name, p in model.named_parameters()}
+    arrays |= {f"{name}.codes": array for name, array in codes.items()}
+    arrays |= {f"{name}.scales": array for name, array in scales.items()}
+    return {name: arrays[name] for name in artifact_layout(model)}
 
 
 @torch.inference_mode()
-def collect_hessians(
-    model: GPT,
-    batches: Sequence[Tensor],
-    ranks: Ranks,
-    seconds_left: Callable[[], float] = lambda: math.inf,
-    batch_seconds: float = 0.0,
-) -> tuple[dict[str, Tensor], int]:
+def collect_hessians(model: GPT, batches: Sequence[Tensor], ranks: Ranks) -> dict[str, Tensor]:
     """Returns X^T X, float32 [in, in], of all inputs X of each matrix, by the weight's name.
 
-    Batches are ids [B, T], each divided among the ranks. Stops before a batch that is expected to
-    take longer than seconds_left(): as long as the slowest so far, at first `batch_seconds`.
-    Second: the number of batches read; with none there are no Hessians.
+    With GPTQ_EMBED=1 the table of the output head counts as a matrix. Batches are ids [B, T], each
+    divided among the ranks.
     """
-    roles, hooks, sums, used = parameter_roles(model), [], {}, 0
+    roles, hooks, sums = parameter_roles(model), [], {}
+    device = model.tok_emb.weight.device
 
     def add(total: Tensor, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].flatten(0, -2).float()
         total.addmm_(x.mT, x)
 
+    head = "tok_emb.weight" if model.lm_head is None else "lm_head.weight"
+    if model.h.gptq_embed:
+        sums[head] = torch.zeros(model.h.model_dim, model.h.model_dim, device=device)
     for weight in (name for name, role in roles.items() if role == "matrix"):
         reader, layer = weight.removesuffix(".weight").rsplit(".", 1)
         if layer not in CausalSelfAttention.INPUT_LAYERS:
@@ -2908,20 +2918,15 @@ def collect_hessians(
         hooks.append(module.register_forward_pre_hook(partial(add, sums[weight])))
     try:
         for ids in batches:
-            left = seconds_left()
-            if batch_seconds > left:
-                break
             own = ids[ranks.rank :: ranks.world_size]
             if len(own):
-                model.backbone(own.to(model.tok_emb.weight.device))
-            batch_seconds, used = max(batch_seconds, left - seconds_left()), used + 1
+                states = model.states(own.to(device))
+                if head in sums:
+                    add(sums[head], model, (states,))
     finally:
         for hook in hooks:
             hook.remove()
-    for total in sums.values():
-        ranks.all_reduce_(total)
-    used = int(ranks.all_reduce_max(used)[0])
-    return (sums if used else {}), used
+    return {name: ranks.all_reduce_(total) for name, total in sums.items()}
 
 
 def random_sequences(count: int, seq_len: int, vocab_size: int, seed: int) -> Tensor:
@@ -3117,16 +3122,26 @@ def load_artifact(path: Path, h: Hyperparameters) -> tuple[Hyperparameters, dict
         return h, weights
 
 
-def load_checkpoint(
-    path: Path, h: Hyperparameters
-) -> tuple[Hyperparameters, dict[str, Tensor], dict[str, Tensor]]:
-    """Returns settings, weights, and all tensors of a checkpoint or of saved weights.
+class SavedModel(NamedTuple):
+    """A checkpoint, or weights without the state of a training."""
 
-    The weights of a checkpoint are its average. Model settings that the file does not state, and
-    all others, are those of `h`. Raises DataError.
-    """
+    h: Hyperparameters  # model settings as stored, all others as given
+    weights: dict[str, Tensor]  # of a checkpoint, its average
+    tensors: dict[str, Tensor]  # all
+    settings: dict[str, Any]  # those that the file states
+    step: int  # steps trained; 0 if the file does not say
+    shards: int | None  # fingerprint of the training shards, if the file has it
+
+
+def load_checkpoint(path: Path, h: Hyperparameters) -> SavedModel:
+    """Returns a checkpoint or saved weights. Raises DataError."""
     with raise_data_error(f"{path}: cannot be read as a checkpoint"):
         tensors, stored = read_tensors(path)
+        step = stored.pop("step", len(tensors.get("progress/losses", ())))
+        check(type(step) is int and step >= 0, f"its step is {step!r:.40}")
+        shards = stored.pop("shards", None)
+        if "progress/losses" in tensors:  # from before there was a choice
+            stored.setdefault("train_order", "sequential")
         unknown = sorted(stored.keys() - asdict(h).keys())
         check(not unknown, f"its settings are unknown: {unknown}")
         h = replace(h, **{name: stored[name] for name in model_settings(h) if name in stored})
@@ -3142,15 +3157,33 @@ def load_checkpoint(
         model.load_state_dict(weights, assign=True)  # names and shapes must fit
         weights = model.state_dict()  # a scalar may be stored as [1]
         check_finite(weights)
-        return h, weights, tensors
+        return SavedModel(h, weights, tensors, stored, step, shards)
 
 
-def code_entropy(codes: Tensor) -> tuple[float, int]:
-    """Returns the order-0 entropy of int8 codes in bytes, and their number."""
-    counts = (codes.int() + 128).bincount(minlength=256)
-    total = counts.sum()
-    nats = torch.special.xlogy(counts, total / counts).sum().item()
-    return nats / math.log(256), int(total)
+def code_entropy(codes: Tensor) -> float:
+    """Returns the order-0 entropy of int8 codes in bytes."""
+    counts = (codes.flatten().int() + 128).bincount(minlength=256)
+    nats = torch.special.xlogy(counts, codes.numel() / counts).sum().item()
+    return nats / math.log(256)
+
+
+def entropy_size(arrays: Mapping[str, Tensor]) -> float:
+    """Returns the bytes of an artifact's arrays: those of codes by their order-0 entropy."""
+    return sum(code_entropy(x) if x.dtype == torch.int8 else x.nbytes for x in arrays.values())
+
+
+def smallest_factor(size: Callable[[float], float], room: float) -> float:
+    """Returns the smallest factor with size(factor) <= room, from 1 to MAX_SCALE_FACTOR."""
+    low, high = 0.0, math.log(MAX_SCALE_FACTOR)
+    if size(1.0) <= room:
+        return 1.0
+    for _ in range(16):
+        middle = (low + high) / 2
+        if size(math.exp(middle)) <= room:
+            high = middle
+        else:
+            low = middle
+    return math.exp(high)
 
 
 def pack_to_fit(
@@ -3163,27 +3196,48 @@ def pack_to_fit(
 ) -> bytes:
     """Returns an artifact of at most `room` bytes, unless a scale factor of 50 does not suffice.
 
-    While it is too large the scales of all matrices are multiplied by one factor, and everything is
-    quantized and packed again; twice the factor saves about one bit per code.
+    If it would be too large the scales of all matrices are multiplied by one factor, found by
+    bisection on the order-0 entropy of rounded codes. What the codec adds to the entropy is
+    measured on every eighth row at first, then known from each packing: one or two suffice.
     """
-    roles = parameter_roles(model)
-    matrices = [f"{name}.codes" for name, role in roles.items() if role == "matrix"]
-    scale_factor = 1.0
+    check_finite(dict(model.named_parameters()))
+    stacks, roles = weight_stacks(model, hessians), parameter_roles(model)
+    rounding = [stack._replace(quantizer=quantize_rounding) for stack in stacks]
+    base = choose_scales(stacks, h.scale_rule, ranks)
+    matrices = [name for name, role in roles.items() if role == "matrix"]
+
+    def quantize(factor: float, stacks: Sequence[Stack], ranks: Ranks) -> dict[str, Tensor]:
+        widened = {name: to_scales(base[name].float() * factor) for name in matrices}
+        codes = quantize_stacks(stacks, base | widened, ranks)
+        return artifact_arrays(model, codes, base | widened)
+
+    def size(factor: float) -> float:
+        return entropy_size(quantize(factor, rounding, Ranks()))
+
+    def sample_codec() -> float:
+        arrays = quantize(smallest_factor(size, room), rounding, Ranks())
+        part = {name: array[::8] for name, array in arrays.items() if array.dtype == torch.int8}
+        return 8 * (len(pack_artifact(h, part, h.compressor)) - entropy_size(part))
+
+    added = ranks.broadcast_from_rank0(sample_codec)
+    packing = 0
     while True:
-        arrays, failed = quantize_model(model, hessians, ranks, scale_factor)
+        packing += 1
+        target = (1 - 0.0005 * packing**2) * room - added  # the margin grows, so that this ends
+        factor = ranks.broadcast_from_rank0(partial(smallest_factor, size, target))
+        arrays = quantize(factor, stacks, ranks)
         blob = ranks.broadcast_from_rank0(partial(pack_artifact, h, arrays, h.compressor))
-        entropy, count = code_entropy(torch.cat([arrays[name].flatten() for name in matrices]))
+        codes = torch.cat([arrays[f"{name}.codes"].flatten() for name in matrices])
+        entropy = code_entropy(codes)
+        k = f", k {h.matrix_clip_sigmas * factor:.3f}" if h.scale_rule == "std" else ""
         log(
             f"size: {len(blob)} bytes packed, order-0 entropy of the matrices' codes {entropy:.0f} "
-            f"bytes, scale factor {scale_factor:.3f}"
+            f"bytes, {8 * entropy / len(codes):.3f} bits a code, scale factor {factor:.4f}{k}"
         )
-        if len(blob) <= room or scale_factor > MAX_SCALE_FACTOR:
-            break
-        excess_bits = 8 * (len(blob) - room) / count
-        scale_factor *= 1.005 * 2 ** min(excess_bits, 6)
-    for name in failed:
-        log(f"gptq: {name} is rounded: its Hessian is not positive definite at any damping")
-    return blob
+        is_close = factor == 1 or len(blob) >= 0.999 * room or packing > 1
+        if (len(blob) <= room and is_close) or factor > 0.99 * MAX_SCALE_FACTOR:
+            return blob
+        added = len(blob) - size(factor)
 
 
 # The program ships as its packed twin: the whole source as raw LZMA2 in base85, inside a wrapper
@@ -3236,23 +3290,19 @@ ARTIFACT, RESULT, LOG = "final_model.int6.ptz", "result.json", "train.log"
 PROGRAM, READABLE = "train_gpt.py", "train_gpt_readable.py"  # the packed twin and its source
 
 
-class Program(NamedTuple):
-    """This program in its two forms."""
+def read_program() -> tuple[bytes, bytes]:
+    """Returns the source of this program, and its packed twin, which ships and counts.
 
-    source: bytes
-    twin: bytes  # what ships, and what counts
-
-    @classmethod
-    def load(cls) -> "Program":
-        """Returns the running file and its other form. Raises SettingsError without a file."""
-        try:
-            file = Path(__file__).read_bytes().replace(b"\r\n", b"\n")
-        except (NameError, OSError) as error:
-            raise SettingsError(
-                f"{error}: run this program from a file, because its bytes count"
-            ) from None
-        source = unpacked_source(file)
-        return cls(file, packed_source(file)) if source is None else cls(source, file)
+    Raises SettingsError without a file.
+    """
+    try:
+        file = Path(__file__).read_bytes().replace(b"\r\n", b"\n")
+    except (NameError, OSError) as error:
+        raise SettingsError(
+            f"{error}: run this program from a file, because its bytes count"
+        ) from None
+    source = unpacked_source(file)
+    return (file, packed_source(file)) if source is None else (source, file)
 
 
 def file_in(path: Path, name: str) -> Path:
@@ -3287,47 +3337,50 @@ class Run:
         """Checks that a run could start; trains nothing and writes nothing."""
         check_settings(self.h, self.ranks.world_size)
         folder = self.choose_folder()
-        self.prepare(steps=self.h.iterations)
+        self.prepare()
         self.read_resume(folder)
-        self.log(f"check:ok code:{len(self.program.twin)} bytes folder:{folder}")
+        self.log(f"check:ok code:{len(self.twin)} bytes folder:{folder}")
 
     def evaluate(self, path: Path) -> None:
         """Scores an artifact again; the model's settings are its own."""
         path = file_in(path, ARTIFACT)
         self.h = self.ranks.broadcast_from_rank0(lambda: load_artifact(path, self.h)[0])
-        self.prepare(steps=None, writes=False)
+        self.prepare(trains=False, writes=False)
         self.score_artifact(path, {})
 
     def quantize(self, path: Path) -> None:
         """Packs and scores saved weights again, in a folder of its own."""
         path = file_in(path, FINAL_MODEL)
-        load = lambda: load_checkpoint(path, self.h)[:2]  # noqa: E731
-        self.h, weights = self.ranks.broadcast_from_rank0(load)
+        load = lambda: load_checkpoint(path, self.h)  # noqa: E731
+        saved = self.ranks.broadcast_from_rank0(load)
+        self.h = saved.h
         self.open_folder()
-        self.prepare(steps=0 if self.h.calibrates_on_text else None)
+        self.prepare(trains=self.h.calibrates_on_text)
         self.write_program()
-        model, clock = self.load_model(weights), TrainingClock(self.device, self.ranks)
-        self.quantize_and_score(model, clock, step=0)
+        model, clock = self.load_model(saved.weights), TrainingClock(self.device, self.ranks)
+        self.quantize_and_score(model, clock, saved.step)
 
     def train(self) -> None:
         """Trains a model, averages, calibrates, quantizes and packs it, and scores the artifact."""
         h, log = self.h, self.log
         check_settings(h, self.ranks.world_size)
         folder = self.open_folder()
-        self.prepare(steps=self.h.iterations)
+        self.prepare()
         resume_from = self.read_resume(folder)
         self.write_program()
         model = self.initial_model()
-        trainer = Trainer(model, self.data, h, self.ranks, self.device, log, h.training_deadline)
-        trainer.train(resume_from)
+        deadline = h.training_seconds - self.calibration_seconds(model)
+        trainer = Trainer(model, self.data, h, self.ranks, self.device, log, deadline)
+        try:
+            trainer.train(resume_from)
+        finally:
+            self.result |= {"steps": trainer.step, "train_losses": trainer.step_log.losses}
         kind = trainer.average.copy_to_model(log)
         step_ms = np.diff(trainer.step_log.times, prepend=0.0) * 1000
         percentiles = (50, 99) if trainer.step else ()
         self.result |= {
-            "steps": trainer.step,
             "step_ms": {f"p{n}": float(np.percentile(step_ms, n)) for n in percentiles},
             "peak_memory_mib": torch.cuda.max_memory_allocated() >> 20,  # 0 on a CPU
-            "train_losses": trainer.step_log.losses,
             "weights": kind,
         }
         self.quantize_and_score(model, trainer.clock, trainer.step)
@@ -3346,6 +3399,8 @@ class Run:
             folder = Path(h.run_dir or f"logs/{run_id}")
             existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
             has_begun = (folder / PROGRAM).exists() or not (folder / RESULT).exists()
+            names = (ARTIFACT, CHECKPOINT, FINAL_MODEL, LOG, PROGRAM, READABLE, RESULT)
+            blocked = [name for name in names if (folder / name).is_dir()]
             with torch.device("meta"):
                 needed = BYTES_LIMIT + 40 * sum(p.numel() for p in GPT(h).parameters())
             free, fault = shutil.disk_usage(existing).free, ""
@@ -3353,6 +3408,8 @@ class Run:
                 fault = f"{existing} is not a folder that can be written"
             elif (folder / LOG).exists() and has_begun and h.resume != "auto":
                 fault = "another run is there"
+            elif blocked:
+                fault = f"{blocked[0]} is a folder there"
             elif free < needed:
                 fault = f"its disk has {free} bytes free, {needed} are needed"
             if fault:
@@ -3368,20 +3425,21 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             mode = "a" if (folder / LOG).exists() else "x"  # of two runs, one creates it
             (folder / LOG).open(mode).close()
-            (folder / RESULT).unlink(missing_ok=True)
+            if not (folder / PROGRAM).exists():  # a result of a run that never began
+                (folder / RESULT).unlink(missing_ok=True)
         log.folder = folder
         log(f"{folder}/{LOG}")
         self.result["settings"] = asdict(self.h)
         return folder
 
-    def prepare(self, steps: int | None, writes: bool = True) -> None:
-        """Loads and checks what a command of that many training steps needs; logs the choices."""
+    def prepare(self, trains: bool = True, writes: bool = True) -> None:
+        """Loads and checks what a command needs, with training text or not; logs the choices."""
         h, ranks, log = self.h, self.ranks, self.log
         if writes:  # what is missing must not be found out after training
             load_codec(h.compressor)
             require("safetensors", "a checkpoint")
-        self.program = Program.load()
-        self.data = load_data(h, ranks, log, steps)
+        self.source, self.twin = read_program()
+        self.data = load_data(h, ranks, log, trains)
         device, device_notes = start_device(h.compile, gpus_hidden=self.gpus_hidden)
         self.attention, self.device, attention_notes = choose_attention(h, device, ranks)
         for note in (*self.notes, *device_notes, *attention_notes):
@@ -3395,10 +3453,11 @@ class Run:
         return self.device.describe() | {"attention": self.attention.name}
 
     def write_program(self) -> None:
-        """Writes both forms of the program into the run's folder."""
+        """Begins the run: writes both forms of the program, removes an earlier result."""
         if self.log.folder and not self.log.silent:
-            write_atomically(self.log.folder / READABLE, self.program.source)
-            write_atomically(self.log.folder / PROGRAM, self.program.twin)
+            (self.log.folder / RESULT).unlink(missing_ok=True)
+            write_atomically(self.log.folder / READABLE, self.source)
+            write_atomically(self.log.folder / PROGRAM, self.twin)
 
     def initial_model(self) -> GPT:
         """Returns the model with rank 0's initial weights: other CPUs may draw other numbers."""
@@ -3425,30 +3484,37 @@ class Run:
         h = self.h
         path = file_in(folder if h.resume == "auto" else Path(h.resume), CHECKPOINT)
 
-        def read() -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        def read() -> SavedModel | None:
             if not h.resume or (h.resume == "auto" and not path.exists()):
                 return None
-            tensors = load_checkpoint(path, h)[2]
-            return read_tensors(path)[1], tensors
+            return load_checkpoint(path, h)
 
-        found = self.ranks.broadcast_from_rank0(read)
-        if found is None:
+        saved = self.ranks.broadcast_from_rank0(read)
+        if saved is None:
             return None
-        stored, tensors = found
+        if "progress/losses" not in saved.tensors:
+            raise DataError(f"RESUME={path}: it has weights only; name a {CHECKPOINT}")
+        if saved.step > h.iterations:
+            raise DataError(f"RESUME={path}: it has {saved.step} steps; raise ITERATIONS to more")
         own = asdict(h)
-        changed = {name: value for name, value in stored.items() if value != own[name]}
+        changed = {name: value for name, value in saved.settings.items() if value != own[name]}
         fixed = {name: value for name, value in changed.items() if name not in FREE_ON_RESUME}
         if fixed:
             raise DataError(f"RESUME={path}: it was trained with {env_form(fixed)}; set the same")
-        step = tensors.get("progress/losses", torch.empty(0)).numel()
-        self.result["resumed"] = {"step": step, "changed": changed}
-        return tensors
+        train = self.data.train
+        if train and saved.shards not in (None, train.stream.fingerprint()):
+            raise DataError(
+                f"RESUME={path}: it was trained on other shards than {train.stream.pattern}; set "
+                "DATA_PATH to the same"
+            )
+        self.result["resumed"] = {"step": saved.step, "changed": changed}
+        return saved.tensors
 
     def quantize_and_score(self, model: GPT, clock: TrainingClock, step: int) -> None:
         """Calibrates, quantizes and packs a model after `step` steps; scores the artifact."""
         h, log, val = self.h, self.log, self.data.val
         path, ends = (log.folder or Path()) / ARTIFACT, [self.device.now()]
-        code, scores = len(self.program.twin), self.result.setdefault("scores", {})
+        code, scores = len(self.twin), self.result.setdefault("scores", {})
         model.eval()
         hessians = self.calibrate(model, clock, step)
         ends.append(self.device.now())
@@ -3468,47 +3534,68 @@ class Run:
         stages = zip(("calibrate", "pack", "diagnose", "eval"), np.diff(ends).tolist())
         seconds = {"train": clock.elapsed, **dict(stages)}
         log("seconds: " + " ".join(f"{name}:{value:.1f}" for name, value in seconds.items()))
-        verdicts = self.check_limits(seconds, code + len(blob), trained=step > 0)
+        verdicts = self.check_limits(seconds, code + len(blob))
         self.result |= {
             "status": "over a limit" if "FAIL" in verdicts.values() else "ok",
             "verdicts": verdicts,
             "bytes": {"code": code, "model": len(blob), "total": code + len(blob)},
             "seconds": seconds,
             "machine": self.machine(),
-            "code_sha256": hashlib.sha256(self.program.source).hexdigest(),
+            "code_sha256": hashlib.sha256(self.source).hexdigest(),
             "canonical_val": val.canonical,
             "val_sha256": hashlib.sha256(val.tokens.numpy().tobytes()).hexdigest(),
             "train_tokens": len(self.data.train.stream) if self.data.train else 0,
         }
 
-    def calibrate(self, model: GPT, clock: TrainingClock, step: int) -> dict[str, Tensor]:
-        """Returns the Hessians for GPTQ; none with GPTQ_ENABLED=0, or if the time is over.
+    def calibration_batches(self, step: int) -> Sequence[Tensor]:
+        """Returns the ids [B, T] that calibrate GPTQ after `step` steps.
 
-        GPTQ_CALIB=train reads the text that step `step` would train on; the clock runs meanwhile.
+        GPTQ_CALIB=train takes the text that step `step` would train on.
         """
         h, train, length = self.h, self.data.train, self.h.train_seq_len
-        if not h.gptq_enabled:
-            return {}
         count, rows = max(h.gptq_calib_tokens // length, 1), max(h.micro_batch_tokens // length, 1)
         if h.gptq_calib == "random" or train is None:
-            sequences = random_sequences(count, length, h.vocab_size, h.seed)
-            return collect_hessians(model, sequences.split(rows), self.ranks)[0]
-        batches = train.sequences(step, count).split(rows)
-        clock.resume()
-        hessians, used = collect_hessians(
-            model, batches, self.ranks, lambda: h.training_seconds - clock.seconds(), clock.slowest
-        )
-        clock.count()
-        if used < len(batches):
-            self.log(
-                f"gptq: the time allowed {used} of {len(batches)} calibration batches; raise "
-                "GPTQ_RESERVE_SECONDS"
+            return random_sequences(count, length, h.vocab_size, h.seed).split(rows)
+        return train.sequences(step * train.rows, count)[:, :-1].split(rows)
+
+    def calibration_seconds(self, model: GPT) -> float:
+        """Returns the training seconds to keep for calibration, by the time of a batch."""
+        if not (self.h.calibrates_on_text and self.h.max_wallclock_seconds):
+            return 0.0
+        batches, device = self.calibration_batches(step=0), self.device
+        seconds = 0.0
+        for _ in range(2):  # a first batch takes longer than others
+            start = device.now()
+            collect_hessians(model, batches[:1], self.ranks)
+            seconds = device.now() - start
+        reserve = 1.5 * len(batches) * self.ranks.all_reduce_max(seconds)[0]
+        self.log(f"gptq: {reserve:.1f} s are kept for {len(batches)} calibration batches")
+        if reserve >= self.h.max_wallclock_seconds:
+            raise SettingsError(
+                f"MAX_WALLCLOCK_SECONDS={self.h.max_wallclock_seconds:g}: calibration on training "
+                f"text takes about {reserve:.1f} s of it; raise it or lower GPTQ_CALIB_TOKENS"
             )
+        return reserve
+
+    def calibrate(self, model: GPT, clock: TrainingClock, step: int) -> dict[str, Tensor]:
+        """Returns the Hessians for GPTQ, none without it; the clock counts training text."""
+        h = self.h
+        if not h.gptq_enabled:
+            return {}
+        batches = self.calibration_batches(step)
+        if h.calibrates_on_text:
+            clock.resume()
+        hessians = collect_hessians(model, batches, self.ranks)
+        if h.calibrates_on_text:
+            clock.count()
+        for name in [name for name, x in hessians.items() if not x.isfinite().all()]:
+            self.log(f"gptq: {name} is rounded: the inputs that calibrate it are not finite")
+            del hessians[name]
         return hessians
 
     def score(self, scoring_pass: ScoringPass) -> Score:
         """Returns the score of a pass over the validation text."""
-        tokens = scoring_batch_tokens(self.h.val_batch_size, self.device)
+        tokens = scoring_batch_tokens(self.h, self.device)
         return score(scoring_pass, self.data.val, self.ranks, self.device, self.log, tokens)
 
     def score_artifact(self, path: Path, scores: dict[str, Any]) -> None:
@@ -3537,15 +3624,13 @@ class Run:
             last = add("ttt", "legal_ttt", sliding_pass(forward_logits, h, learner))
         log_score(log, "final_int8_zlib_roundtrip", last)  # where the community's tools look
 
-    def check_limits(
-        self, seconds: Mapping[str, float], total_bytes: int, trained: bool
-    ) -> dict[str, str]:
+    def check_limits(self, seconds: Mapping[str, float], total_bytes: int) -> dict[str, str]:
         """Returns and logs PASS or FAIL for the seconds of training and scoring, and the bytes."""
         limits = {
             "eval_seconds": (seconds["eval"], EVAL_SECONDS_LIMIT),
             "total_bytes": (total_bytes, BYTES_LIMIT),
         }
-        if trained:
+        if seconds["train"]:
             limits["train_seconds"] = (seconds["train"], self.h.training_seconds)
         verdicts = {}
         for name, (value, limit) in limits.items():
@@ -3562,19 +3647,13 @@ def log_score(log: Log, name: str, result: Score) -> None:
     log.event("score", name=name, **result._asdict())
 
 
-# The status of a failure by its exception, and the exit status of each status.
-FAILURES: dict[type[BaseException], str] = {
-    SettingsError: "settings",
-    DataError: "data",
-    DivergenceError: "nan",
-}
 EXIT_STATUS = {"ok": 0, "over a limit": 1, "settings": 2, "data": 2, "oom": 3, "nan": 4}
 EXIT_STATUS |= {"interrupted": 5, "failed": 6}
 
 
 def describe_failure(error: BaseException) -> dict[str, str]:
     """Returns the status and the reason of an exception; a traceback only for our own bugs."""
-    status, reason = FAILURES.get(type(error), "failed"), str(error)
+    status, reason = getattr(error, "status", "failed"), str(error)
     if is_out_of_memory(error):
         status, peak = "oom", torch.cuda.max_memory_allocated() >> 20
         reason += f"; peak {peak} MiB; lower MICRO_BATCH_TOKENS, EVAL_SEQ_LEN or EVAL_WINDOW"

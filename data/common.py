@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -30,11 +30,29 @@ REMEDIES = {
     errno.EISDIR: "a file is needed there",
     errno.ENOTDIR: "a folder is needed there",
     errno.ELOOP: "replace the link that leads to itself",
+    errno.ENAMETOOLONG: "give a shorter path",
+    **dict.fromkeys((errno.EIO, errno.ESTALE), "check its disk or mount, or use a copy elsewhere"),
 }
 
 
 class InputError(Exception):
     """An error in the input or the arguments: one line with the name, the value and the remedy."""
+
+
+@contextlib.contextmanager
+def add_path_to_errors(path: Path) -> Iterator[None]:
+    """Gives an OSError that names no file, as one of a read or of a lock, the path of the file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def read_bytes(path: Path) -> bytes:
+    """Returns the content of a file. An OSError names the file."""
+    with add_path_to_errors(path):
+        return path.read_bytes()
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> None:
@@ -53,14 +71,21 @@ def staging_folder(folder: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def check_writable(folder: Path) -> None:
-    """Creates a folder below --out. Raises InputError if no file can be written there."""
+def check_writable(folder: Path, targets: Iterable[Path] = ()) -> None:
+    """Raises InputError if a folder, which need not exist, or one of its files cannot be written.
+
+    Leaves nothing behind.
+    """
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     try:
-        with staging_folder(folder):
+        with tempfile.TemporaryDirectory(dir=existing, prefix=".partial-"):
             pass
     except OSError as error:
         reason = f"{error.strerror}; choose a writable folder"
         raise InputError(f"--out: {folder}: {reason}") from None
+    for path in targets:
+        if path.is_dir():
+            raise InputError(f"--out: {path}: is a folder, but a file must be there; move it away")
 
 
 # ---- Manifest ----
@@ -74,7 +99,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     manifest: dict[str, Any] = {"tokenizers": [], "datasets": []}
     try:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            manifest |= json.loads(path.read_bytes())
+            manifest |= json.loads(read_bytes(path))
         if all(isinstance(e["name"], str) for e in manifest["tokenizers"] + manifest["datasets"]):
             return manifest
     except (ValueError, TypeError, KeyError, RecursionError):
@@ -104,6 +129,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises the message as an InputError."""
         raise InputError(message.removeprefix("argument "))
+
+
+def path_argument(text: str) -> Path:
+    """Converts an argument to a path; an empty one, as of an unset variable, names no folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty; give one, or leave the argument out")
+    return Path(text)
 
 
 def integer_between(low: int, high: int) -> Callable[[str], int]:
@@ -157,7 +189,7 @@ def describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno:
         path = os.fsdecode(error.filename2 or error.filename or "")
         remedy = REMEDIES.get(error.errno, "check the path")
-        text = f"{path}: {error.strerror}; {remedy}"
+        text = f"{path or 'a file'}: {error.strerror}; {remedy}"
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 

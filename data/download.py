@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import huggingface_hub
 from filelock import FileLock, Timeout
@@ -70,10 +71,9 @@ def is_proxy(text: str) -> bool:
 
 
 def has_certificates(path: str) -> bool:
-    """Returns whether a path is a folder, or a file of certificates."""
+    """Returns whether a path is a file of certificates."""
     try:
-        if not Path(path).is_dir():
-            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
     except OSError:
         return False
     return True
@@ -83,19 +83,26 @@ def has_certificates(path: str) -> bool:
 VARIABLES: tuple[tuple[str, Callable[[str], object], str], ...] = (
     ("HF_ENDPOINT", is_url, "a URL such as https://huggingface.co"),
     ("(HTTPS?|ALL)_PROXY", is_proxy, "http://HOST:PORT (socks5:// needs the package socksio)"),
-    ("SSL_CERT_FILE|(REQUESTS|CURL)_CA_BUNDLE", has_certificates, "a file of certificates"),
-    ("SSL_CERT_DIR", os.path.isdir, "a folder of certificates"),
-    ("HF_TOKEN|HUGGING_FACE_HUB_TOKEN", re.compile(r"\s*[!-~]+\s*").fullmatch, "one ASCII word"),
+    ("SSL_CERT_FILE", has_certificates, "a file of certificates"),
+    ("SSL_CERT_DIR", lambda v: any(Path(d).is_dir() for d in v.split(":")), "folders: A[:B...]"),
+    ("HF_TOKEN|HUGGING_FACE_HUB_TOKEN", re.compile(r"\s*[!-~]*\s*").fullmatch, "one ASCII word"),
     ("HF_HUB_(ETAG|DOWNLOAD)_TIMEOUT", re.compile(r"0*[1-9]\d*").fullmatch, "whole seconds"),
 )
-NETWORK_NAME = r"(HF|HUGGING_FACE|SSL\w*?)_\w+|\w+_PROXY|(REQUESTS|CURL)_CA_BUNDLE|SSLKEYLOGFILE"
+NETWORK_NAME = r"(HF|HUGGING_FACE|TRANSFORMERS|SSL\w*?)_\w+|\w+_PROXY|SSLKEYLOGFILE"
 
 
 def check_environment() -> None:
     """Raises InputError if a variable that the network needs has a value that cannot be used."""
+    proxies = getproxies()
+    no_proxy = [host.strip() for host in proxies.get("no", "").split(",")]
     for name, value in os.environ.items():
+        scheme = name.lower().removesuffix("_proxy")
+        if scheme != name.lower() and ("*" in no_proxy or proxies.get(scheme) != value):
+            continue  # the HTTP client reads no proxy, or http_proxy rather than HTTP_PROXY
+        if name.startswith("SSL_") and not value:
+            continue  # it takes an empty one for an unset one; huggingface_hub does not
         for pattern, is_usable, needed in VARIABLES:
-            if value and re.fullmatch(pattern, name, re.IGNORECASE) and not is_usable(value):
+            if re.fullmatch(pattern, name, re.IGNORECASE) and not is_usable(value):
                 raise InputError(
                     f"{name}: its value cannot be used; set it to {needed}, or unset it"
                 )
@@ -118,11 +125,14 @@ def hub_errors(repo: str, staging: Path) -> Iterator[None]:
             if error.errno in common.DISK_FULL or path.startswith(str(staging)):
                 raise OSError(error.errno, error.strerror, path or str(staging)) from None
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        reason = f"HTTP status {status}" if status else f"{type(error).__name__}: {error}"
         if status in (401, 403, 404) or isinstance(error, HFValidationError):
-            reason = f"HTTP status {status}, missing or private" if status else str(error)
             remedy = "check MATCHED_FINEWEB_REPO_ID, or set HF_TOKEN to a token that may read it"
+        elif isinstance(error, UnicodeError):
+            remedy = "check the token in HF_TOKEN, or in the file of HF_TOKEN_PATH or HF_HOME"
+        elif "CERTIFICATE_VERIFY_FAILED" in reason:
+            remedy = "set SSL_CERT_FILE to your network's certificates (no other variable is read)"
         else:
-            reason = f"HTTP status {status}" if status else f"{type(error).__name__}: {error}"
             used = sorted(n for n in os.environ if re.fullmatch(NETWORK_NAME, n, re.IGNORECASE))
             names = ", ".join(dict.fromkeys(["HF_ENDPOINT", *used]))
             remedy = f"check the network and {names}, then run again to resume"
@@ -209,7 +219,7 @@ def find_fault(path: Path, file: "RepoFile") -> str:
         digest, expected = hashlib.sha256(), file.lfs.sha256
     else:  # a small file, which the repository names by its git hash
         digest, expected = hashlib.sha1(b"blob %d\0" % size), file.blob_id
-    with path.open("rb") as stream:
+    with common.add_path_to_errors(path), path.open("rb") as stream:
         for block in iter(partial(stream.read, 1 << 20), b""):
             digest.update(block)
     return "" if digest.hexdigest() == expected else "its hash is not the repository's"
@@ -312,7 +322,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--train-shards", type=count, default=80, metavar="N", help="the first N; default: 80")
     add(
         "--out",
-        type=Path,
+        type=common.path_argument,
         default=common.DATA,
         metavar="DIR",
         help="parent of datasets/; default: data/",
@@ -329,6 +339,7 @@ def run(args: argparse.Namespace) -> None:
     check_environment()
     common.read_manifest(local_manifest)
     common.check_writable(staging)
+    staging.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(staging / "lock", timeout=0):
             name = os.environ.get("MATCHED_FINEWEB_REPO_ID") or REPO_ID
@@ -337,6 +348,9 @@ def run(args: argparse.Namespace) -> None:
             dataset, tokenizer, paths = choose_files(
                 repository.manifest(), name, args.variant, args.train_shards
             )
+            targets = [args.out / path for path in paths]
+            for folder in {target.parent for target in targets}:
+                common.check_writable(folder, targets)
             download_missing(repository, repository.list_files(paths), args.out)
             shutil.rmtree(staging)
     except Timeout:
@@ -347,8 +361,10 @@ def run(args: argparse.Namespace) -> None:
 
 def stop_at_once(*_: Any) -> None:
     """Ends the process after a signal; the download threads would finish their files first."""
-    print("error: interrupted; run again to resume", file=sys.stderr, flush=True)
-    os._exit(130)
+    try:
+        os.write(sys.stderr.fileno(), b"error: interrupted; run again to resume\n")
+    finally:  # stderr may be closed
+        os._exit(130)
 
 
 def main(argv: list[str]) -> int:

@@ -54,11 +54,13 @@ BATCH_DOCUMENTS = 512  # documents encoded in one call
 INPUT_NAME = re.compile(
     r"\.(?P<format>jsonl|ndjson|json|txt)(\.(?P<packing>gz|xz|zst))?(\.\d+)?$", re.IGNORECASE
 )
+SUFFIXES = ".jsonl, .ndjson, .json or .txt, also with .gz, .xz or .zst"
 DECOMPRESSORS: dict[str, Callable[[], Any]] = {
     "gz": partial(zlib.decompressobj, wbits=31),
     "xz": lzma.LZMADecompressor,
     "zst": lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(),
 }
+PACKING_MARKS = {"gz": b"\x1f\x8b", "xz": b"\xfd7zXZ\0", "zst": b"\x28\xb5\x2f\xfd"}
 
 JSON_NEEDED = 'need JSON objects with a string "text" in UTF-8, one per line or in one list'
 
@@ -80,15 +82,15 @@ def input_kind(path: Path) -> tuple[str, str]:
     """
     match = INPUT_NAME.search(path.name)
     if not match:
-        needed = ".jsonl, .ndjson, .json or .txt, also with .gz, .xz or .zst"
-        raise InputError(f"{path}: unknown suffix; need {needed}")
+        raise InputError(f"{path}: unknown suffix; need {SUFFIXES}")
     return match["format"].lower(), (match["packing"] or "").lower()
 
 
 def find_files(folder: Path) -> list[Path]:
     """Returns the input files below a folder in the order of their names; hidden ones are left out.
 
-    Raises InputError if a folder is reached twice through links, and OSError if one is unreadable.
+    Raises InputError if there are none, or if a folder is reached twice through links, and OSError
+    if one is unreadable.
     """
 
     def fail(error: OSError) -> NoReturn:
@@ -105,9 +107,20 @@ def find_files(folder: Path) -> list[Path]:
         shown = sorted(name for name in names if not name.startswith("."))
         found = [Path(place, name) for name in shown if INPUT_NAME.search(name)]
         files, others = files + found, others + len(shown) - len(found)
+    if not files:
+        raise InputError(f"{folder}: no input file in this folder; need {SUFFIXES}")
     if others:
         common.say(f"note: {folder}: {others:,} files with other suffixes are left out")
     return files
+
+
+def listed_paths(path: Path) -> list[Path]:
+    """Returns the paths in a file, one per line. Raises InputError if there are none."""
+    data = common.read_bytes(path).removeprefix(codecs.BOM_UTF8)
+    paths = [Path(os.fsdecode(line)) for line in data.splitlines() if line.strip()]
+    if not paths or b"\0" in data:
+        raise InputError(f"{path}: need one path per line, in UTF-8 without zero bytes")
+    return paths
 
 
 def input_files(paths: Iterable[Path]) -> list[Path]:
@@ -117,11 +130,7 @@ def input_files(paths: Iterable[Path]) -> list[Path]:
     """
     listed: list[Path] = []
     for path in paths:
-        if str(path).startswith("@"):
-            lines = Path(str(path)[1:]).read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
-            listed += [Path(os.fsdecode(line)) for line in lines if line.strip()]
-        else:
-            listed.append(path)
+        listed += listed_paths(Path(str(path)[1:])) if str(path).startswith("@") else [path]
     files: dict[str, Path] = {}
     for path in listed:
         for file in find_files(path) if path.is_dir() else [path]:
@@ -136,7 +145,11 @@ def input_files(paths: Iterable[Path]) -> list[Path]:
 
 def read_blocks(path: Path, packing: str) -> Iterator[bytes]:
     """Yields the decompressed content of a file. Raises InputError if it is damaged or cut."""
-    with path.open("rb") as file:
+    with common.add_path_to_errors(path), path.open("rb") as file:
+        start = file.peek(6)
+        found = [kind for kind, mark in PACKING_MARKS.items() if start.startswith(mark)]
+        if found and found != [packing]:
+            raise InputError(f"{path}: holds .{found[0]} data; correct its suffix, or unpack it")
         blocks = iter(partial(file.read, 1 << 18), b"")
         if not packing:
             yield from blocks
@@ -151,36 +164,53 @@ def read_blocks(path: Path, packing: str) -> Iterator[bytes]:
                     yield frame.decompress(rest)
                     rest = frame.unused_data.lstrip(b"\0")
         except (zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
-            raise InputError(f"{path}: damaged .{packing} data ({error}); copy it again") from None
+            remedy = "copy it again, or correct its suffix"
+            raise InputError(f"{path}: damaged .{packing} data ({error}); {remedy}") from None
         if not frame.eof:
             raise InputError(f"{path}: truncated .{packing} data; copy it again, or join its parts")
 
 
 def split_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
     """Yields the lines of a file without their ends."""
-    rest = b""
+    parts: list[bytes] = []  # of a line that has not ended
     for block in blocks:
-        *lines, rest = (rest + block).split(b"\n")
-        yield from lines
-    yield rest
+        first, *others = block.split(b"\n")
+        parts.append(first)
+        for other in others:
+            yield b"".join(parts)
+            parts = [other]
+    yield b"".join(parts)
+
+
+def decode_text(place: str, data: bytes) -> str:
+    """Returns UTF-8 text without its byte order mark. Raises InputError for another encoding."""
+    encoding, reason = json.detect_encoding(data).upper(), "by its first bytes"
+    if encoding.startswith("UTF-8"):
+        try:
+            return data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            encoding, reason = "WINDOWS-1252", str(error)
+    raise InputError(f"{place}: perhaps {encoding}, not UTF-8 ({reason}); convert it to UTF-8")
 
 
 def parse_json(place: str, data: bytes) -> Any:
     """Returns the value of a JSON text. Raises InputError."""
     try:
-        return json.loads(data.decode("utf-8-sig"))
+        return json.loads(decode_text(place, data))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{place}: {error}; {JSON_NEEDED}") from None
 
 
 def json_records(path: Path, lines: Iterator[bytes]) -> Iterator[tuple[str, Any]]:
     """Yields (place, record) of every line, or of the one list that the file consists of."""
+    is_first = True
     for number, line in enumerate(lines, 1):
         start = line.removeprefix(codecs.BOM_UTF8).strip()
-        if number == 1 and start.startswith(b"["):
+        if is_first and start.startswith(b"["):
             records = parse_json(str(path), b"\n".join([line, *lines]))
             yield from ((f"{path}: item {i}", record) for i, record in enumerate(records, 1))
         elif start:
+            is_first = False
             yield f"{path}:{number}", parse_json(f"{path}:{number}", line)
 
 
@@ -190,10 +220,7 @@ def read_documents(paths: Iterable[Path]) -> Iterator[Document]:
         file_format, packing = input_kind(path)
         blocks = read_blocks(path, packing)
         if file_format == "txt":
-            try:
-                yield str(path), b"".join(blocks).decode("utf-8-sig")
-            except UnicodeDecodeError as error:
-                raise InputError(f"{path}: not UTF-8 ({error}); convert the file") from None
+            yield str(path), decode_text(str(path), b"".join(blocks))
             continue
         for place, record in json_records(path, split_lines(blocks)):
             text = record.get("text") if isinstance(record, dict) else None
@@ -215,7 +242,7 @@ def library_files() -> Iterator[tuple[str, bytes]]:
         for path in (Path(folder, name) for name in sorted(names)):
             place = path.relative_to(library).as_posix()
             if path.match("*.py") and not path.match("_sysconfig*") and place not in tables:
-                yield place, path.read_bytes()
+                yield place, common.read_bytes(path)
 
 
 def embedded_documents() -> list[Document]:
@@ -392,23 +419,27 @@ class Vocabulary:
     def save(self, folder: Path) -> None:
         """Writes NAME.model and NAME.vocab (piece, tab, score) unless this model is there."""
         model, path = self.model, folder / f"{self.name}.model"
-        if not model or (path.exists() and path.read_bytes() == model.serialized_model_proto()):
+        data = model.serialized_model_proto() if model else b""
+        if not model or (path.exists() and common.read_bytes(path) == data):
             return
         rows = (f"{model.id_to_piece(i)}\t{model.get_score(i):g}\n" for i in range(self.size))
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path.with_suffix(".vocab"), "".join(rows).encode())
-        write_atomically(path, model.serialized_model_proto())
+        write_atomically(path, data)
 
 
 def load_tokenizer(path: Path) -> SentencePieceProcessor:
     """Returns the model in a file. Raises InputError if it cannot be the tokenizer of shards."""
     if path.suffix.lower() != ".model" or not path.is_file():
         raise InputError(f"--tokenizer: {path}: need an existing SentencePiece .model file")
+    data = common.read_bytes(path)
     try:
-        model = SentencePieceProcessor(model_proto=path.read_bytes())
-    except RuntimeError as error:
-        reason = f"not a SentencePiece model ({error}); make or download it again"
-        raise InputError(f"--tokenizer: {path}: {' '.join(reason.split())}") from None
+        model = SentencePieceProcessor(model_proto=data) if data else None
+    except RuntimeError:
+        model = None
+    if not model:
+        reason = f"{len(data):,} bytes, but not a SentencePiece model; make or download it again"
+        raise InputError(f"--tokenizer: {path}: {reason}")
     if model.vocab_size() > MAX_VOCAB or model.bos_id() != BOS_ID:
         raise InputError(
             f"--tokenizer: {path}: {model.vocab_size():,} pieces and BOS id {model.bos_id()}; "
@@ -546,13 +577,15 @@ def write_dataset(
             f"{inexact['decoded']:,} bytes instead of {inexact['text']:,}: the tokenizer changes "
             "some text, and bits per byte count the bytes of the decoded text"
         )
+    limit = Hyperparameters.max_unknown_fraction
     for split, writer in writers.items():
         if unknown[split]:
+            is_refused = split == "val" and unknown[split] > limit * writer.tokens
+            verdict = "will not train on this" if is_refused else "accepts this"
             common.say(
                 f"warning: {unknown[split]:,} of {writer.tokens:,} {split} tokens are unknown and "
-                "count 0 bytes. train_gpt.py gives no score above "
-                f"{Hyperparameters.max_unknown_fraction:.1%} of the validation tokens; "
-                "use a tokenizer with byte fallback"
+                f"count 0 bytes; train_gpt.py {verdict} (limit: {limit:.1%} of validation); "
+                "a tokenizer with byte fallback has none"
             )
     stats = {key: counts[key] for key in sorted(counts) if not key.endswith("_empty")}
     for split, writer in writers.items():
@@ -571,17 +604,17 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     count = common.integer_between(1, common.MAX_SHARD_TOKENS)
     size = common.integer_between(BYTE_VOCAB + 1, MAX_VOCAB)
     workers = common.integer_between(1, 1024)
-    add = parser.add_argument
-    add("input", nargs="*", type=Path, metavar="INPUT", help="files, folders, @LIST")
+    add, path = parser.add_argument, common.path_argument
+    add("input", nargs="*", type=path, metavar="INPUT", help="files, folders, @LIST")
     add("--variant", help="sp<V> or byte260; default: sp<V> of the tokenizer")
     add_one = parser.add_mutually_exclusive_group().add_argument
-    add_one("--tokenizer", type=Path, metavar="MODEL", help="an existing SentencePiece .model")
+    add_one("--tokenizer", type=path, metavar="MODEL", help="an existing SentencePiece .model")
     add_one("--vocab-size", type=size, metavar="V", help="train a tokenizer of V pieces")
     add_one = parser.add_mutually_exclusive_group().add_argument
     add_one("--val-docs", type=count, metavar="N", help="validation: the first N documents")
-    add_one("--val-file", nargs="+", type=Path, metavar="FILE", help="validation: these files")
+    add_one("--val-file", nargs="+", type=path, metavar="FILE", help="validation: these files")
     add("--shard-tokens", type=count, default=10**8, metavar="N", help="default: 10^8")
-    add("--out", type=Path, metavar="DIR", help="parent of datasets/, tokenizers/; default: data/")
+    add("--out", type=path, metavar="DIR", help="parent of datasets/, tokenizers/; default: data/")
     add("--name", help="dataset NAME_VARIANT; default: last part of --out")
     add("--workers", type=workers, default=cores, metavar="N", help="threads; default: all cores")
     args = parser.parse_args(argv)
@@ -621,11 +654,24 @@ def given_vocabulary(args: argparse.Namespace) -> Vocabulary | None:
         vocabulary = Vocabulary(args.tokenizer.stem, load_tokenizer(args.tokenizer))
         size = vocabulary.size
         target = args.out / "tokenizers" / args.tokenizer.name
-        if target.exists() and target.read_bytes() != args.tokenizer.read_bytes():
+        given = common.read_bytes(args.tokenizer)
+        if target.exists() and common.read_bytes(target) != given:
             raise InputError(f"--tokenizer: {target} is a different one; rename one of them")
     if args.variant not in (None, f"sp{size}"):
         raise InputError(f"--variant: {args.variant}: {size} pieces need sp{size}")
     return vocabulary
+
+
+def check_targets(args: argparse.Namespace, vocabulary: Vocabulary | None) -> None:
+    """Raises InputError if a file of the datasets or of the tokenizer cannot be written."""
+    size = args.vocab_size or EMBEDDED_VOCAB
+    variant = vocabulary.variant if vocabulary else f"sp{size}"
+    for name in [variant] if args.input else [variant, BYTE_VARIANT]:
+        folder = args.out / "datasets" / f"{args.name}_{name}"
+        common.check_writable(folder, folder.glob("fineweb_*_*.bin"))
+    model = vocabulary.name if vocabulary else f"{args.name}_{size}_bpe"
+    folder = args.out / "tokenizers"
+    common.check_writable(folder, [folder / f"{model}.model", folder / f"{model}.vocab"])
 
 
 def make_corpus(args: argparse.Namespace) -> Corpus:
@@ -666,7 +712,7 @@ def run(args: argparse.Namespace) -> None:
     manifest = args.out / "manifest.json"
     common.read_manifest(manifest)
     vocabulary = given_vocabulary(args)
-    common.check_writable(args.out)
+    check_targets(args, vocabulary)
     corpus = make_corpus(args)
     counts = count_documents(corpus)
     found = ", ".join(f"{counts[f'docs_{split}']:,} {split}" for split in (*SPLITS, "empty"))

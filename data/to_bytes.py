@@ -187,10 +187,10 @@ def find_shards(source: Path, out: Path, vocab_size: int) -> list[Shard]:
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Returns the arguments with all paths filled in. Raises InputError."""
     parser, default = common.Parser(__doc__), common.DATA / "datasets" / "fineweb10B_sp1024"
-    add = parser.add_argument
-    add("source", nargs="?", type=Path, default=default, metavar="SOURCE", help="folder of shards")
-    add("--tokenizer", type=Path, metavar="MODEL", help="default: the one of NAME and V")
-    add("--out", type=Path, metavar="DIR", help=f"default: NAME_{BYTE_VARIANT} beside SOURCE")
+    add, path = parser.add_argument, common.path_argument
+    add("source", nargs="?", type=path, default=default, metavar="SOURCE", help="folder of shards")
+    add("--tokenizer", type=path, metavar="MODEL", help="default: the one of NAME and V")
+    add("--out", type=path, metavar="DIR", help=f"default: NAME_{BYTE_VARIANT} beside SOURCE")
     args = parser.parse_args(argv)
     source, args.vocab_size = args.source.absolute(), None
     if source.name.endswith(f"_{BYTE_VARIANT}"):
@@ -231,6 +231,7 @@ def run(args: argparse.Namespace) -> None:
     if manifest:
         common.read_manifest(manifest)
     common.check_writable(out)
+    out.mkdir(parents=True, exist_ok=True)
     shards.sort(key=lambda shard: not shard.target.exists())
     counts, written = [], 0
     for shard in tqdm(shards, "converting", unit=" shards", disable=None):

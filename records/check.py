@@ -69,16 +69,16 @@ class Check:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.runs, self.faults = figures.read_logs(folder)
-        self.arms = by_name(self.runs)
+        self.trials = by_name(self.runs)
         path = folder / PROGRAM
         self.size = path.stat().st_size if path.is_file() else 0  # of the twin, if it is one
         self.program = program.read_source(self.expect, folder)
         told = self.read(FIGURES, lambda text: json.loads(text, parse_constant=refuse_constant))
         self.told: dict[str, Any] = told if isinstance(told, dict) else {}
         main, base = (str(self.told.get(key, "")) for key in ("main", "base"))
-        self.main = main if main in self.arms else next(iter(self.arms), "")
-        self.base = base if base in self.arms else self.main
-        self.done = figures.scored(self.arms.get(self.main, []))
+        self.main = main if main in self.trials else next(iter(self.trials), "")
+        self.base = base if base in self.trials else self.main
+        self.done = figures.scored(self.trials.get(self.main, []))
 
     def expect(self, holds: object, file: str, found: object, needed: object) -> None:
         """Adds a fault unless `holds` is true."""
@@ -115,7 +115,7 @@ class Check:
         texts = [read_text(run.path) for run in self.runs]
         for run, text in zip(self.runs, texts, strict=True):
             file, named = run.path.name, LOG_NAME.fullmatch(run.path.name)
-            self.expect(named, file, "its name", f"{LOGS} or train_<arm>_seed<N>.log")
+            self.expect(named, file, "its name", f"{LOGS} or train_<trial>_seed<N>.log")
             of_name = {named["seed"]} if named and named["seed"] else {str(run.seed)}
             seeds = set(re.findall(r"\bseed:(\d+)", text))
             if run.finished and not seeds:
@@ -128,9 +128,9 @@ class Check:
             last = split_starts(text)[-1]
             self.check_log(run, last)
             if "model_dim" in run.settings:  # a log of train_gpt.py
-                repacked = run.repacked and run.name != self.main  # the main arm must be trained
+                repacked = run.repacked and run.name != self.main  # the main trial must be trained
                 self.check_settings(run)
-                self.check_limits(run, last, repacked)
+                self.check_limits(run, last)
                 self.check_steps(run, last, text, repacked)
                 self.check_text(run, last)
                 if repacked:
@@ -177,14 +177,14 @@ class Check:
             found, needed = f"changed_settings: {name.upper()}={text}", run.settings.get(name)
             self.expect(value == needed, run.path.name, found, f"{needed}, by its settings")
 
-    def check_limits(self, run: Run, text: str, repacked: bool) -> None:
+    def check_limits(self, run: Run, text: str) -> None:
         """Checks that the verdicts on time and size are complete and right."""
         file, settings = run.path.name, run.settings
         limits = {
             "eval_seconds": (figures.eval_seconds(run), train_gpt.EVAL_SECONDS_LIMIT),
             "total_bytes": (run.sizes.get("total", -1), train_gpt.BYTES_LIMIT),
         }
-        if settings.get("iterations") and not repacked:
+        if run.steps or "train_seconds" in run.verdicts:
             most = settings.get("max_wallclock_seconds") or math.inf
             limits["train_seconds"] = (figures.train_seconds(run), most)
         found = f"limits: {run.verdicts}"
@@ -263,9 +263,9 @@ class Check:
         texts = {str(value) for key, value in leaves if key.endswith("val_sha256")}
         self.expect(len(texts) < 2, FIGURES, f"val_sha256 {sorted(texts)}", "one, as of one text")
 
-    def check_arms(self) -> None:
-        """Checks that the runs of an arm differ by their seeds only."""
-        for first, *others in self.arms.values():
+    def check_trials(self) -> None:
+        """Checks that the runs of a trial differ by their seeds only."""
+        for first, *others in self.trials.values():
             seeds = [run.seed for run in (first, *others)]
             self.expect(len({*seeds}) == len(seeds), first.path.name, f"seeds {seeds}", "each once")
             for run in figures.scored(others):
@@ -301,7 +301,7 @@ class Check:
         marks = re.search(r"\n|<[a-zA-Z!/]", blurb)
         self.expect(not marks, FIGURES, f"blurb: {blurb}", "one line without marks")
         self.expect(is_date(day), FIGURES, f"date: {day}", "YYYY-MM-DD")
-        self.expect(self.done, LOGS, "no run with a score", "one in the main arm")
+        self.expect(self.done, LOGS, "no run with a score", "one in the main trial")
         if not self.done:
             return
         needed = flatten(figures.submission(self.runs, self.main, self.base))
@@ -408,7 +408,7 @@ def find_faults(folder: Path, run: bool = True) -> list[str]:
     Raises OSError if there is no room for a copy of the program.
     """
     check = Check(folder)
-    parts = [check.check_files, check.check_logs, check.check_arms, check.check_one_text]
+    parts = [check.check_files, check.check_logs, check.check_trials, check.check_one_text]
     parts += [check.check_record, check.check_submission, check.check_readme]
     parts += [check.check_requirements]
     if run:

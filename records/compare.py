@@ -11,7 +11,6 @@ import argparse
 import itertools
 import json
 import math
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,13 +28,14 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
 from runs import SCHEDULE, Run, RunError, by_name, is_one_training, read_runs
-from tool import tool
+from tool import escape, tool
 from train_gpt import VAL_BYTES, Score, env_form
 
 RECORD_GAIN, RECORD_P = 0.005, 0.01  # the challenge's rule: nats a token, and the p of that claim
 VAL_TOKENS = 62_021_845  # of the challenge's validation text, at a vocabulary of 1,024
 ALPHA, POWER = 0.05, 0.8
 LAST = "last"  # the name of the score of a run that is its last, whatever the pass
+SCORE_HELP = f"default: the last that all have; {LAST}: that of each run"
 BASES = ("base", "none")  # usual names of the trial that changes nothing
 ONE_TRIAL = "Bits per byte (bpb): mean +- standard deviation over all seeds that have a score."
 LEGEND = f"""\
@@ -124,11 +124,14 @@ def common_score(runs: Sequence[Run], score: str | None) -> str:
     common = [name for name in names if all(name in run.scores for run in finished)]
     if score in common or (not score and {*common} - {LAST}):
         return score or common[-1]
-    kinds = {", ".join(run.scores) or "none": run.called for run in reversed(finished)}
+    kinds = {
+        ", ".join(name for name in run.scores if name != LAST) or "none": run.called
+        for run in reversed(finished)
+    }
     found = "; ".join(f"{called} has {scores}" for scores, called in kinds.items())
     raise CompareError(
         f"not all runs have {f'the score {score}' if score else 'a common score'}: "
-        f"{found or 'no run has finished'}; choose other runs, or --score {LAST}"
+        f"{found or 'no run has finished'}; choose other runs{f', or --score {LAST}' * bool(found)}"
     )
 
 
@@ -459,12 +462,6 @@ def context_table(rows: list[Row]) -> Table:
     return table
 
 
-def escape(text: str) -> str:
-    """Returns Markdown that shows a text in one line as it is."""
-    marks = r"[\\<`*\[\]|]|(?<!\w)_|_(?!\w)"
-    return re.sub(marks, lambda mark: f"\\{mark[0]}", " ".join(text.split()))
-
-
 def markdown(table: Table) -> str:
     """Returns a table as Markdown."""
     head, *body = [[escape(cell) for cell in cells] for cells in table]
@@ -504,9 +501,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     other = parser.add_mutually_exclusive_group()
     other.add_argument("--against", nargs="+", metavar="RUNS", help="the group to compare with")
     other.add_argument("--base", metavar="NAME", help="the trial to compare with (default: base)")
-    add(
-        "--score", metavar="NAME", help=f"default: the last that all have; {LAST}: that of each run"
-    )
+    add("--score", metavar="NAME", help=SCORE_HELP)
     add("--json", action="store_true", help="print JSON")
     return parser.parse_args(argv)
 

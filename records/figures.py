@@ -18,17 +18,18 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
 from runs import Run, RunError, by_name, command, read_run, train_gpt
+from tool import escape
 from train_gpt import Score
 
 TRAIN_SECONDS_LIMIT = 600.0  # the challenge's
 RECORD, NON_RECORD = "track_10min_16mb", "track_non_record_16mb"
 PROGRAM, READABLE = train_gpt.PROGRAM, train_gpt.READABLE
 FIGURES, NEEDS, TEXT = "submission.json", "requirements.txt", "README.md"
-LOG_NAME = re.compile(r"train(?:_(?P<arm>.+?))??(?:_seed(?P<seed>\d+))?\.log")
+LOG_NAME = re.compile(r"train(?:_(?P<trial>.+?))??(?:_seed(?P<seed>\d+))?\.log")
 BEGIN = "<!-- Figures: made of the logs by records/submit.py, compared by records/check.py. -->"
 END = "<!-- End of figures. -->"
 COLUMNS = (
-    *("arm", "seed", "bpb", "nats", "bpb before int6", "bpb plain", "steps", "ms/step"),
+    *("trial", "seed", "bpb", "nats", "bpb before int6", "bpb plain", "steps", "ms/step"),
     *("training s", "scoring s", "model bytes", "all bytes"),
 )
 METHODS = {  # of scoring
@@ -42,14 +43,14 @@ METHODS = {  # of scoring
 def read_logs(folder: Path) -> tuple[list[Run], list[str]]:
     """Returns the runs of a folder's train logs and the faults of logs that cannot be read.
 
-    A run has the name of its arm, "" if the folder has one arm only.
+    A run has the name of its trial, "" if the folder has one trial only.
     """
     runs, faults = [], []
     for path in sorted(folder.glob("train*.log")):
         named = LOG_NAME.fullmatch(path.name)
-        arm = named["arm"] if named else None
+        name = named["trial"] if named else None
         try:
-            runs.append(replace(read_run(path), name=arm or ""))
+            runs.append(replace(read_run(path), name=name or ""))
         except RunError as error:
             reason = str(error).removeprefix(f"{path}: ")
             faults.append(f"{path.name}: {reason}; needed: a train log")
@@ -113,11 +114,14 @@ def run_figures(run: Run) -> dict[str, Any]:
 
 
 def submission(runs: list[Run], main: str, base: str) -> dict[str, Any]:
-    """Returns the figures of submission.json: means of the main arm's scores, maxima of the rest.
+    """Returns the figures of submission.json: means of the main trial's scores, else maxima.
 
-    Raises ValueError if no run of the main arm has a score.
+    Raises ValueError if no run of the main trial has a score.
     """
-    arms = {name: {str(r.seed): run_figures(r) for r in arm} for name, arm in by_name(runs).items()}
+    trials = {
+        name: {str(run.seed): run_figures(run) for run in of_trial}
+        for name, of_trial in by_name(runs).items()
+    }
     of_main = [run for run in runs if run.name == main]
     done = scored(of_main)
     if not done:
@@ -143,18 +147,18 @@ def submission(runs: list[Run], main: str, base: str) -> dict[str, Any]:
         "eval_time_seconds": rounded(map(eval_seconds, done), max),
         "hardware": hardware(done[0]),
         "pytorch_version": done[0].machine.get("torch"),
-        "seeds": [int(seed) for seed in arms[main]],
-        "seed_results": arms[main],
+        "seeds": [int(seed) for seed in trials[main]],
+        "seed_results": trials[main],
     }
-    if len(arms) > 1:
-        figures |= {"main": main, "base": base, "arms": arms}
+    if len(trials) > 1:
+        figures |= {"main": main, "base": base, "trials": trials}
     return figures
 
 
 def block(runs: list[Run], main: str, base: str) -> str:
     """Returns the part of README.md that holds all figures, with its marks."""
-    arms, figures = by_name(runs), submission(runs, main, base)
-    done = scored(arms[main])
+    trials, figures = by_name(runs), submission(runs, main, base)
+    done = scored(trials[main])
     final = done[0].final
     score = done[0].scores[final]
     method = METHODS.get(final, final).format(score.stride)
@@ -164,24 +168,24 @@ def block(runs: list[Run], main: str, base: str) -> str:
     headline = (
         f"**{figures['val_bpb']:.5f} bits per byte** ({seeds}), {figures['val_loss']:.5f} nats a "
         f"token: the score of the artifact on {score.tokens:,} tokens, {score.bytes / 1e6:.3f} MB, "
-        f"{method}{f'; the arm is `{main}`' if main else ''}."
+        f"{method}{f'; the trial is `{main}`' if main else ''}."
     )
     lines = [BEGIN, "## Results", "", *textwrap.wrap(headline, 100), ""]
-    if len(arms) > 1:
+    if len(trials) > 1:
         from compare import CompareError, markdown_table
 
         try:
             lines += [markdown_table(runs, base, final).strip(), ""]
         except CompareError as error:
-            lines += [f"The arms are not compared: {str(error).splitlines()[0]}.", ""]
+            lines += [f"The trials are not compared: {str(error).splitlines()[0]}.", ""]
     lines += [*runs_table(runs), "", *limits_table(done), "", "## Commands", ""]
     lines += ["SEED is the seed of the run; the table lists them."]
     if any(run.repacked for run in runs):
         lines += ["", "`final_model_seed<N>.safetensors` is the `final_model.safetensors` of the"]
         lines += ["run that trained seed N, with the same bpb before int6."]
     lines += [""]
-    for name, arm in arms.items():
-        first = (scored(arm) or arm)[0]
+    for name, of_trial in trials.items():
+        first = (scored(of_trial) or of_trial)[0]
         lines += [f"`{name}`:", ""] if name else []
         lines += [f"    {command(first)}", ""]
     machines = dict.fromkeys(machine(run) for run in runs if run.machine)
@@ -208,7 +212,7 @@ def runs_table(runs: list[Run]) -> list[str]:
             cells += [f"{eval_seconds(run):.1f}"]
             cells += [f"{sizes.get(name, math.nan):,}" for name in ("model", "total")]
         else:
-            cells += [f"{run.status}: {why(run)}".replace("|", "\\|"), *[""] * (len(COLUMNS) - 3)]
+            cells += [escape(f"{run.status}: {why(run)}"), *[""] * (len(COLUMNS) - 3)]
         rows.append(f"| {' | '.join(cells)} |")
     return rows
 

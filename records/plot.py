@@ -6,11 +6,8 @@ RUNS are run folders, folders that contain run folders, or train logs; runs of o
 one trial. The kinds of plot:
 
     loss      training loss over --x, and its difference to --base
-    scores    the final score of each trial and seed, and its difference to --base
-    size      the score over the bytes of code and artifact
+    scores    the score of each trial and seed by --score, and its difference to --base
     schedule  learning-rate scale, Muon's momentum and JEPA's weight over --x
-    bytes     bytes of the artifact by group of arrays
-    seconds   seconds of training, calibration, packing and scoring
 """
 
 import argparse
@@ -30,19 +27,28 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot, which needs a display
 from matplotlib.rcsetup import cycler
 
-from compare import CompareError, check_group, common_score, compare, counted, failures, same_tokens
+from compare import (
+    LAST,
+    SCORE_HELP,
+    CompareError,
+    check_group,
+    common_score,
+    compare,
+    counted,
+    failures,
+    same_tokens,
+    with_last,
+)
 from runs import ROOT, Run, RunError, read_runs, train_gpt
 from tool import describe, tool
-from train_gpt import ARTIFACT
 
 Trials = dict[str, list[Run]]
 Curve = dict[int, tuple[float, float]]  # x and y by step
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart. Lines, markers and hatches
+# Okabe and Ito's colours, which colour-blind readers can tell apart. Lines and markers
 # differ without colour. The numbers of them have no common factor, so that combinations last.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 LINES, MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v")
-HATCHES = ("", "////", "..", "xxxx", "++++", "oo", "----", "**")
 STYLES = [
     {"color": COLOURS[i % 7], "ls": LINES[i % 4], "marker": MARKERS[i % 5]} for i in range(140)
 ]
@@ -57,7 +63,6 @@ RC = {
     "legend.frameon": False,
     "lines.linewidth": 1.2,
     "lines.markersize": 4,
-    "patch.edgecolor": "black",
     "savefig.dpi": 150,
     "text.parse_math": False,  # the name of a trial may contain a $
 }
@@ -89,13 +94,6 @@ def add_legend(figure: Figure, title: str, handles: Iterable[Any], names: Iterab
     legend.set_alignment("left")
 
 
-def name_rows(figure: Figure, axes: Axes, names: list[str], height: float) -> None:
-    """Names the rows of a plot from top to bottom; each row gets `height` inches."""
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    figure.set_figheight(1.5 + height * len(names))
-
-
 def pairs_by_seed(runs: list[Run], base: list[Run]) -> list[tuple[Run, Run]]:
     """Returns the finished runs of a trial with the base's run of the same seed."""
     of_base = {run.seed: run for run in base if run.seed is not None}
@@ -105,19 +103,13 @@ def pairs_by_seed(runs: list[Run], base: list[Run]) -> list[tuple[Run, Run]]:
 # ---- Loss and schedule over the course of a run ----
 
 
-def stages(run: Run) -> dict[str, float]:
-    """Returns the seconds of each stage. Calibration on training text is not counted twice."""
-    seconds = dict(run.seconds)
-    if run.settings.get("gptq_enabled") and run.settings.get("gptq_calib") == "train":
-        seconds["train"] -= seconds.get("calibrate", 0.0)
-    return seconds
-
-
 def elapsed(run: Run, steps: np.ndarray) -> np.ndarray:
     """Returns the training seconds at each number of steps, interpolated between logged ones."""
     known = [(0, 0.0)] + [(step, s) for step, s, _ in run.curve if math.isfinite(s)]
     if run.steps > known[-1][0] and "train" in run.seconds:
-        known.append((run.steps, stages(run)["train"]))
+        calibrates = run.settings.get("gptq_enabled") and run.settings["gptq_calib"] == "train"
+        calibration = run.seconds.get("calibrate", 0.0) if calibrates else 0.0
+        known.append((run.steps, run.seconds["train"] - calibration))
     logged_steps, seconds = np.array(known).T
     return np.interp(steps, logged_steps, seconds)
 
@@ -174,7 +166,7 @@ def loss_curve(run: Run, x: str, base: Run | None = None) -> Curve:
     }
 
 
-def draw_loss(figure: Figure, trials: Trials, base: str, x: str) -> list[str]:
+def draw_loss(figure: Figure, trials: Trials, base: str, x: str, chosen: str | None) -> list[str]:
     """Draws the training loss of each trial, and its difference to the base's of the same seed."""
     every = [run for runs in trials.values() for run in runs]
     window = max(len(run.curve) for run in every) // 25 | 1
@@ -198,6 +190,9 @@ def draw_loss(figure: Figure, trials: Trials, base: str, x: str) -> list[str]:
     names = [f"{name} ({len(runs)})" for name, runs in trials.items()]
     add_legend(figure, "Training loss (number of seeds)", handles, names)
     notes = ["Lines are means over seeds; bands go from the lowest to the highest seed."]
+    apart = [name for name, of in curves.items() if not set.intersection(*map(set, of))]
+    if apart:
+        notes.append(f"The seeds have no logged step in common: {', '.join(apart)}.")
     if len({run.settings.get("vocab_size") for run in every}) > 1:
         notes.append("The vocabularies differ, so losses a token cannot be compared.")
     return notes
@@ -212,15 +207,18 @@ def settings_of(run: Run) -> train_gpt.Hyperparameters:
         raise PlotError(f"{run.path}: train_gpt.py does not accept its settings: {error}") from None
 
 
-def draw_schedule(figure: Figure, trials: Trials, base: str, x: str) -> list[str]:
+def draw_schedule(
+    figure: Figure, trials: Trials, base: str, x: str, chosen: str | None
+) -> list[str]:
     """Draws the schedule of each trial's first run; trials with equal values share a line."""
     panels: dict[str, dict[Any, list[str]]] = {}  # by title and line, the trials
     for name, (run, *_) in trials.items():
         h = settings_of(run)
+        deadline = h.training_seconds - run.reserve
         last = max((run.steps or h.iterations) - 1, 0)
         steps = np.unique(np.linspace(0, last, POINTS).round().astype(int))
         phases = [
-            train_gpt.schedule(train_gpt.Progress(step, h.iterations, s, h.training_deadline), h)
+            train_gpt.schedule(train_gpt.Progress(step, h.iterations, s, deadline), h)
             for step, s in zip(steps.tolist(), elapsed(run, steps).tolist(), strict=True)
         ]
         values = {"learning-rate scale": [phase.lr_scale for phase in phases]}
@@ -246,33 +244,27 @@ def draw_schedule(figure: Figure, trials: Trials, base: str, x: str) -> list[str
     return []
 
 
-# ---- Scores and size at the end of a run ----
+# ---- Scores ----
 
 
-def with_score(trials: Trials) -> tuple[str, Trials, list[str]]:
-    """Returns the last score that all runs have, the runs where it is finite, and warnings."""
+def draw_scores(figure: Figure, trials: Trials, base: str, x: str, chosen: str | None) -> list[str]:
+    """Draws the score of each seed and the mean, and the differences of compare.py."""
     runs = [run for of_trial in trials.values() for run in of_trial]
-    score = common_score(runs, None)
+    score = common_score(runs, chosen)
     notes = []
-    if any(run.final != score for run in runs):
-        notes.append(f"Some runs have a later score than {score}.")
+    if not chosen and any(run.final != score for run in runs):
+        notes.append(f"Some runs have a later score than {score}: see --score.")
     notes += [f"{line}." for of_trial in trials.values() for line in failures(of_trial, score)]
-    kept = {name: counted(of_trial, score) for name, of_trial in trials.items()}
-    kept = {name: of_trial for name, of_trial in kept.items() if of_trial}
-    if not kept:
+    trials = {name: counted(of_trial, score) for name, of_trial in trials.items()}
+    trials = {name: of_trial for name, of_trial in trials.items() if of_trial}
+    if not trials:
         raise PlotError(f"scores: {notes[-1]} Give other runs.")
-    first, *others = [run for of_trial in kept.values() for run in of_trial]
+    first, *others = [run for of_trial in trials.values() for run in of_trial]
     try:
         for run in others:
             same_tokens(first, run, score)
     except CompareError as error:
         notes.append(f"The scores cannot be compared: {error}.")
-    return score, kept, notes
-
-
-def draw_scores(figure: Figure, trials: Trials, base: str, x: str) -> list[str]:
-    """Draws the final score of each seed and the mean, and the differences of compare.py."""
-    score, trials, notes = with_score(trials)
     scores = {name: [r.scores[score].val_bpb for r in runs] for name, runs in trials.items()}
     differences = {}
     for name in [n for n in trials if n != base] if base in trials else ():
@@ -281,7 +273,7 @@ def draw_scores(figure: Figure, trials: Trials, base: str, x: str) -> list[str]:
         except CompareError as error:
             notes.append(f"{name} is not compared: {error}.")
     order = sorted(trials, key=lambda name: float(np.mean(scores[name])))
-    axes, *others = figure.subplots(1, 1 + bool(differences), sharey=True, squeeze=False)[0]
+    axes, *right = figure.subplots(1, 1 + bool(differences), sharey=True, squeeze=False)[0]
     dots = {"ls": "none", "marker": "o", "mfc": "none", "color": COLOURS[0]}
     bar = {"marker": "|", "ms": 15, "mew": 2.5, "color": "black"}
     for row, name in enumerate(order):
@@ -292,121 +284,27 @@ def draw_scores(figure: Figure, trials: Trials, base: str, x: str) -> list[str]:
             if c.method == "paired t":
                 pairs = pairs_by_seed(trials[name], trials[base])
                 each = [a.scores[score].val_bpb - b.scores[score].val_bpb for a, b in pairs]
-                others[0].plot(each, [row] * len(each), **dots)
+                right[0].plot(each, [row] * len(each), **dots)
             half = c.bpb.high - c.bpb.mean
-            others[0].errorbar(c.bpb.mean, row, xerr=half, capsize=4, lw=1.2, **bar)
+            right[0].errorbar(c.bpb.mean, row, xerr=half, capsize=4, lw=1.2, **bar)
     handles, names = seeds + means, ["one seed", "mean of seeds"]
     texts = [f"{label(n)}\n{np.mean(scores[n]):.4f} ({len(scores[n])})" for n in order]
-    name_rows(figure, axes, texts, 0.45)
+    if score == LAST:
+        texts = [f"{text}, {trials[n][0].final}" for text, n in zip(texts, order, strict=True)]
+    axes.set_yticks(range(len(texts)), texts)
+    axes.set_ylim(len(texts) - 0.5, -0.5)
+    figure.set_figheight(1.5 + 0.45 * len(texts))
     axes.set_xlabel(f"bits per byte ({score})")
     notes.insert(0, "Below each name: mean and number of seeds.")
     if base in trials:
-        for panel, zero in zip((axes, *others), (np.mean(scores[base]), 0), strict=False):
+        for panel, zero in zip((axes, *right), (np.mean(scores[base]), 0), strict=False):
             line = panel.axvline(zero, color=COLOURS[1], ls="--", marker="", zorder=1)
         handles, names = [*handles, line], [*names, f"mean of {base}"]
-    if others:
-        others[0].set_xlabel(f"difference to {label(base)}\nin bits per byte")
+    if right:
+        right[0].set_xlabel(f"difference to {label(base)}\nin bits per byte")
         notes.append("Right: differences with their 95 % intervals by compare.py; dots are pairs.")
     add_legend(figure, "Scores", handles, names)
     return notes
-
-
-def draw_size(figure: Figure, trials: Trials, base: str, x: str) -> list[str]:
-    """Draws the score over the bytes of code and artifact, one mark a run."""
-    score, trials, notes = with_score(trials)
-    axes, handles, limit = figure.subplots(), {}, train_gpt.BYTES_LIMIT
-    sizes = {name: [run.sizes["total"] for run in runs] for name, runs in trials.items()}
-    for name, runs in trials.items():
-        bpbs = [run.scores[score].val_bpb for run in runs]
-        (handles[name],) = axes.plot(sizes[name], bpbs, ls="none", mfc="none", ms=6)
-    if max(size for of_trial in sizes.values() for size in of_trial) >= limit / 2:
-        handles[f"limit, {limit:,}"] = axes.axvline(limit, color="black", ls="--", marker="")
-    else:
-        notes.append(f"The limit of {limit:,} bytes is far to the right.")
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set(xlabel="bytes of code and artifact", ylabel=f"bits per byte ({score})")
-    add_legend(figure, "Score and size (one mark a run)", handles.values(), handles)
-    return notes
-
-
-# ---- Bytes and seconds ----
-
-
-def group_of(array: str) -> str:
-    """Returns the group of an artifact's array: of weights, the kind of layer."""
-    parts = array.split(".")
-    if parts[-1] not in ("codes", "weight"):
-        return "scales of rows" if parts[-1] == "scales" else "gains and gates"
-    return parts[2] if parts[0] == "blocks" else parts[0]
-
-
-def group_bytes(path: Path, compressor: str) -> tuple[dict[str, int], int]:
-    """Returns the bytes of each group of an artifact's arrays, packed alone, and of the file.
-
-    Raises PlotError if the file is no artifact.
-    """
-    blob = path.read_bytes()
-    try:
-        h, arrays = train_gpt.unpack_artifact(memoryview(blob), train_gpt.Hyperparameters())
-    except ValueError as error:
-        raise PlotError(f"{path}: cannot be read as an artifact: {error}") from None
-    groups: dict[str, dict[str, Any]] = {}
-    for name, array in arrays.items():
-        groups.setdefault(group_of(name), {})[name] = array
-    header = len(train_gpt.pack_artifact(h, {}, compressor))
-    sizes = {
-        name: len(train_gpt.pack_artifact(h, group, compressor)) - header
-        for name, group in groups.items()
-    }
-    return sizes | {"header": header}, len(blob)
-
-
-def draw_bytes(figure: Figure, trials: Trials, base: str, x: str) -> list[str]:
-    """Draws the bytes of each group of arrays, packed alone, of each trial's first run."""
-    axes, height, notes = figure.subplots(), 0.8 / len(trials), []
-    sizes: dict[str, dict[str, int]] = {}
-    for name, (run, *_) in trials.items():
-        sizes[name], whole = group_bytes(
-            run.path / ARTIFACT, run.settings.get("compressor", "zstd")
-        )
-        change = sum(sizes[name].values()) / whole - 1
-        notes.append(f"{run.called}: {whole:,} bytes in all; the sum of groups is {change:+.1%}.")
-    largest: dict[str, int] = {}
-    for of_trial in sizes.values():
-        for group, size in of_trial.items():
-            largest[group] = max(largest.get(group, 0), size)
-    groups = sorted(largest, key=lambda group: -largest[group])
-    for place, of_trial in enumerate(sizes.values()):
-        values = np.array([of_trial.get(group, 0) for group in groups])
-        rows = np.arange(len(groups)) - 0.4 + height * (place + 0.5)
-        bars = axes.barh(rows, values, height, alpha=0.6, hatch=HATCHES[place % 8])
-        texts = [f" {n:,} ({n / values.sum():.1%})" if n else "" for n in values]
-        axes.bar_label(bars, texts, fontsize=7)
-    name_rows(figure, axes, groups, max(0.16 * len(sizes), 0.3))
-    axes.margins(x=0.18)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_xlabel("bytes of the group's arrays, packed without the others")
-    add_legend(figure, "Bytes of the artifact", axes.containers, sizes)
-    return notes
-
-
-def draw_seconds(figure: Figure, trials: Trials, base: str, x: str) -> list[str]:
-    """Draws the mean seconds of each stage, end to end."""
-    axes, ends = figure.subplots(), np.zeros(len(trials))
-    of_run = [stages(run) for runs in trials.values() for run in runs]
-    names_of_stages = [*dict.fromkeys(stage for seconds in of_run for stage in seconds)]
-    for place, stage in enumerate(names_of_stages):
-        means = [np.mean([stages(run).get(stage, 0.0) for run in runs]) for runs in trials.values()]
-        bars = axes.barh(range(len(trials)), means, 0.6, ends, alpha=0.6, hatch=HATCHES[place % 8])
-        ends += means
-    axes.bar_label(bars, [f" {end:,.0f}" for end in ends])
-    names = [f"{label(name)} ({len(runs)})" for name, runs in trials.items()]
-    name_rows(figure, axes, names, 0.4)
-    axes.margins(x=0.1)
-    axes.xaxis.set_major_formatter("{x:,.10g}")
-    axes.set_xlabel("seconds, mean over seeds (their number follows the name)")
-    add_legend(figure, "Seconds by stage", axes.containers, names_of_stages)
-    return ["Loading, compiling and validation during training are not included."]
 
 
 # ---- Figures, files and the command line ----
@@ -415,10 +313,7 @@ def draw_seconds(figure: Figure, trials: Trials, base: str, x: str) -> list[str]
 KINDS: dict[str, tuple[Callable[..., list[str]], str, Callable[[Run], Any]]] = {
     "loss": (draw_loss, "training losses", lambda run: run.curve),
     "scores": (draw_scores, "scores", lambda run: run.scores),
-    "size": (draw_size, "bytes", lambda run: run.scores and run.sizes.get("total")),
     "schedule": (draw_schedule, "settings", lambda run: "iterations" in run.settings),
-    "bytes": (draw_bytes, ARTIFACT, lambda run: (run.path / ARTIFACT).is_file()),
-    "seconds": (draw_seconds, "seconds", lambda run: run.seconds),
 }
 
 
@@ -435,15 +330,18 @@ def left_out(runs: list[Run], kind: str) -> list[str]:
     return [f"{why}: {', '.join(names)}." for why, names in reasons.items()]
 
 
-def make(runs: list[Run], kind: str, base: str = "", x: str = "steps") -> Figure:
+def make(
+    runs: list[Run], kind: str, base: str = "", x: str = "steps", score: str | None = None
+) -> Figure:
     """Returns the figure of a kind, a key of KINDS; `x` is a key of AXES.
 
+    `score` is the name of a score that all runs have, or LAST; by default the last such score.
     A run that is not finished counts in no trial; its losses are a line of their own. Raises
     PlotError if the runs lack what the kind needs, CompareError if a trial mixes settings.
     """
     draw_kind, needed, has_it = KINDS[kind]
     trials: Trials = {}
-    for run in sorted(runs, key=lambda run: not run.finished):
+    for run in sorted(with_last(runs), key=lambda run: not run.finished):
         if has_it(run) and (run.finished or kind == "loss"):
             name = run.name if run.finished else f"{run.called}, {run.status}"
             trials.setdefault(name, []).append(run)
@@ -456,7 +354,7 @@ def make(runs: list[Run], kind: str, base: str = "", x: str = "steps") -> Figure
         raise PlotError(f"--base {base}: {kind} has no such trial, only {', '.join(trials)}")
     with style.context(["default", RC]):
         figure = Figure(figsize=(7.5, 4), layout="constrained")
-        notes = draw_kind(figure, trials, base, x) + notes
+        notes = draw_kind(figure, trials, base, x, score) + notes
         texts = [note.encode(errors="replace").decode() for note in notes]
         lines = [line for text in texts for line in textwrap.wrap(text, 115)]
         figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=7.5, color="0.25")
@@ -464,9 +362,9 @@ def make(runs: list[Run], kind: str, base: str = "", x: str = "steps") -> Figure
     return figure
 
 
-def draw(runs: list[Run], kind: str, out: Path, base: str = "", x: str = "steps") -> Path:
+def draw(runs: list[Run], kind: str, out: Path, **options: Any) -> Path:
     """Writes the figure of `make` as <kind>.png in the folder `out`; returns its path."""
-    figure, path, png = make(runs, kind, base, x), out / f"{kind}.png", io.BytesIO()
+    figure, path, png = make(runs, kind, **options), out / f"{kind}.png", io.BytesIO()
     with style.context(["default", RC]):
         figure.savefig(png, metadata={"Software": None})  # the same bytes from any version
     train_gpt.write_atomically(path, png.getvalue())
@@ -483,6 +381,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--kind", default="all", choices=[*KINDS, "all"], help="default: all")
     parser.add_argument("--x", default="steps", choices=AXES, help="axis of loss and schedule")
     parser.add_argument("--base", default="", metavar="TRIAL", help="the trial to compare with")
+    parser.add_argument("--score", metavar="NAME", help=SCORE_HELP)
     out = ROOT / "logs/plots"
     parser.add_argument("--out", type=Path, default=out, help="folder (default: logs/plots)")
     args = parser.parse_args(argv)
@@ -491,7 +390,7 @@ def main(argv: list[str]) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     for kind in kinds:
         try:
-            path = draw(runs, kind, args.out, args.base, args.x)
+            path = draw(runs, kind, args.out, base=args.base, x=args.x, score=args.score)
         except (RunError, OSError) as error:
             errors.append(f"error: {describe(error)}")
         else:

@@ -4,7 +4,6 @@
 conventional lines, so it reads logs of the challenge's other scripts as well.
 """
 
-import fcntl
 import itertools
 import json
 import math
@@ -42,7 +41,7 @@ SCORE_LINES = {
     "window": "final_int6_window",
     "ttt": "legal_ttt",
 }
-NUMBER = r"[-+]?(?:\d+(?:\.\d+)?(?:e[-+]?\d+)?|nan|inf)\b"
+NUMBER = r"[-+]?(?:\d+(?:\.\d+)?(?:e[-+]?\d+)?|nan|inf)\b(?![.,]\d)"
 # The values of a score, and names of what is no score of an artifact.
 LOSS, BPB = (re.compile(rf"\bval_{unit}\s*[:=]\s*({NUMBER})", re.I) for unit in ("loss", "bpb"))
 UNQUANTIZED = re.compile(r"pre[-_ ]?quant|post[-_ ]ema|unquantized", re.IGNORECASE)
@@ -50,12 +49,22 @@ DIAGNOSTIC = re.compile("^float$|diagnostic", re.IGNORECASE)
 PROGRESS = re.compile(
     r"(?<![\d/])\d+/\d+(?![\d/])|\d%|\b(step|epoch|iter\w*)s?\W*\d|\brunning", re.IGNORECASE
 )
+RESERVE = r"^gptq: ([\d.]+) s are kept"
 MIN_BPB = 0.5  # smaller numbers are differences
 # A number of two decimals or more beside the name of the unit: perhaps a score.
 ANY_BPB = re.compile(
-    r"(?<!running_)(?<!batch_)(?:bpb|bits[ _-]per[ _-]byte)[^\w\n-]{0,12}(\d+\.\d\d+|nan\b|inf\b)|"
+    r"(?<!running_)(?<!batch_)(?:bpb|bits[ _-]per[ _-]byte)[^\w\n-]{0,12}"
+    r"(?:\d+\.\d+ *(?:->|\u2192) *)?(\d+\.\d\d+|nan\b|inf\b)|"
     r"\b(\d+\.\d\d+) (?:bpb|bits per byte)\b",
     re.IGNORECASE,
+)
+
+Step = tuple[int, float, float]  # number, training seconds at its end, training loss
+# What launchers, loggers and progress bars put before a line: rank, time, level, bar.
+PREFIX = re.compile(
+    r"^(?:\[(?:rank|default)\d+\]: ?|\d+: |\d{10}\.\d+ |.*?\d%\|[^|\n]*\|[^\[\n]*\[[^\]\n]*\]|"
+    r"\[?\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d[\d.,:Z+]*\]?(?:\[[^\]\n]*\]| -)* |[A-Z]+:\w+:)+",
+    re.MULTILINE,
 )
 
 
@@ -78,9 +87,10 @@ class Run:
     sizes: dict[str, int] = field(default_factory=dict)  # bytes of code, model and total
     seconds: dict[str, float] = field(default_factory=dict)  # train, calibrate, pack, eval, ...
     verdicts: dict[str, str] = field(default_factory=dict)  # PASS or FAIL
-    curve: tuple[tuple[int, float, float], ...] = ()  # (step, training seconds, training loss)
+    curve: tuple[Step, ...] = ()
     steps: int = 0
     step_ms: float = math.nan  # the median; of a log the mean
+    reserve: float = 0.0  # seconds of training that were kept for calibration
     parameters: int = 0
     machine: dict[str, Any] = field(default_factory=dict)
     ranks: int = 1
@@ -208,28 +218,34 @@ def split_name(path: Path) -> tuple[str, int | None]:
     Such names are seed7, trial_seed7, train_seed7.log, train_trial_seed7.log.
     """
     name = path.stem if path.suffix in (".log", ".txt") else path.name
-    found = re.fullmatch(r"(.*?)(?:^|[-_.])seed_?(-?\d+)", name)
+    found = re.fullmatch(r"(.*?)(?:^|[-_.])seed[-_]?(\d+)", name)
     name, seed = (found[1], int(found[2])) if found else (name, None)
     if path.suffix in (".log", ".txt"):
         name = re.sub(r"^train(?:[-_.]|$)", "", name)
     return name, seed
 
 
-def trial_of(path: Path) -> str:
-    """Returns the trial of a run: by its folder or log, else by the folder that holds it."""
+def trial_of(path: Path, seed: int | None = None) -> str:
+    """Returns the trial of a run: by its folder or log, else by the folder that holds it.
+
+    A name may end in `seed`, which the log states, as in log_42.txt.
+    """
     path = path.absolute()
-    return split_name(path)[0] or (trial_of(path.parent) if path.name else "")
+    name = split_name(path)[0]
+    if seed is not None:
+        name = re.sub(rf"(?:[-_.]s?|^train){seed}$", "", name)
+    return name or (trial_of(path.parent) if path.name else "")
 
 
 def decode(path: Path) -> str:
-    """Returns the text of a file, in UTF-8 or after a byte order mark in UTF-16, without colours.
+    """Returns the text of a file, in UTF-8 or after a byte order mark in UTF-16.
 
-    What cannot be decoded is replaced.
+    Colours and what PREFIX describes are left out. What cannot be decoded is replaced.
     """
     data = path.read_bytes()
     encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     text = re.sub(r"\r\n?", "\n", data.decode(encoding, errors="replace"))
-    return re.sub(r"\x1b\[[\d;]*m", "", text)
+    return PREFIX.sub("", re.sub(r"\x1b\[[\d;]*m", "", text))
 
 
 def read_text(path: Path) -> str:
@@ -270,9 +286,10 @@ def read_folder(path: Path) -> Run:
         sizes=result.get("bytes", {}),
         seconds=result.get("seconds", {}),
         verdicts=result.get("verdicts", {}),
-        curve=tuple(curve or events),
+        curve=tuple(curve) or events,
         steps=result.get("steps", 0),
         step_ms=result.get("step_ms", {}).get("p50", math.nan),
+        reserve=last_number(log, RESERVE) or 0.0,
         parameters=result.get("parameters", 0),
         machine=result.get("machine", {}),
         ranks=last_number(log, r"^world_size:(\d+)", int) or 1,
@@ -282,14 +299,14 @@ def read_folder(path: Path) -> Run:
     )
 
 
-def read_events(folder: Path) -> list[tuple[int, float, float]]:
-    """Returns (step, training seconds, training loss) of each step logged so far."""
+def read_events(folder: Path) -> tuple[Step, ...]:
+    """Returns each step logged so far."""
     steps = []
     for line in read_text(folder / "events.jsonl").splitlines():
         with suppress(ValueError, KeyError, TypeError):  # an incomplete line, or another event
             event = json.loads(line)
             steps.append((event["step"], event["seconds"], event["train_loss"]))
-    return steps
+    return without_repeated(steps)
 
 
 def split_starts(log: str) -> list[str]:
@@ -298,21 +315,22 @@ def split_starts(log: str) -> list[str]:
     return [log[a:b] for a, b in itertools.pairwise([0, *at[1:], len(log)])]
 
 
-def read_curve(starts: Iterable[str]) -> tuple[tuple[int, float, float], ...]:
-    """Returns (step, training seconds, loss) of each logged step of a log in parts.
-
-    A step that a later start repeated counts once, as it was repeated.
-    """
-    line = r"^(?:step:)?(\d+)/\d+ train_loss: ?(\S+).* train_time: ?([\d.]+)(ms|s|m)\b"
+def read_curve(log: str) -> tuple[Step, ...]:
+    """Returns each logged step of a log."""
+    line = r"^(?:step:)?(\d+)/\d+ (?:train_)?loss: ?(\S+).* (?:train_time|t): ?([\d.]+)(ms|s|m)\b"
     unit = {"ms": 0.001, "s": 1, "m": 60}
-    steps: list[tuple[int, float, float]] = []
-    for text in starts:
-        found = re.findall(line, text, re.MULTILINE)
-        own = [(int(step), float(time) * unit[u], float(loss)) for step, loss, time, u in found]
-        resumed = last_number(text, r"^resume: step (\d+)", int)
-        if own or resumed:
-            steps = [step for step in steps if step[0] <= (resumed or 0)] + own
-    return tuple(steps)
+    found = re.findall(line, log, re.MULTILINE)
+    return without_repeated((int(n), float(time) * unit[u], float(x)) for n, x, time, u in found)
+
+
+def without_repeated(steps: Iterable[Step]) -> tuple[Step, ...]:
+    """Returns logged steps without those from which a run was resumed at an earlier one."""
+    kept: list[Step] = []
+    for step in steps:
+        while kept and kept[-1][0] >= step[0]:
+            kept.pop()
+        kept.append(step)
+    return tuple(kept)
 
 
 def last_number(text: str, pattern: str, kind: Callable[[str], Any] = float) -> Any:
@@ -424,20 +442,20 @@ def make_score(loss: float, bpb: float, tokens: int, lines: str) -> Score:
 
 def read_log(path: Path) -> Run:
     """Returns the run of a train log: its last start, and the steps that this one continued."""
-    starts = split_starts(without_source(decode(path)))
-    text = starts[-1]
+    log = without_source(decode(path))
+    text = split_starts(log)[-1]
     settings = {name: parse_setting(name, x) for name, x in read_pairs(text, "corpus").items()}
     seed = last_number(text, r"(?i)\bseed[\"']?\s*[:=]\s*(\d+)\b(?!\.)", int)
     if seed is not None:
         settings.setdefault("seed", seed)
     scores = read_scores(text)
-    steps = last_number(text, r"^(?:step:)?(\d+)/\d+ .*(?:train|val)_loss:", int)
+    steps = last_number(text, r"^(?:step:)?(\d+)/\d+ .*loss:", int)
     verdicts = dict(re.findall(r"^limit:(\w+) .* (PASS|FAIL)$", text, re.MULTILINE))
     # train_gpt.py states its verdicts last. Other scripts state nothing behind their last score.
     final = [name for name in scores if not DIAGNOSTIC.search(name)]
     ended = final and (verdicts or not settings.keys() - {"seed"})
     status = "over a limit" if "FAIL" in verdicts.values() else "ok" if ended else "cut off"
-    error = re.search(r"^error: (.*)", text, re.MULTILINE | re.DOTALL)
+    error = re.search(r"^(?:error: |(?=Traceback \(most recent))(.*)", text, re.M | re.S)
     sizes = {
         "code": last_number(text, r"^Code size: (\d+) bytes", int),
         "model": last_number(text, r"^Serialized model \S+: (\d+) bytes", int),
@@ -445,7 +463,7 @@ def read_log(path: Path) -> Run:
     }
     return Run(
         path=path,
-        name=trial_of(path),
+        name=trial_of(path, settings.get("seed")),
         status="failed" if error else status,
         reason=error[1].strip() if error else "",
         settings=settings,
@@ -454,9 +472,10 @@ def read_log(path: Path) -> Run:
         sizes={name: size for name, size in sizes.items() if size is not None},
         seconds={name: float(x) for name, x in read_pairs(text, "seconds").items() if x},
         verdicts=verdicts,
-        curve=read_curve(starts),
+        curve=read_curve(log),
         steps=steps or 0,
         step_ms=last_number(text, r"^step:.* step_avg: ?([\d.]+)ms") or math.nan,
+        reserve=last_number(text, RESERVE) or 0.0,
         parameters=last_number(text, r"^model_params:(\d+)", int) or 0,
         machine=read_pairs(text, "device", " dtype:"),
         ranks=last_number(text, r"^world_size:(\d+)", int) or 1,
@@ -464,22 +483,24 @@ def read_log(path: Path) -> Run:
 
 
 def is_locked(folder: Path) -> bool:
-    """Returns whether a sweep's trial is running: its command.sh holds a lock."""
+    """Returns whether a run of a sweep is running: its command.sh holds a lock."""
     try:
+        import fcntl
+
         with open(f"{folder}.lock", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # no lock, or no file that can be one
+    except (OSError, ImportError):  # no lock, no file that can be one, or Windows
         return False
     return False
 
 
-def read_trial(folder: Path) -> Run:
-    """Returns the run of a sweep's trial, whatever became of it.
+def read_planned(folder: Path) -> Run:
+    """Returns a run that a sweep planned, whatever became of it.
 
-    The status is that of result.json, or waiting, running, cut off, stopped (by the sweep), or
-    failed (it was killed or could not start). The seed is known by the folder's name.
+    The status is that of result.json, or waiting, running, cut off, or failed (it was killed or
+    could not start). The seed is known by the folder's name.
     """
     has_result = (folder / "result.json").exists()
     try:
@@ -495,8 +516,6 @@ def read_trial(folder: Path) -> Run:
     reason, code = run.reason, read_text(folder / "exit_status").strip()
     if is_locked(folder):
         status, reason = "running", ""
-    elif (folder / "stopped").exists():
-        status, reason = "stopped", read_text(folder / "stopped").strip()
     elif code and not has_result:
         killed = code.isdigit() and int(code) > 128
         how = f"killed by signal {int(code) - 128}" if killed else f"exit status {code}"
@@ -510,8 +529,8 @@ def read_trial(folder: Path) -> Run:
 def read_runs(paths: Iterable[str | Path]) -> list[Run]:
     """Returns the runs of run folders, logs, and folders that hold either, at any depth, in order.
 
-    Trials of a sweep (they have a command.sh) are included whether they ran or not. Raises RunError
-    for a path without runs.
+    Those that a sweep planned (they have a command.sh) are included whether they began or not.
+    Raises RunError for a path without runs.
     """
     runs = []
     for path in map(Path, paths):
@@ -520,7 +539,7 @@ def read_runs(paths: Iterable[str | Path]) -> list[Run]:
         else:
             for run in find(path):
                 planned = (run / "command.sh").exists()
-                runs.append(read_trial(run) if planned else read_run(run))
+                runs.append(read_planned(run) if planned else read_run(run))
     return runs
 
 

@@ -4,9 +4,10 @@
         --github-id author --blurb "What it is, in a line or two."
 
 makes records/track_non_record_16mb/<date>_Eleven_Layers/ with both forms of the program, the logs,
-README.md, submission.json and requirements.txt. Runs in folders `<trial>/seed<N>`, as
-records/sweep.py makes them, are arms named by their trial; all other runs are one arm. With several
-arms, --main is the arm of the headline, and --base is the arm that the others are compared with.
+README.md, submission.json and requirements.txt.
+Runs in folders `<trial>/seed<N>`, as records/sweep.py makes them, are seeds of that trial; all
+other runs are seeds of one trial. With several trials, --main is that of the headline, and --base
+that with which the others are compared.
 The folder is made only if records/check.py finds no fault in it. Exit status: 0, or 2 after all
 reasons against it.
 """
@@ -36,9 +37,9 @@ from runs import (
     RunError,
     by_name,
     is_set_aside,
+    read_planned,
     read_run,
     read_text,
-    read_trial,
     split_name,
 )
 from tool import tool
@@ -60,7 +61,7 @@ README = """# {name}
 
 
 def collect(paths: list[Path], alone: str) -> tuple[list[Run], list[str]]:
-    """Returns the runs in these folders, named by arm, and faults of runs that have not ended.
+    """Returns the runs in these folders, named by trial, and faults of runs that have not ended.
 
     A run outside a trial's folder gets the name `alone`. Raises ValueError if there are no runs.
     """
@@ -73,7 +74,7 @@ def collect(paths: list[Path], alone: str) -> tuple[list[Run], list[str]]:
         faults += [] if found else [f"{path}: no run is there; give folders of finished runs"]
         folders |= found
     for folder in sorted(folder for folder in folders if not is_set_aside(folder)):
-        run = read_trial(folder)
+        run = read_planned(folder)
         if run.status in ("waiting", "running") or not read_log_text(folder):
             faults.append(f"{folder}: {run.status}; needed: runs that have ended, with their logs")
             continue
@@ -112,9 +113,10 @@ def find_disagreements(runs: list[Run]) -> list[str]:
     texts = {run.val_sha256[:8] for run in scored(runs)}
     if len(texts) > 1:
         faults.append(f"validation data {sorted(texts)}; needed: the same in all runs")
-    for name, arm in by_name(runs).items():
-        if len({run.seed for run in arm}) < len(arm):
-            faults.append(f"{name}: seeds {[run.seed for run in arm]}; needed: each once")
+    for name, of_trial in by_name(runs).items():
+        seeds = [run.seed for run in of_trial]
+        if len({*seeds}) < len(seeds):
+            faults.append(f"{name}: seeds {seeds}; needed: each once")
     for run in runs:
         changed = {k: x for k, x in run.resumed.get("changed", {}).items() if k in SCHEDULE}
         if changed:
@@ -138,24 +140,24 @@ def main_facts(run: Run) -> tuple[Any, ...]:
 def build(folder: Path, runs: list[Run], args: argparse.Namespace) -> None:
     """Writes all files of a submission."""
     folder.mkdir(parents=True)
-    arms = by_name(runs)
+    trials = by_name(runs)
     for run in runs:
-        arm = f"_{run.name}" if len(arms) > 1 else ""
+        trial = f"_{run.name}" if len(trials) > 1 else ""
         text = hide_paths(read_log_text(run.path), run)
-        (folder / f"train{arm}_seed{run.seed}.log").write_text(text, encoding="utf-8")
-    first = scored(arms[args.main])[0]
+        (folder / f"train{trial}_seed{run.seed}.log").write_text(text, encoding="utf-8")
+    first = scored(trials[args.main])[0]
     shutil.copyfile(first.path / PROGRAM, folder / PROGRAM)
     source = figures.program_source(folder / PROGRAM)
     packed = source != (folder / PROGRAM).read_bytes()
     if packed:
         (folder / READABLE).write_bytes(source)
-    main, base = (args.main, args.base) if len(arms) > 1 else ("", "")
+    main, base = (args.main, args.base) if len(trials) > 1 else ("", "")
     logged, _ = figures.read_logs(folder)
     told = figures.submission(logged, main, base)
-    of_arms = told.get("arms", {args.main: told["seed_results"]})
+    of_trials = told.get("trials", {args.main: told["seed_results"]})
     for run in scored(runs):
         hashes = {"code_sha256": run.code_sha256, "val_sha256": run.val_sha256}
-        of_arms[run.name][str(run.seed)] |= hashes
+        of_trials[run.name][str(run.seed)] |= hashes
     keys = ("author", "github_id", "name", "blurb", "date")
     about = {key: getattr(args, key) for key in keys} | {"track": args.track.removeprefix("track_")}
     text = json.dumps(about | told, indent=2, allow_nan=False, ensure_ascii=False)
@@ -200,7 +202,7 @@ def requirements(source: str, run: Run) -> list[str]:
 
 
 def draw_plots(runs: list[Run], folder: Path, base: str) -> list[Path]:
-    """Draws the losses, and of several arms the scores against the base; returns the PNG files."""
+    """Draws the losses, and the scores of several trials; returns the PNG files."""
     from plot import draw
 
     kinds = ("loss", "scores") if base else ("loss",)
@@ -211,20 +213,22 @@ def submit(args: argparse.Namespace) -> tuple[Path, list[str]]:
     """Returns the folder made, or the folder that was not made and the faults."""
     runs, faults = collect(args.runs, args.name)
     faults += find_disagreements(runs)
-    arms, target = by_name(runs), args.out / args.track / f"{args.date}_{args.name}"
-    if len(arms) == 1:
-        args.main = next(iter(arms))
+    trials, target = by_name(runs), args.out / args.track / f"{args.date}_{args.name}"
+    if len(trials) == 1:
+        args.main = next(iter(trials))
     args.base = args.base or args.main
     for option in ("main", "base"):
         name = getattr(args, option)
-        if not scored(arms.get(name, [])):
-            faults.append(f"--{option}: {name}; needed: an arm with scores, of {', '.join(arms)}")
+        if not scored(trials.get(name, [])):
+            faults.append(
+                f"--{option}: {name}; needed: a trial with scores, of {', '.join(trials)}"
+            )
     if target.exists():
         faults.append(f"{target}: it exists; needed: another --name or --date")
     if not re.fullmatch(r"[^\W_][\w.+=-]*", args.name):  # others could be Markdown
         needed = "a letter or digit, then letters, digits and _ . + = -"
         faults.append(f"--name: {args.name}; needed: {needed}")
-    of_main = arms.get(args.main, [])
+    of_main = trials.get(args.main, [])
     if not scored(of_main):
         faults += [
             f"{run.path}: {run.status}: {figures.why(run)}; needed: a score" for run in of_main
@@ -248,11 +252,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name in ("name", "author", "github-id", "blurb"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--track", choices=(RECORD, NON_RECORD), default=NON_RECORD)
-    parser.add_argument("--main", help="the arm of the headline")
-    parser.add_argument("--base", help="the arm that others are compared with (default: --main)")
+    parser.add_argument("--main", help="the trial of the headline")
+    parser.add_argument("--base", help="the trial that others are compared with (default: --main)")
     parser.add_argument("--date", default=str(date.today()), help="YYYY-MM-DD (default: today)")
     parser.add_argument("--text", type=Path, metavar="FILE.md", help="more text for README.md")
-    parser.add_argument("--plots", action="store_true", help="draw the losses, and scores of arms")
+    parser.add_argument(
+        "--plots", action="store_true", help="draw the losses, and scores of trials"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "records", help="default: records/")
     return parser.parse_args(argv)
 

@@ -3,6 +3,7 @@
 import functools
 import io
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,6 +20,12 @@ def describe(error: Exception) -> str:
         name = os.fsdecode(error.filename) if error.filename else "the output"
         return f"{name}: {error.strerror}; give another path, or free, rename or remove it"
     return str(error)
+
+
+def escape(text: str) -> str:
+    """Returns Markdown that shows a text in one line as it is."""
+    marks = r"[\\<`*\[\]|~&$]|(?<!\w)_|_(?!\w)"
+    return re.sub(marks, lambda mark: f"\\{mark[0]}", " ".join(text.split()))
 
 
 def tool(main: Callable[P, int]) -> Callable[P, int]:

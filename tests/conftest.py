@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "records"))
 
+from bench.harness import quantize_model
+
 import train_gpt as tg
 from program import TINY
 
@@ -85,9 +87,9 @@ def choose(h: tg.Hyperparameters) -> tuple[tg.Attention, tg.Device, list[str]]:
     return attention, device, notes + more
 
 
-def load(h: tg.Hyperparameters, **options: int | None) -> tg.Data:
+def load(h: tg.Hyperparameters, trains: bool = True) -> tg.Data:
     """The data of some settings, for a single rank, without log lines."""
-    return tg.load_data(h, tg.Ranks(), tg.Log(silent=True), options.get("steps", h.iterations))
+    return tg.load_data(h, tg.Ranks(), tg.Log(silent=True), trains)
 
 
 def trainer(
@@ -116,9 +118,23 @@ def score_artifact(
     return scores
 
 
+def quantize_matrices(
+    quantizer: str,
+    weight: torch.Tensor,
+    hessian: torch.Tensor | None = None,
+    bits: int = 6,
+    factor: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of matrices [n, rows, cols], with a search for scales."""
+    quantize, limit = tg.QUANTIZERS[quantizer], 2 ** (bits - 1) - 1
+    (scales,) = tg.search_scales(quantize, limit, weight, hessian)
+    scales = tg.to_scales(scales.float() * factor)
+    return quantize(limit, weight, scales, hessian).codes, scales
+
+
 def artifact_of(model: tg.GPT) -> tuple[bytes, dict[str, torch.Tensor]]:
     """A model's artifact, quantized by rounding, and its arrays."""
-    arrays, _ = tg.quantize_model(model, {}, tg.Ranks())
+    arrays = quantize_model(model, {})
     return tg.pack_artifact(model.h, arrays, "zstd"), arrays
 
 
@@ -148,12 +164,12 @@ def finished(byte_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """Runs as a sweep leaves them: three seeds, two without bigrams, and one that failed."""
     folder = tmp_path_factory.mktemp("runs")
     base = {**TINY, "NUM_LAYERS": "2", "ITERATIONS": "6", "DATA_PATH": str(byte_corpus)}
-    arms = {
+    trials = {
         "tiny": ({}, (1337, 42, 7), 0),
         "plain": ({"BIGRAM_VOCAB_SIZE": "0"}, (1337, 42), 0),
         "lost": ({"ADAM_EPS": "1e18", "TIED_EMBED_LR": "1e18"}, (42,), 4),
     }
-    for name, (changes, seeds, status) in arms.items():
+    for name, (changes, seeds, status) in trials.items():
         for seed in seeds:
             own = {"SEED": str(seed), "RUN_DIR": str(folder / name / f"seed{seed}")}
             assert tg.main([], {**base, **changes, **own}) == status

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import zstandard
+from bench.harness import quantize_model
 from conftest import settings
 
 import train_gpt as tg
@@ -109,7 +110,7 @@ def described(blob: bytes) -> tuple[str, dict, bytes]:
 
 def pack(model: tg.GPT, codec: str = "zstd") -> bytes:
     """Returns the artifact of a model, its matrices rounded."""
-    return tg.pack_artifact(model.h, tg.quantize_model(model, {}, tg.Ranks())[0], codec)
+    return tg.pack_artifact(model.h, quantize_model(model, {}), codec)
 
 
 def layout(blob: bytes) -> tuple[dict, bytes]:
@@ -129,7 +130,8 @@ def checkpoint(head: dict | bytes, body: bytes, size: int | None = None) -> byte
 
 def load_checkpoint(path: Path, h: tg.Hyperparameters) -> tuple[tg.Hyperparameters, dict]:
     """Returns settings and weights of a checkpoint."""
-    return tg.load_checkpoint(path, h)[:2]
+    saved = tg.load_checkpoint(path, h)
+    return saved.h, saved.weights
 
 
 def judge(path: Path, read: Callable = tg.load_artifact) -> str:

@@ -24,17 +24,12 @@ COMMON = (
     "data_path",
     "tokenizer_path",
     "vocab_size",
-    "num_layers",
-    "model_dim",
-    "train_seq_len",
     "train_batch_tokens",
     "micro_batch_tokens",
     "iterations",
     "max_wallclock_seconds",
     "seed",
     "eval_stride",
-    "gptq_enabled",
-    "compressor",
 )
 
 # bpb on the challenge's validation text, as their authors report it.

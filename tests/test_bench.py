@@ -85,7 +85,7 @@ def test_the_plain_loop_takes_the_steps_of_the_trainer(changes, machine):
         batch, ours.step = data.train.batch(n % 3), n
         terms = ours.take_step(phase, *batch)
         ours.average.update(n, phase.lr_scale)
-        auxiliary = tg.auxiliary_inputs(phase, h, n, machine.device.device, tg.Ranks())
+        auxiliary = partial(tg.auxiliary_inputs, phase, h, n, device=machine.device)
         plain_loss = loop.step(n, phase.lr_scale, *batch, auxiliary)
         losses.append((terms["train_loss"].item(), plain_loss))
     found, expected = zip(*losses, strict=True)

@@ -36,19 +36,19 @@ def small(finished, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def whole(finished, tmp_path_factory):
-    """A good folder of one arm, with the real program."""
+    """A good folder of one trial, with the real program."""
     return make_entry(tmp_path_factory.mktemp("records"), finished / "tiny")
 
 
 @pytest.fixture(scope="session")
 def study(small, tmp_path_factory):
-    """A good folder of one arm."""
+    """A good folder of one trial."""
     return make_entry(tmp_path_factory.mktemp("records"), small / "tiny")
 
 
 @pytest.fixture(scope="session")
 def several(small, tmp_path_factory):
-    """A good folder of several arms, of which one failed."""
+    """A good folder of several trials, of which one failed."""
     return make_entry(tmp_path_factory.mktemp("records"), small, main="tiny", base="plain")
 
 
@@ -344,9 +344,9 @@ STUDY = {
     "a link": (link_program, f"{PROGRAM}: no plain file; needed: files only"),
 }
 SEVERAL = {
-    "a score of another arm": (state(arms={}), "arms.plain.42.val_bpb: missing; needed: "),
-    "a dropped arm": (remove("train_lost_seed42.log"), "lost.42.status: failed; needed: nothing"),
-    "a row of an arm": (
+    "a score of another trial": (state(trials={}), "trials.plain.42.val_bpb: missing; needed: "),
+    "a dropped trial": (remove("train_lost_seed42.log"), "lost.42.status: failed; needed: nothing"),
+    "a row of a trial": (
         page(r"^\| lost \| 42 \| failed: .*?\|", "| lost | 42 | never tried |"),
         r"\| lost \| 42 \| never tried .*; needed: .* the loss is nan",
     ),
@@ -393,7 +393,7 @@ def test_good_folders_have_no_fault(study, several, record, capsys):
         assert "; the program was not run\nnot proven: " in capsys.readouterr().out
 
 
-# ---- Arms of repacked weights ----
+# ---- Trials of repacked weights ----
 
 
 def repack(finished, to, **changes):
@@ -406,8 +406,8 @@ def repack(finished, to, **changes):
     return to
 
 
-def test_an_arm_may_be_weights_that_another_run_trained(finished, tmp_path, capsys):
-    """It has no steps; the main arm must be trained."""
+def test_a_trial_may_be_weights_that_another_run_trained(finished, tmp_path, capsys):
+    """It has no steps; the main trial must be trained."""
     rounding = repack(finished, tmp_path / "rounding", gptq_enabled=False, eval_window=32)
     short = repack(finished, tmp_path / "short", gptq_enabled=False, eval_seq_len=32)
     runs = finished / "tiny", rounding, short
@@ -417,10 +417,9 @@ def test_an_arm_may_be_weights_that_another_run_trained(finished, tmp_path, caps
     (tmp_path / "others").mkdir()
     reasons = refusal(capsys, tmp_path / "others", *runs, main="rounding", base="tiny")
     assert any("0 steps; needed: 6" in line for line in reasons)
-    assert any("needed: 3 verdicts" in line for line in reasons)
 
 
-def test_an_arm_without_steps_is_not_repacked(finished, byte_corpus, tmp_path):
+def test_a_trial_without_steps_is_not_repacked(finished, byte_corpus, tmp_path):
     settings = load(finished / "tiny/seed7/result.json")["settings"] | {"iterations": 0}
     env = {k.upper(): str(int(x) if isinstance(x, bool) else x) for k, x in settings.items()}
     assert train_gpt.main([], env | {"RUN_DIR": str(tmp_path / "untrained/seed7")}) == 0
@@ -429,7 +428,7 @@ def test_an_arm_without_steps_is_not_repacked(finished, byte_corpus, tmp_path):
     assert "--quantize" not in (folder / "README.md").read_text(encoding="utf-8")
 
 
-def test_an_arm_that_hides_its_steps_is_not_repacked(several, copy):
+def test_a_trial_that_hides_its_steps_is_not_repacked(several, copy):
     folder = copy(several)
     for log in folder.glob("train_plain_*.log"):
         hidden = r"^(step:|stopping_early|limit:train|model_params|resume:).*\n"

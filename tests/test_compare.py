@@ -400,7 +400,7 @@ def test_logs_of_a_folder_are_trials_by_name(tmp_path, capsys):
     ("path", "trial", "seed"),
     [
         ("logs/seed_test", "seed_test", None),
-        ("logs/base/seed-7", "base", -7),
+        ("logs/base/seed-7", "base", 7),
         ("logs/base/seed7/train.log", "base", None),
         ("2026-03-25_Theirs/train_seed42.log", "2026-03-25_Theirs", 42),
         ("x/train_MUON_WD=0.1+seed_test_seed42.log", "MUON_WD=0.1+seed_test", 42),
@@ -538,7 +538,9 @@ def test_what_cannot_be_compared_is_an_error(sweep, capsys, monkeypatch, argv, m
         assert "NOT COUNTED: lone seed 42: oom: lower MICRO_BATCH_TOKENS" in captured.err
 
 
-@pytest.mark.parametrize("name", ["a|b", "[red]x", "_x_ <b>", "*`[a](b)`*", "a\\|b", "x\ny"])
+@pytest.mark.parametrize(
+    "name", ["a|b", "[red]x", "_x_ <b>", "*`[a](b)`*", "a\\|b", "x\ny", "~~x~~ &lt; $y$"]
+)
 def test_a_name_is_no_markup(tmp_path, capsys, monkeypatch, name):
     trial(tmp_path / name, BETTER)
     runs = [*trial(tmp_path / "base"), *read_runs([tmp_path / name])]

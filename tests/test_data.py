@@ -1,5 +1,6 @@
 """Data: the shard format, the token stream and its batches, bytes against decoded text."""
 
+import functools
 import io
 import json
 import os
@@ -94,24 +95,74 @@ def test_the_stream_is_the_shards_repeated(tmp_path_factory, parts, position, co
     assert stream.read(position, count).tolist() == expected
 
 
+@pytest.mark.parametrize("order", ["sequential", "shuffled"])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_the_rows_of_all_ranks_are_the_tokens_of_the_step(byte_corpus: Path, world_size: int):
+def test_the_rows_of_all_ranks_are_the_sequences_of_the_step(
+    byte_corpus: Path, world_size: int, order: str
+):
     """In any order of the steps, and past the end of the last shard; targets are one ahead."""
     stream = tg.TokenStream(byte_corpus, "train", 260)
     ranks = [tg.Ranks(rank, world_size) for rank in range(world_size)]
-    batches = [tg.TrainingBatches(stream, 1024, 64, rank) for rank in ranks]
+    batches = [tg.TrainingBatches(stream, 1024, 64, rank, order, 7) for rank in ranks]
     for step in (2, 0, 1, len(stream) // 1024):
-        tokens = stream.read(step * 1024, 1025)
+        wanted = batches[0].sequences(step * 16, 16)
+        if order == "sequential":
+            tokens = stream.read(step * 1024, 1025)
+            assert torch.equal(wanted[:, :-1], tokens[:-1].view(16, 64))
         parts = [one.batch(step) for one in batches]
         assert all(x.shape == y.shape == (16 // world_size, 64) for x, y in parts)
         x, y = (torch.cat(rows) for rows in zip(*parts, strict=True))
         assert x.dtype == y.dtype == torch.int64
-        assert torch.equal(x, tokens[:-1].view(16, 64))
-        assert torch.equal(y, tokens[1:].view(16, 64))
-        for one in batches:  # calibration reads what the step would read first
-            for count in (1, 16, 20):
-                first = stream.read(step * 1024, count * 64)
-                assert torch.equal(one.sequences(step, count), first.view(count, 64))
+        assert torch.equal(torch.cat([x, y[:, -1:]], 1), wanted)
+        assert torch.equal(x[:, 1:], y[:, :-1])
+        # Calibration reads what the step would read first.
+        assert torch.equal(batches[-1].sequences(step * 16 + 3, 2), wanted[3:5])
+
+
+@hypothesis_settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    seq_len=st.integers(2, 9),
+    rows=st.integers(1, 8),
+    seed=st.integers(0, 10**6),
+)
+def test_shuffled_training_reads_every_window_once_before_any_comes_again(
+    tmp_path_factory, lengths, seq_len, rows, seed
+):
+    """Windows are those of each shard, whole, with the token after; fewer than a step's is fine."""
+    ends = np.cumsum(lengths)
+    shards = [list(range(end, end + size)) for end, size in zip(ends, lengths, strict=True)]
+    windows = sorted(
+        shard[start : start + seq_len + 1]
+        for shard in shards
+        for start in range(0, len(shard) - seq_len, seq_len)
+    )
+    stream = write_split(tmp_path_factory.mktemp("s"), shards)
+    make = functools.partial(tg.TrainingBatches, stream, rows * seq_len, seq_len, tg.Ranks())
+    if not windows:
+        with pytest.raises(tg.DataError, match=f"TRAIN_SEQ_LEN={seq_len}"):
+            make("shuffled", seed)
+        return
+    batches = make("shuffled", seed)
+    assert batches.count == len(windows)
+    steps = -(-3 * len(windows) // rows)
+    parts = [torch.cat([x, y[:, -1:]], 1) for x, y in map(batches.batch, range(steps))]
+    read = torch.cat(parts).tolist()
+    for start in range(0, 3 * len(windows), len(windows)):
+        assert sorted(read[start : start + len(windows)]) == windows
+
+
+def test_a_shuffled_step_reads_all_over_the_text_and_passes_and_seeds_differ(tmp_path):
+    stream = write_split(tmp_path, [list(range(s * 2000, s * 2000 + 2000)) for s in range(5)])
+    batches = [tg.TrainingBatches(stream, 64 * 8, 8, tg.Ranks(), "shuffled", s) for s in (1, 2)]
+    first, other = (one.batch(0)[0] for one in batches)
+    assert not torch.equal(first, other)
+    n = batches[0].count
+    starts = first[:, 0].sort().values
+    assert starts.diff().max() < 3 * 10_000 / 64  # no large part of the text is left out
+    passes = [batches[0].sequences(start, n)[:, 0] for start in (0, n)]
+    assert not torch.equal(*passes)
+    assert torch.equal(passes[0].sort().values, passes[1].sort().values)
 
 
 def test_a_step_is_cut_into_the_fewest_equal_parts():
@@ -154,7 +205,7 @@ def test_a_split_without_shards_is_an_error_with_both_remedies(
 def warnings_of(h: tg.Hyperparameters, capsys) -> list[str]:
     """The warnings with which data is loaded, but for the one that it is not the challenge's."""
     capsys.readouterr()
-    tg.load_data(h, tg.Ranks(), tg.Log(), 0)
+    tg.load_data(h, tg.Ranks(), tg.Log())
     warnings = re.findall("^warning: .*", capsys.readouterr().out, re.MULTILINE)
     return [line for line in warnings if "not the challenge's" not in line]
 
@@ -177,34 +228,30 @@ def test_missing_shards_are_counted_by_the_number_of_the_last(tmp_path, capsys, 
 
 
 @fault(9)
-def test_ranks_together_check_the_ids_of_every_shard_within_reach(tmp_path: Path):
+def test_ranks_together_check_the_ids_of_every_shard(tmp_path: Path):
     for bad in range(5):
         parts = [[7, 1, 260 if i == bad else 259] for i in range(5)]
         stream = write_split(tmp_path / "d", parts)
         for world_size in (1, 2, 8):
-            for reach in (1, 3, 4, 15, 99):
-                refused = []
-                for rank in range(world_size):
-                    try:
-                        stream.check(tg.Log(), reach, tg.Ranks(rank, world_size))
-                    except tg.DataError as error:
-                        refused.append(str(error))
-                assert len(refused) == (3 * bad < reach)
-                says = f"{bad:06d}.bin: token id 260 is not below VOCAB_SIZE=260; change DATA_PATH"
-                assert all(says in text for text in refused)
+            refused = []
+            for rank in range(world_size):
+                try:
+                    stream.check(tg.Log(), tg.Ranks(rank, world_size))
+                except tg.DataError as error:
+                    refused.append(str(error))
+            [text] = refused
+            says = f"{bad:06d}.bin: token id 260 is not below VOCAB_SIZE=260; change DATA_PATH"
+            assert says in text
 
 
 @fault(9)
-def test_ids_that_a_run_reads_are_checked_before_it(tmp_path: Path):
-    """The bad shard begins after 1024 tokens of a step, 64 of calibration and a sequence."""
-    write_split(tmp_path / "d", [byte_tokens("what is scored " * 9)], "val")
-    write_split(tmp_path / "d", [[7] * (1024 + 64 + 64), [260] * 100])
-    changes = {"data_path": tmp_path / "d", "gptq_calib_tokens": 64}
-    assert len(load(settings(**changes, iterations=1)).train.stream) == 1252
-    assert "000001.bin: token id 260 is not below" in refused(**changes, iterations=2)
-    write_split(tmp_path / "d", [byte_tokens("scored " * 99), [5] * 9, [5, 5, 261]], "val")
-    says = "val_000002.bin: token id 261 is not below"  # the whole validation text is scored
-    assert says in refused(**changes, iterations=1)
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_ids_are_checked_before_a_run(tmp_path: Path, split: str):
+    for name in ("train", "val"):
+        write_split(tmp_path / "d", [byte_tokens(f"the text of {name} " * 99)], name)
+    load(settings(data_path=tmp_path / "d"))
+    write_split(tmp_path / "d", [byte_tokens("scored " * 99), [5] * 9, [5, 5, 261]], split)
+    assert f"{split}_000002.bin: token id 261 is not below" in refused(data_path=tmp_path / "d")
 
 
 @fault(12)
@@ -378,7 +425,7 @@ def refused(**changes: object) -> str:
 
 
 def test_a_corpus_of_tokens_is_loaded(text_corpus, capsys):
-    data = tg.load_data(settings(**text_corpus), tg.Ranks(), tg.Log(), 0)
+    data = tg.load_data(settings(**text_corpus), tg.Ranks(), tg.Log())
     val = tg.TokenStream(text_corpus["data_path"], "val", 1024)
     assert data.val.tokens.tolist() == val.read(0, len(val)).tolist()
     total = data.val.table.text_bytes(data.val.tokens[:-1], data.val.tokens[1:]).sum()
@@ -492,7 +539,7 @@ def test_another_validation_text_is_warned_of_and_flagged(tmp_path, monkeypatch,
     for factor in (1 - 2e-4, 1 - 5e-5, 1, 1 + 5e-5, 1 + 2e-4, older_export):
         found = round(size * factor)
         write_split(tmp_path / "d", [[1] + [7] * found], "val")
-        data = tg.load_data(settings(data_path=tmp_path / "d"), tg.Ranks(), tg.Log(), steps=None)
+        data = tg.load_data(settings(data_path=tmp_path / "d"), tg.Ranks(), tg.Log(), trains=False)
         assert data.val.canonical is (abs(factor - 1) < 1e-4)
         warning = f"warning: {found} bytes of validation text, not the challenge's"
         assert (warning in capsys.readouterr().out) is not data.val.canonical

@@ -162,8 +162,11 @@ def test_settings_choose_window_and_stride(changes, seq_len, strides):
 @pytest.mark.parametrize(("kind", "tokens"), [("cpu", 4096), ("cuda", 65_536)])
 def test_a_gpu_scores_an_eighth_of_the_batch_and_a_cpu_what_its_caches_hold(kind, tokens):
     device = tg.Device(torch.device(kind), torch.float32, compiled=False)
-    assert tg.scoring_batch_tokens(524_288, device) == tokens
-    assert tg.scoring_batch_tokens(800, device) == 100
+    h = tg.Hyperparameters()
+    assert tg.scoring_batch_tokens(h, device) == tokens
+    assert tg.scoring_batch_tokens(tg.replace(h, val_batch_size=800), device) == 100
+    less = tg.replace(h, micro_batch_tokens=10_000)  # no more than training holds
+    assert tg.scoring_batch_tokens(less, device) == min(tokens, 10_000)
 
 
 @pytest.mark.fault(34)

@@ -6,7 +6,9 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import TINY, choose, randomize, settings
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import train_gpt as tg
 
@@ -101,6 +103,38 @@ def test_newton_schulz_in_bf16_stays_in_its_band():
     relative = torch.linalg.svdvals(stack) / stack.norm(dim=(1, 2))[:, None]
     assert ends[relative > 0.002].min() > 0.65
     assert ends.max() < 1.23
+
+
+@pytest.fixture
+def eight_ranks():
+    """The first of eight ranks; collectives return at once and change nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    yield tg.Ranks(0, 8)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("auxiliary", [{}, {"jepa_chunk_size": 4, "stp_enabled": 1}])
+def test_a_step_never_waits_for_the_gpu(byte_corpus, eight_ranks, auxiliary):
+    h = settings(
+        data_path=byte_corpus,
+        compile=0,
+        model_dim=64,
+        num_heads=2,
+        num_kv_heads=1,
+        rope_dims=16,
+        **auxiliary,
+    )
+    attention, device, _ = choose(h)
+    data = tg.load_data(h, eight_ranks, tg.Log(silent=True))
+    model = tg.GPT(h, attention.attend, device.dtype).to(device.device)
+    trainer = tg.Trainer(model, data, h, eight_ranks, device, tg.Log(silent=True))
+    phase, batch = tg.programs(h)[-1], trainer.batches.batch(0)
+    trainer.take_step(phase, *batch)  # the first step allocates
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.take_step(phase, *batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 AUXILIARY = {"JEPA_CHUNK_SIZE": "4", "STP_ENABLED": "1"}

@@ -56,9 +56,12 @@ def random_model(dtype: torch.dtype = torch.float32, **changes: object) -> tg.GP
     return randomize(tg.GPT(settings(**narrow | changes), dtype=dtype)).eval()
 
 
-def auxiliary(model: tg.GPT, phase: tg.Phase, step: int = 0) -> tg.AuxiliaryInputs:
-    """The inputs of the auxiliary losses of a step on a single rank."""
-    return tg.auxiliary_inputs(phase, model.h, step, torch.device("cpu"), tg.Ranks())
+CPU = tg.Device(torch.device("cpu"), torch.float32, compiled=False)
+
+
+def auxiliary(model: tg.GPT, phase: tg.Phase, step: int = 0) -> tg.Auxiliary:
+    """The inputs of the auxiliary losses of all rows of a step."""
+    return tg.auxiliary_inputs(phase, model.h, step, slice(None), CPU)
 
 
 # ---- Sizes and roles ----
@@ -364,13 +367,11 @@ def test_stp_of_constant_states_is_one_with_a_finite_gradient():
 def test_stp_positions_rise_reach_every_token_and_follow_from_seed_and_step(length):
     h = settings(stp_enabled=1, train_seq_len=length, train_batch_tokens=length * 8)
 
-    def positions(step: int, seed: int = 1337, ranks: tg.Ranks | None = None) -> torch.Tensor:
+    def positions(step: int, seed: int = 1337, rows: slice = slice(None)) -> torch.Tensor:
         seeded = tg.replace(h, seed=seed)
-        inputs = tg.auxiliary_inputs(
-            STP_PHASE, seeded, step, torch.device("cpu"), ranks or tg.Ranks()
-        )
-        assert inputs.stp.weight.item() == pytest.approx(0.3)
-        return inputs.stp.positions
+        inputs = tg.auxiliary_inputs(STP_PHASE, seeded, step, rows, CPU)
+        assert inputs.stp_weight.item() == pytest.approx(0.3)
+        return inputs.stp_positions
 
     steps = [positions(step) for step in range(200)]
     assert {p.shape for p in steps} == {(8, 3)}
@@ -380,9 +381,8 @@ def test_stp_positions_rise_reach_every_token_and_follow_from_seed_and_step(leng
     if length > 4:
         assert not torch.equal(steps[5], steps[6])
         assert not torch.equal(steps[5], positions(5, seed=7))
-    for world in (2, 4):  # a rank reads its rows of the step, as it does of the text
-        parts = [positions(5, ranks=tg.Ranks(rank, world)) for rank in range(world)]
-        assert torch.equal(torch.cat(parts), steps[5])
+    parts = [positions(5, rows=slice(start, start + 2)) for start in (0, 2, 4, 6)]
+    assert torch.equal(torch.cat(parts), steps[5])
 
 
 def test_micro_batches_change_no_jepa_loss(byte_corpus, cpu):

@@ -103,16 +103,29 @@ def test_a_gradient_is_clipped_to_its_largest_norm(size):
 
 @pytest.mark.fault(34)
 @pytest.mark.parametrize("value", [math.inf, math.nan])
-def test_a_gradient_that_is_not_finite_reaches_no_weight(value):
+def test_a_gradient_that_is_not_finite_changes_no_weight(value):
+    """Nor do the momenta of the steps before it, or the decay of the weights."""
     h = settings()
     model = tg.GPT(h)
     optimizers = tg.Optimizers(model, h, tg.Ranks())
-    for p in model.parameters():
-        p.grad.fill_(0.1)
-    optimizers.gradient[7] = value
-    assert not optimizers.step(tg.Phase(1.0, 0.9, 0.0, 0.0)).isfinite()
-    assert all(p.isfinite().all() for p in model.parameters())
+    for bad in (False, False, True):
+        before = [p.clone() for p in model.parameters()]
+        optimizers.gradient.fill_(0.1)
+        optimizers.gradient[7] += value if bad else 0.0
+        assert optimizers.step(tg.Phase(1.0, 0.9, 0.0, 0.0)).isfinite() != bad
+        assert all(map(torch.equal, before, model.parameters())) == bad
     assert all(state.isfinite().all() for state in optimizers.state().values())
+
+
+def test_gradients_of_large_weights_are_aligned_for_vector_instructions():
+    """16 bytes, whatever small gradients of odd sizes there are, such as that of BigramHash."""
+    model = tg.GPT(settings(num_layers=3, model_dim=24))
+    optimizers = tg.Optimizers(model, model.h, tg.Ranks())
+    assert sum(p.numel() % 4 for p in model.parameters())
+    parts = [p.grad for p in model.parameters() if p.numel() >= 256]
+    offsets = [part.data_ptr() - optimizers.gradient.data_ptr() for part in parts]
+    assert len(offsets) > 10
+    assert not any(offset % 16 for offset in offsets)
 
 
 # ---- The average of the weights ----

@@ -7,17 +7,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import ROOT, randomize, settings
+from conftest import ROOT, settings
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from scipy import stats
 
-import train_gpt as tg
-
 sys.path.insert(0, str(ROOT / "records"))
 
+import compare
 import plot
-from compare import compare
 from runs import read_run, read_runs
 
 LONG = "XSA_LAST_N=0+MUON_WD=0.02+MATRIX_LR=0.03"
@@ -57,23 +54,13 @@ def write_run(folder, seed=1337, losses=None, bpb=None, h=None, **changes):
 
 
 @pytest.fixture(scope="module")
-def artifact():
-    """The bytes of an artifact of random weights with all parts that a model can have."""
-    h = settings(jepa_chunk_size=8, jepa_latent_dim=16, jepa_proj_hidden=16, bigram_vocab_size=512)
-    torch.manual_seed(0)
-    return tg.pack_artifact(h, tg.quantize_model(randomize(tg.GPT(h)), {}, tg.Ranks())[0], "zstd")
-
-
-@pytest.fixture(scope="module")
-def sweep(tmp_path_factory, artifact):
-    """A folder of three trials of three seeds, two artifacts, and one run that failed."""
+def sweep(tmp_path_factory):
+    """A folder of three trials of three seeds, and one run that failed."""
     h, folder = settings(jepa_chunk_size=8), tmp_path_factory.mktemp("plot") / "sweep"
     for name, of_seed in SCORES.items():
         for seed, bpb in of_seed.items():
             losses = [bpb + 3 / n + 0.01 * math.sin(n * seed) for n in range(1, 61)]
-            run = write_run(folder / name / f"seed{seed}", seed, losses, bpb, h)
-            if seed == 42 and name != LONG:
-                (run / "final_model.int6.ptz").write_bytes(artifact)
+            write_run(folder / name / f"seed{seed}", seed, losses, bpb, h)
     failed = {"status": "nan", "reason": "Traceback\nstep 3: the loss is nan", "scores": {}}
     write_run(folder / "none/seed99", 99, (3.0, 2.0, math.nan), bytes={}, **failed)
     return folder
@@ -125,9 +112,8 @@ def test_the_program_writes_one_png_of_each_kind(sweep, tmp_path, capsys):
     out = tmp_path / "a" / "b"
     assert plot.main([str(sweep), "--base", "none", "--out", str(out)]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[:6] == [f"{out}/{kind}.png" for kind in plot.KINDS]
-    assert printed[6] == "Not finished (nan: step 3: the loss is nan): none seed 99."
-    assert printed[7].startswith("Without final_model.int6.ptz: ")
+    assert printed[:-1] == [f"{out}/{kind}.png" for kind in plot.KINDS]
+    assert printed[-1] == "Not finished (nan: step 3: the loss is nan): none seed 99."
     assert sorted(path.name for path in out.iterdir()) == sorted(f"{k}.png" for k in plot.KINDS)
     again = plot.draw(read_runs([sweep]), "scores", tmp_path, base="none")
     assert again == tmp_path / "scores.png"
@@ -152,7 +138,7 @@ def test_the_losses_of_a_failed_run_are_not_compared(tmp_path):
 
 def test_a_run_is_read_from_its_log(finished):
     folder = finished / "tiny/seed42"
-    for kind in {*plot.KINDS} - {"bytes"}:
+    for kind in plot.KINDS:
         assert plot.make([read_run(folder / "train.log")], kind).axes
     figure = plot.make([read_run(folder / "train.log")], "loss", x="tokens")
     assert names_of(figure) == ["tiny (1)"]
@@ -217,6 +203,15 @@ def test_the_difference_of_losses_is_by_seed_and_step(tmp_path):
     assert len(lines["alone (1)"][0]) == len(lines["base (2)"][0]) == 0
 
 
+def test_seeds_without_a_common_step_are_named(tmp_path):
+    for seed in (1, 2):
+        step = f"step:{seed}/9 train_loss:3.{seed} train_time:9ms\n"
+        score = f"final_x val_loss:1.{seed} val_bpb:2.{seed}\n"
+        (tmp_path / f"a_seed{seed}.log").write_text(step + score)
+    figure = plot.make(read_runs([tmp_path]), "loss")
+    assert "The seeds have no logged step in common: a." in note_of(figure)
+
+
 def test_losses_of_different_vocabularies_cannot_be_compared(tmp_path):
     a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", h=settings(vocab_size=300))
     assert "cannot be compared" not in note_of(plot.make([read_run(a)], "loss"))
@@ -244,9 +239,11 @@ def test_the_schedule_by_the_clock(tmp_path):
     rates = points_of(plot.make(runs, "schedule"))
     assert rates[80] == pytest.approx(0.5)  # by ITERATIONS it would still be 1
     assert points_of(plot.make(runs, "schedule", x="seconds"))[160.0] == rates[80]
-    kept = replace(h, gptq_enabled=True, gptq_calib="train", gptq_reserve_seconds=20.0)
+    kept = replace(h, gptq_enabled=True, gptq_calib="train")
     seconds = {"train": 183.0, "calibrate": 3.0}
-    runs = [read_run(write_run(tmp_path / "b", losses=[1.0] * 90, h=kept, seconds=seconds))]
+    folder = write_run(tmp_path / "b", losses=[1.0] * 90, h=kept, seconds=seconds)
+    (folder / "train.log").write_text("gptq: 20.0 s are kept for 4 calibration batches\n")
+    runs = [read_run(folder)]
     assert points_of(plot.make(runs, "schedule"))[70] == pytest.approx(0.5)  # of 180 seconds
 
 
@@ -258,7 +255,7 @@ def test_equal_schedules_share_a_line(tmp_path):
     assert [line.get_label() for line in figure.axes[0].lines] == ["a\nb", "c"]
 
 
-# ---- Scores and size ----
+# ---- Scores ----
 
 
 def test_scores_are_sorted_with_means_and_paired_differences(sweep):
@@ -287,7 +284,7 @@ def test_differences_of_scores_are_those_of_compare(tmp_path):
     runs += runs_of(tmp_path, "lone", seed1={"bpb": 2.35})
     runs += runs_of(tmp_path, "nan", seed1={"bpb": 2.36}, seed2={"bpb": math.nan})
     figure = plot.make(runs, "scores", base="base")
-    c = compare([run for run in runs if run.name == "alien"], runs[:3])
+    c = compare.compare([run for run in runs if run.name == "alien"], runs[:3])
     right = figure.axes[1]
     (bar,) = right.containers
     (segment,) = bar[2][0].get_segments()
@@ -305,61 +302,25 @@ def test_the_score_is_the_last_that_all_runs_have(tmp_path):
     figure = plot.make([a, b], "scores")
     assert figure.axes[0].lines[0].get_xdata() == pytest.approx([1.9])
     assert figure.axes[0].get_xlabel() == "bits per byte (float)"
-    assert "Some runs have a later score than float." in note_of(figure)
+    assert "Some runs have a later score than float: see --score." in note_of(figure)
     assert "different validation data: a seed 1: 9 tokens" in note_of(figure)
 
 
-@pytest.mark.parametrize(("total", "near"), [(480_000, False), (15_900_000, True)])
-def test_size_is_drawn_with_the_limit_if_that_is_near(total, near, tmp_path):
-    runs = runs_of(tmp_path, seed1={"bytes": {"total": total}, "bpb": 1.25}, seed2={"bpb": 1.5})
-    figure = plot.make(runs, "size")
-    marks, *limit = figure.axes[0].lines
-    assert [list(values) for values in marks.get_data()] == [[total, 480_002], [1.25, 1.5]]
-    assert [line.get_xdata() for line in limit] == [[16_000_000] * 2] * near
-    assert ("far to the right" in note_of(figure)) == (not near)
-
-
-# ---- Bytes and seconds ----
-
-
-def test_the_groups_of_bytes_make_up_the_artifact(tmp_path, artifact):
-    folder = write_run(tmp_path / "a")
-    (folder / "final_model.int6.ptz").write_bytes(artifact)
-    figure = plot.make([read_run(folder)], "bytes")
-    widths = [bar.get_width() for bar in figure.axes[0].containers[0]]
-    groups = [text.get_text() for text in figure.axes[0].get_yticklabels()]
-    assert widths == sorted(widths, reverse=True)
-    layers = {"attn", "mlp", "tok_emb", "bigram", "value_embedding", "jepa"}
-    assert {*groups} == layers | {"scales of rows", "gains and gates", "header"}
-    assert sum(widths) == pytest.approx(len(artifact), rel=0.1)  # each group has its own code
-    assert f"a seed 1337: {len(artifact):,} bytes in all" in note_of(figure)
-
-
-def test_bytes_are_packed_by_the_codec_of_the_run(tmp_path):
-    h = settings(compressor="lzma")
-    arrays = tg.quantize_model(randomize(tg.GPT(h)), {}, tg.Ranks())[0]
-    folder = write_run(tmp_path / "a", h=h)
-    (folder / "final_model.int6.ptz").write_bytes(tg.pack_artifact(h, arrays, "lzma"))
-    bars = plot.make([read_run(folder)], "bytes").axes[0].containers[0]
-    header = len(tg.pack_artifact(h, {}, "lzma"))
-    assert header in {bar.get_width() for bar in bars}
-    assert header != len(tg.pack_artifact(h, {}, "zstd"))
-
-
-def test_seconds_are_means_end_to_end_and_calibration_is_counted_once(tmp_path):
-    kept = settings(gptq_enabled=1, gptq_calib="train", max_wallclock_seconds=600)
-    runs = runs_of(tmp_path, "a", seed1={}, seed2={"seconds": {"train": 8.0, "calibrate": 5.0}})
-    figure = plot.make(runs + runs_of(tmp_path, "b", seed1={"h": kept}), "seconds")
-    stages = {
-        name: [(bar.get_x(), bar.get_width()) for bar in bars]
-        for name, bars in zip(names_of(figure), figure.axes[0].containers, strict=True)
-    }
-    assert stages == {
-        "train": [(0, 7.0), (0, 3.0)],  # 3 of its 6 seconds were calibration
-        "calibrate": [(7.0, 4.0), (3.0, 3.0)],
-        "pack": [(11.0, 0.5), (6.0, 1.0)],
-        "eval": [(11.5, 2.5), (7.0, 5.0)],
-    }
+@pytest.mark.parametrize(
+    ("score", "means", "name"),
+    [(None, [3.0, 5.0], "plain"), ("float", [2.9, 4.9], "float"), ("last", [2.0, 3.0], "last")],
+)
+def test_scores_of_a_chosen_pass(tmp_path, score, means, name):
+    a, b = runs_of(tmp_path, "a", seed1={"bpb": 3.0}) + runs_of(tmp_path, "b", seed1={"bpb": 5.0})
+    b = replace(b, scores=b.scores | {"ttt": b.scores["plain"]._replace(val_bpb=2.0)})
+    figure = plot.make([a, b], "scores", score=score)
+    axes = figure.axes[0]
+    assert [line.get_xdata()[0] for line in axes.lines[1::2]] == means
+    assert axes.get_xlabel() == f"bits per byte ({name})"
+    assert ("see --score" in note_of(figure)) == (score is None)
+    shown = [text.get_text().split("\n")[1] for text in axes.get_yticklabels()]
+    passes = [", ttt", ", plain"] if score == "last" else ["", ""]
+    assert shown == [f"{mean:.4f} (1){by}" for mean, by in zip(means, passes, strict=True)]
 
 
 # ---- Errors ----
@@ -372,8 +333,7 @@ LOG = "step:1/9 train_loss:3.0 train_time:0ms step_avg:0.0ms\n"
     [
         (["absent"], ["absent", "give finished runs"]),
         (["good", "--kind", "scores", "--base", "x"], ["--base x", "only good"]),
-        (["good", "--kind", "bytes"], ["final_model.int6.ptz", "good seed 1337"]),
-        (["damaged", "--kind", "bytes"], ["damaged/final_model.int6.ptz", "artifact"]),
+        (["good", "--kind", "scores", "--score", "ttt"], ["the score ttt", "good seed 1337"]),
         (["good", "other/good"], ["a seed is twice in one group"]),
         (["failed"], ["(oom: no memory): failed seed 1337", "give finished runs"]),
         (["strange", "--kind", "schedule"], ["strange", "ITERATIONS"]),
@@ -389,9 +349,8 @@ LOG = "step:1/9 train_loss:3.0 train_time:0ms step_avg:0.0ms\n"
 )
 def test_what_cannot_be_drawn_is_an_error(tmp_path, capsys, monkeypatch, argv, words):
     monkeypatch.chdir(tmp_path)
-    for name in ("good", "other/good", "damaged"):
+    for name in ("good", "other/good"):
         write_run(tmp_path / name)
-    (tmp_path / "damaged/final_model.int6.ptz").write_bytes(b"PGOLFGPT" * 100)
     (tmp_path / "taken/loss.png").mkdir(parents=True)
     (tmp_path / "dangling").symlink_to("absent")
     failed = {"status": "oom", "reason": "no memory", "scores": {}, "train_losses": []}
@@ -407,9 +366,9 @@ def test_what_cannot_be_drawn_is_an_error(tmp_path, capsys, monkeypatch, argv, w
 
 
 def test_a_kind_that_cannot_be_drawn_leaves_the_others(tmp_path, capsys):
-    folder = write_run(tmp_path / "a\udcff")
+    folder = write_run(tmp_path / "a\udcff", settings={"seed": 1337})
     assert plot.main([str(folder), "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr()
-    assert len([*tmp_path.glob("*.png")]) == 5
-    assert "Without final_model.int6.ptz: a\\udcff seed 1337." in printed.out
-    assert printed.err.startswith("error: bytes: ")
+    assert len([*tmp_path.glob("*.png")]) == 2
+    assert "Without settings: a\\udcff seed 1337." in printed.out
+    assert printed.err.startswith("error: schedule: ")

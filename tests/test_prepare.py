@@ -4,12 +4,14 @@ import codecs
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import lzma
 import os
 import random
 import subprocess
 import sys
+import time
 from encodings import cp437
 from functools import partial
 from pathlib import Path
@@ -209,6 +211,13 @@ def test_every_format_with_every_compression(tmp_path, packing, mark):
         assert byte_texts(datasets / f"{name}_byte260", "train") == texts[1:]
 
 
+def test_a_line_of_many_blocks_is_joined_in_linear_time():
+    start, block = time.monotonic(), b"x" * 8192
+    line, last = prepare.split_lines(itertools.chain(itertools.repeat(block, 10_000), [b"\n"]))
+    assert (line, last) == (block * 10_000, b"")
+    assert time.monotonic() - start < 5  # it was 100 s when every block copied those before it
+
+
 # Text that the encoding of the terminal lacks, and commands that can be pasted.
 @pytest.mark.parametrize("name", ["two  spaces", "[/red]", "é", "$(x)'\"", os.fsdecode(b"\xff")])
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
@@ -230,7 +239,13 @@ def test_any_path_can_be_printed_and_pasted(tmp_path, docs, monkeypatch, name, e
 @pytest.mark.parametrize(
     ("options", "texts", "note"),
     [
-        ({"byte_fallback": False}, ["日本", "日"], "warning: 1 of 3 val tokens are unknown"),
+        (
+            {"byte_fallback": False},
+            ["日本", "日"],
+            "warning: 1 of 3 val tokens are unknown and count 0 bytes; "
+            "train_gpt.py will not train on this (limit: 0.5% of validation)",
+        ),
+        ({"byte_fallback": False}, ["a" * 999 + "日", "b"], "train_gpt.py accepts this (limit"),
         ({"normalization_rule_name": "nfkc"}, ["a", "ﬁ a"], "1 documents do not decode to"),
         ({}, ["a", "b", "b"], "note: 1 of 2 train documents are copies of others"),
     ],
@@ -420,7 +435,11 @@ BAD_FILES = [
     ("a.jsonl", LINE + b'{"text": "x\\ud83d"}\n', ["a.jsonl:2", "surrogate pair"]),
     ("a.jsonl", LINE + b'{"text": "\xff"}\n', ["a.jsonl:2", "byte 0xff", "UTF-8"]),
     ("a.jsonl", LINE + b"[" * 100_000 + b"\n", ["a.jsonl:2", "recursion", "JSON object"]),
-    ("a.txt", b"caf\xe9", ["a.txt", "not UTF-8"]),
+    ("a.txt", b"caf\xe9", ["a.txt", "perhaps WINDOWS-1252, not UTF-8", "convert it"]),
+    ("a.jsonl", LINE.decode().encode("utf-16"), ["a.jsonl:1", "perhaps UTF-16, not", "convert it"]),
+    ("a.txt", "text".encode("utf-16"), ["a.txt", "perhaps UTF-16, not UTF-8", "convert it"]),
+    ("a.json", "[]".encode("utf-16-le"), ["a.json", "perhaps UTF-16-LE, not UTF-8", "convert it"]),
+    ("a.txt.gz", gzip.compress("text".encode("utf-32")), ["a.txt.gz", "perhaps UTF-32, not UTF-8"]),
     ("a.jsonl", b"", ["no train documents among the 0"]),
     ("a.jsonl", LINE, ["no train documents among the 1"]),
     ("a.jsonl.zst", zstandard.compress(LINE * 999)[:-3], ["a.jsonl.zst", "truncated"]),
@@ -428,7 +447,10 @@ BAD_FILES = [
     ("a.jsonl.zst", b"", ["a.jsonl.zst", "truncated"]),
     ("a.jsonl.zst", LINE * 9, ["a.jsonl.zst", "damaged .zst"]),
     ("a.jsonl.gz", gzip.compress(LINE)[:-3], ["a.jsonl.gz", "truncated"]),
-    ("a.txt.xz", b"text", ["a.txt.xz", "damaged .xz"]),
+    ("a.txt.xz", b"text", ["a.txt.xz", "damaged .xz", "correct its suffix"]),
+    ("a.jsonl", gzip.compress(LINE), ["a.jsonl: holds .gz data; correct its suffix"]),
+    ("a.txt", zstandard.compress(LINE), ["a.txt: holds .zst data; correct its suffix"]),
+    ("a.json.gz", lzma.compress(LINE), ["a.json.gz: holds .xz data; correct its suffix"]),
     ("a.json", b'[{"text": "a"}, 5]', ["a.json: item 2", "5 has no string"]),
     ("a.parquet", b"", ["a.parquet", "unknown suffix", ".jsonl"]),
 ]
@@ -466,6 +488,7 @@ BAD_OPTIONS = [
     ("DOCS --tokenizer none.model --val-docs 2 --name n", ["--tokenizer", "none.model"]),
     ("DOCS --tokenizer docs.jsonl --val-docs 2 --name n", ["--tokenizer", "docs.jsonl", ".model"]),
     ("DOCS --tokenizer cut.model --val-docs 2 --name n", ["--tokenizer", "cut.model", "not a"]),
+    ("DOCS --tokenizer no.model --val-docs 2 --name n", ["no.model: 0 bytes, but not a Sent"]),
     ("DOCS --variant byte260 --shard-tokens 2147483648 --name n", ["--shard-tokens"]),
     ("DOCS --variant byte260 --val-docs 2 --name ../n", ["--name", "../n"]),
     ("DOCS --variant byte260 --val-docs 2", ["--name", "''"]),
@@ -485,7 +508,33 @@ BAD_OPTIONS = [
     ),
     ("DOCS --variant byte260 --val-docs 2 --name n --out used", ["manifest.json: Is a directory"]),
     ("DOCS ./DOCS --variant byte260 --name n", ["docs.jsonl: is given twice"]),
+    # Inputs that name nothing are not the embedded corpus, nor a selection by hash.
+    ("vacant --variant byte260 --name n", ["vacant: no input file in this folder", ".jsonl"]),
+    ("notes --variant byte260 --name n", ["notes: no input file in this folder", ".jsonl"]),
+    ("DOCS --variant byte260 --name n --val-file vacant", ["vacant: no input file in this folder"]),
+    ("@empty.jsonl --variant byte260 --name n", ["empty.jsonl: need one path per line"]),
+    ("DOCS --variant byte260 --name n --val-file @empty.jsonl", ["need one path per line"]),
+    ("@zeros --variant byte260 --name n", ["zeros: need one path per line", "zero bytes"]),
+    ("EMPTY --variant byte260 --name n", ["INPUT: the path is empty"]),
+    ("DOCS --variant byte260 --name n --out EMPTY", ["--out: the path is empty"]),
+    # Files whose content the operating system cannot read.
+    ("eio.jsonl --variant byte260 --name n", ["eio.jsonl: Input/output error; check its disk"]),
+    ("eio.txt.gz --variant byte260 --name n", ["eio.txt.gz: Input/output error; check its disk"]),
+    ("@eio.list --variant byte260 --name n", ["eio.list: Input/output error; check its disk"]),
+    ("DOCS --name n --tokenizer eio.model", ["eio.model: Input/output error; check its disk"]),
+    ("--out failing", ["manifest.json: Input/output error; check its disk"]),
+    # Folders where files will be written.
+    ("--out used1", ["used1/datasets/python_byte260/fineweb_val_000000.bin: is a folder"]),
+    ("--out used2", ["used2/tokenizers/python_1024_bpe.vocab: is a folder"]),
+    ("--out used3", ["used3/tokenizers: Not a directory; choose a writable folder"]),
 ]
+
+
+FOLDERS_OF_FILES = (
+    "used/manifest.json",
+    "used1/datasets/python_byte260/fineweb_val_000000.bin",
+    "used2/tokenizers/python_1024_bpe.vocab",
+)
 
 
 @pytest.mark.parametrize(("options", "expected"), BAD_OPTIONS)
@@ -493,21 +542,29 @@ def test_bad_options_are_refused(
     tmp_path, monkeypatch, capsys, docs, model_path, options, expected
 ):
     monkeypatch.chdir(tmp_path)
-    Path("empty.jsonl").touch()
+    for name in ("empty.jsonl", "no.model"):
+        Path(name).touch()
     Path("cut.model").write_bytes(model_path.read_bytes()[:3000])
     for name in ("loop.jsonl", "loop.model"):
         Path(name).symlink_to(name)
     Path("dangling.jsonl").symlink_to("nothing")
     os.mkfifo("pipe.jsonl")
-    for name in ("bad", "folder", "used/manifest.json"):
+    for name in ("eio.jsonl", "eio.txt.gz", "eio.list", "eio.model", "failing/manifest.json"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).symlink_to("/proc/self/mem")  # its first byte cannot be read
+    for name in ("bad", "folder", "vacant", "notes", "used3", *FOLDERS_OF_FILES):
         Path(name).mkdir(parents=True)
+    for name in ("notes/a.md", "notes/.a.txt", "used3/tokenizers"):
+        Path(name).touch()
+    Path("zeros").write_bytes(b"docs.jsonl\0empty.jsonl\0")
     Path("folder/again").symlink_to(".")
     Path("bad/manifest.json").write_text('{"datasets": [')
     monkeypatch.setattr(common, "DATA", tmp_path)
+    before = set(tmp_path.rglob("*"))
     arguments = options.replace("GOOD", str(model_path)).replace("DOCS", docs.name).split()
-    error = error_of(capsys, *arguments)
+    error = error_of(capsys, *("" if word == "EMPTY" else word for word in arguments))
     assert all(part in error for part in expected), error
-    assert not list(tmp_path.rglob("*.bin"))
+    assert set(tmp_path.rglob("*")) == before
 
 
 def test_tokenizers_that_do_not_fit(tmp_path, capsys, docs, model_path):

@@ -5,13 +5,15 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import TINY
+from conftest import TINY, quantize_matrices
 from launch import (
     PROGRAM,
     QUICK,
@@ -23,6 +25,7 @@ from launch import (
     result_of,
     torchrun,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt as tg
 
@@ -148,7 +151,8 @@ def collectives() -> None:
     assert ranks.broadcast_from_rank0(lambda: made.append(own) or f"by {own}") == "by 0"
     assert made == [0] * (own == 0)
     draw = torch.Generator().manual_seed(0)
-    quantizers = [functools.partial(q, 6, 1.0) for q in tg.QUANTIZERS.values()]
+    quantizers = [functools.partial(tg.search_scales, q, 31) for q in tg.QUANTIZERS.values()]
+    quantizers += [functools.partial(quantize_matrices, name) for name in tg.QUANTIZERS]
     for n in (1, 2, 3, 5, 8):
         x = torch.randn(n, 6, 4, generator=draw)
         inputs = torch.randn(n, 9, 4, generator=draw)
@@ -170,6 +174,32 @@ def test_collectives_and_work_divided_among_ranks(world, tmp_path):
     ranks = Ranks(tmp_path, world=world, first=collectives)
     assert ranks.end() == [0] * world, ranks.said()
     assert ranks.said().count("all hold") == world
+
+
+class Operations(TorchDispatchMode):
+    """Notes the operations of a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), named: Any = None
+    ) -> Any:
+        self.names.append(str(function))
+        return function(*arguments, **(named or {}))
+
+
+def test_dividing_work_copies_nothing_from_the_cpu(monkeypatch):
+    """Such a copy would wait for the GPU, for which a device without data stands here."""
+    for name in ("all_gather", "all_gather_into_tensor"):
+        monkeypatch.setattr(dist, name, lambda *_, **__: None)
+    stack = torch.empty(3, 4, device="meta")
+    with Operations() as operations:
+        (out,) = tg.Ranks(1, 2).map_over_ranks(lambda _, x: [x], None, stack)
+    assert (out.shape, out.device) == (stack.shape, stack.device)
+    assert operations.names
+    assert not [name for name in operations.names if "copy" in name]
 
 
 def test_collectives_of_one_rank_return_their_inputs():
@@ -254,7 +284,7 @@ def differ() -> None:
 @pytest.mark.fault(25, 48)
 def test_ranks_that_differ_agree_on_weights_settings_and_stops(tmp_path, byte_corpus):
     """Rank 0 gives weights and settings; the slowest decides stops and checkpoints."""
-    env = {**SETTINGS, "DATA_PATH": byte_corpus, "ITERATIONS": 100, "CHECKPOINT_EVERY": "200s"}
+    env = {**SETTINGS, "DATA_PATH": byte_corpus, "ITERATIONS": 100, "CHECKPOINT_EVERY": 3}
     env |= {"MAX_WALLCLOCK_SECONDS": 500, "EVAL_STRIDE": 0, "GPTQ_ENABLED": 0}
     ranks = Ranks(tmp_path, world=2, first=differ, **env)
     assert ranks.end() == [0, 0], ranks.said()
@@ -264,6 +294,25 @@ def test_ranks_that_differ_agree_on_weights_settings_and_stops(tmp_path, byte_co
     assert result["verdicts"]["train_seconds"] == "PASS"
     assert "stopping_early: wallclock_cap" in ranks.said()
     assert ranks.said().count("bytes in checkpoint.safetensors") >= 1
+
+
+def read_elsewhere() -> None:
+    """Gives rank 1 another working directory."""
+    if rank() == 1:
+        os.chdir("other")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_ranks_that_see_different_shards_end_before_training(split, tmp_path, byte_corpus):
+    for folder in ("data", "other/data"):
+        shutil.copytree(byte_corpus, tmp_path / folder)
+    shard = next((tmp_path / "other" / "data").glob(f"fineweb_{split}_*.bin"))
+    tokens = tg.read_shard(shard)[:-1]
+    shard.write_bytes(tg.shard_header(len(tokens)) + tokens.tobytes())
+    ranks = Ranks(tmp_path, world=2, first=read_elsewhere, **SETTINGS, DATA_PATH="data")
+    assert ranks.end() == [2, 2], ranks.said()
+    assert f"data/fineweb_{split}_*.bin: ranks see different shards" in ranks.said()
+    assert "step:" not in ranks.said()
 
 
 @pytest.mark.slow

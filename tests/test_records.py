@@ -178,6 +178,7 @@ REPEATED = "int6 val_loss:2.1 val_bpb:1.30001\nsliding val_loss:2 val_bpb:1.2\n"
         (f"{BASELINE}q_exact sliding val_loss:2.0 sliding val_bpb:1.18\n", "q sliding", 1.18),
         (f"{BASELINE}ttt:done val_loss=1.9 val_bpb=1.1\n", "ttt:done", 1.1),
         (f"{BASELINE}2026/03/25 [10:20:30] 7 mine val_bpb: 1.1 val_loss: 1.9\n", "mine", 1.1),
+        (f"{BASELINE}9%|#| 9/9 [01:01<0:00,  4.7s/it]mine val_loss:1.9 val_bpb:1.1\n", "mine", 1.1),
         (f"{BASELINE}legal_ttt val_loss:1.9 val_bpb:1.1\nval_bpb:   1.1\n", "ttt", 1.1),
         (f"{BASELINE}chunk 1/9 bpb=1.2\nrunning_bpb:1.1111\ngap: 0.0123 bpb\n", None, 1.2243657),
         (f"{REPEATED}last val_loss:2 val_bpb:1.2000\n", "sliding", 1.2),
@@ -205,6 +206,7 @@ def test_the_last_score_of_a_log_is_the_score(tmp_path, text, name, bpb):
     [
         *("FINAL_BPB=1.1234", '"post_ttt_val_bpb": 1.0631,', "1.0712 bits per byte"),
         *("val_loss:1.9 val_bpb:1.1234", "final val_bpb:1.1234", "mine val_loss:nan val_bpb:nan"),
+        *("TTT: val_bpb 1.2244 -> 1.1000 (-0.12)", "TTT: bpb 1.2244 \u2192 1.1000"),
         "both val_loss:2.0 val_bpb:1.22 sliding val_loss:1.9 val_bpb:1.15",
     ],
 )
@@ -215,11 +217,48 @@ def test_a_line_that_may_be_a_score_is_named(tmp_path, line):
 
 
 @pytest.mark.parametrize(
-    "end", ["", "diagnostic quantized val_loss:2 val_bpb:1.2", "pre-quant val_loss:2 val_bpb:1.2"]
+    "end",
+    [
+        *("", "diagnostic quantized val_loss:2 val_bpb:1.2", "pre-quant val_loss:2 val_bpb:1.2"),
+        "decimal commas val_loss:2,5 val_bpb:1,4",
+    ],
 )
 def test_a_log_without_the_score_of_an_artifact_has_not_finished(tmp_path, end):
     (tmp_path / "a.log").write_text(STEP + end)
     assert read_run(tmp_path / "a.log").status == "cut off"
+
+
+@pytest.mark.parametrize("seed", [0, 42])
+@pytest.mark.parametrize("name", ["my_{}.log", "my-s{}.log", "my_seed-{}.log", "my/train{}.log"])
+def test_a_log_may_be_named_by_the_seed_that_it_states(tmp_path, name, seed):
+    path = tmp_path / name.format(seed)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(OUTPUT.replace("seed:1337", f"seed:{seed}"))
+    assert (read_run(path).name, read_run(path).seed) == ("my", seed)
+    path.write_text(OUTPUT)
+    if "seed" not in name:
+        assert read_run(path).name == path.stem.removeprefix("train_")
+
+
+def test_a_log_that_ends_in_a_traceback_has_failed(tmp_path):
+    error = 'Traceback (most recent call last):\n  File "a.py"\nRuntimeError: ttt'
+    (tmp_path / "a.log").write_text(
+        "".join(f"[rank0]: {x}\n" for x in (OUTPUT + error).split("\n"))
+    )
+    run = read_run(tmp_path / "a.log")
+    assert (run.status, run.reason.splitlines()[-1]) == ("failed", "RuntimeError: ttt")
+
+
+def test_steps_that_a_resumed_run_repeats_count_once(tmp_path):
+    steps = [(1, 5.0), (2, 4.0), (3, 3.0), (2, 4.1), (4, 2.1)]
+    event = '{{"event": "step", "step": {}, "seconds": 1.0, "train_loss": {}}}\n'
+    (tmp_path / "events.jsonl").write_text("".join(event.format(*step) for step in steps))
+    (tmp_path / "result.json").write_text('{"status": "interrupted"}')
+    (tmp_path / "a.log").write_text(
+        "".join(f"step:{n}/9 train_loss:{loss} train_time:1s\n" for n, loss in steps)
+    )
+    for path in (tmp_path, tmp_path / "a.log"):
+        assert read_run(path).curve == ((1, 1.0, 5.0), (2, 1.0, 4.1), (4, 1.0, 2.1))
 
 
 @pytest.mark.parametrize(
@@ -243,9 +282,24 @@ def test_another_log_is_another_seed_only_if_it_says_so(tmp_path, change, seeds)
         OUTPUT.replace("\n", "\r\n").encode(),
         b"caf\xe9 \xff\n" + OUTPUT.encode(),
         OUTPUT.replace("final", "\x1b[32mfinal\x1b[0m").encode(),
+        *(
+            "".join(f"{prefix}{line}\n" for line in OUTPUT.splitlines()).encode()
+            for prefix in (
+                *("[rank0]:", "[rank0]: ", "[default0]:", "0: ", "INFO:root:", "1776142719.3 "),
+                *(
+                    "2026-03-20T10:00:00.123Z ",
+                    "2026-03-20 10:00:00,123 - ",
+                    "[2026-03-20 10:00:00] ",
+                ),
+                *(
+                    "[2026-03-20 10:00:00,123][__main__][INFO] - ",
+                    "\r 50%|## | 1/2 [01:01<?, 2s/it]",
+                ),
+            )
+        ),
     ],
 )
-def test_a_log_of_any_encoding_is_read(tmp_path, data):
+def test_a_log_of_any_encoding_and_prefix_is_read(tmp_path, data):
     for name, content in (("a.log", OUTPUT.encode()), ("b.log", data)):
         (tmp_path / name).write_bytes(content)
     a, b = (read_run(tmp_path / name) for name in ("a.log", "b.log"))

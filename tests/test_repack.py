@@ -1,11 +1,13 @@
 """A finished run used again: by --quantize, and by RESUME under other settings."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from conftest import quantize_matrices
 from launch import QUICK, result_of
 
 import train_gpt as tg
@@ -85,7 +87,7 @@ def test_other_settings_change_what_they_name(other, run, env):
     if "GPTQ_ENABLED" in other:
         name = "blocks.0.mlp.up.weight"
         weight = safetensors.torch.load_file(run / WEIGHTS)[name]
-        codes = tg.quantize_rounding(6, 1.0, weight[None], None).codes
+        codes = quantize_matrices("rounding", weight[None])[0]
         assert torch.equal(new[f"{name}.codes"], codes[0])
 
 
@@ -126,15 +128,61 @@ def test_weights_without_our_metadata_are_packed(dtype, run, env, tmp_path, caps
 # ---- RESUME ----
 
 
-@pytest.mark.parametrize("name", ["SEED", "TRAIN_BATCH_TOKENS", "MATRIX_LR", "STP_ENABLED"])
+OTHER = {
+    "SEED": "3",
+    "TRAIN_BATCH_TOKENS": "512",
+    "MATRIX_LR": "0.5",
+    "STP_ENABLED": "1",
+    "TRAIN_ORDER": "sequential",
+    "ITERATIONS": "2",
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
 def test_resume_under_other_settings_is_refused(name, run, env, capsys):
-    other = {"SEED": "3", "TRAIN_BATCH_TOKENS": "512", "MATRIX_LR": "0.5", "STP_ENABLED": "1"}
     path = run / tg.CHECKPOINT
-    assert tg.main([], {**env, "RESUME": str(path), name: other[name]}) == 2
+    assert tg.main([], {**env, "RESUME": str(path), name: OTHER[name]}) == 2
     shown = capsys.readouterr().out
     assert f"RESUME={path}" in shown
     assert name in shown
     assert not Path(env["RUN_DIR"], tg.PROGRAM).exists()  # the same folder can be used again
+
+
+@pytest.mark.parametrize("argv", [[], ["--check"]])
+def test_resume_from_weights_alone_is_refused(argv, run, env, capsys):
+    assert tg.main(argv, {**env, "RESUME": str(run / WEIGHTS)}) == 2
+    assert f"RESUME={run / WEIGHTS}: it has weights only" in capsys.readouterr().out
+    assert not Path(env["RUN_DIR"], tg.PROGRAM).exists()
+
+
+@pytest.mark.parametrize("change", [{"SEED": "3"}, {"DATA_PATH": "nowhere"}, {"ATTN": "fa3"}])
+def test_a_refused_resume_keeps_the_result_of_the_run(change, run, env):
+    folder = shutil.copytree(run, env["RUN_DIR"])
+    assert tg.main([], {**env, "RESUME": "auto", **change}) == 2
+    assert (Path(folder) / tg.RESULT).read_bytes() == (run / tg.RESULT).read_bytes()
+
+
+@pytest.mark.parametrize("argv", [[], ["--check"]])
+def test_resume_on_other_shards_is_refused(argv, run, env, byte_corpus, tmp_path, capsys):
+    shutil.copytree(byte_corpus, tmp_path / "data")
+    shard = tmp_path / "data" / "fineweb_train_000000.bin"
+    tokens = tg.read_shard(shard)[:-1]
+    shard.write_bytes(tg.shard_header(len(tokens)) + tokens.tobytes())
+    other = {**env, "DATA_PATH": str(tmp_path / "data"), "RESUME": str(run)}
+    assert tg.main(argv, other) == 2
+    assert "it was trained on other shards than" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_states_no_order_was_trained_in_sequence(run, env, tmp_path, capsys):
+    tensors, settings = tg.read_tensors(run / tg.CHECKPOINT)
+    older = {k: v for k, v in settings.items() if k not in ("train_order", "step", "shards")}
+    tg.write_tensors(tmp_path / "older", tensors, older)
+    env |= {"RESUME": str(tmp_path / "older"), "ITERATIONS": "5"}
+    assert tg.main([], env) == 2
+    assert "it was trained with TRAIN_ORDER=sequential" in capsys.readouterr().out
+    assert tg.main([], {**env, "TRAIN_ORDER": "sequential"}) == 0
+    result = result_of(Path(env["RUN_DIR"]))
+    assert (result["resumed"]["step"], result["steps"]) == (3, 5)
 
 
 def test_a_longer_resume_is_allowed_and_recorded(run, env):

@@ -109,7 +109,6 @@ def test_the_log_has_the_conventional_lines(done):
         "val_bpb:enabled tokenizer_kind=byte260 vocab_size=260",
         "train_loader:dataset:tiny_byte260 train_shards:2",
         "val_loader:shards pattern=",
-        "muon:18 matrices in 4 stacks",
         "world_size:1 grad_accum_steps:2",
         "step:1/12 train_loss:5.",
         "step:12/12 val_loss:",
@@ -316,8 +315,8 @@ def test_an_artifact_is_made_to_fit_or_the_run_fails(done, env, monkeypatch, cap
 @pytest.mark.fault(39)
 def test_a_limit_itself_is_within_the_limit(capsys):
     run = tg.Run({"MAX_WALLCLOCK_SECONDS": "500"}, tg.Log(), {})
-    at = run.check_limits({"train": 500.0, "eval": 600.0}, 16_000_000, trained=True)
-    above = run.check_limits({"train": 500.1, "eval": 600.1}, 16_000_001, trained=True)
+    at = run.check_limits({"train": 500.0, "eval": 600.0}, 16_000_000)
+    above = run.check_limits({"train": 500.1, "eval": 600.1}, 16_000_001)
     names = {"train_seconds", "eval_seconds", "total_bytes"}
     assert at == dict.fromkeys(names, "PASS")
     assert above == dict.fromkeys(names, "FAIL")
@@ -354,12 +353,23 @@ def test_failures_have_their_status_and_reason(env, capsys, changes, status, say
         assert (result["status"], result["settings"]["run_dir"]) == (status, "run")
 
 
+@pytest.mark.parametrize("name", ["result.json", "train.log", ARTIFACT, MODEL])
+def test_a_folder_in_the_place_of_a_file_is_refused_before_training(env, capsys, name):
+    Path("run", name).mkdir(parents=True)
+    for argv in (["--check"], []):
+        assert tg.main(argv, env) == 2
+        assert re.search("RUN_DIR=run: .*; choose another RUN_ID", capsys.readouterr().out)
+    assert [path.name for path in Path("run").iterdir()] == [name]
+
+
 def test_a_run_that_never_began_leaves_its_folder_free(done, env):
     """Once it has begun, no other run gets the folder. Another seed gives other weights."""
     env |= {"ITERATIONS": "1", "SEED": "1"}
-    assert tg.main([], {**env, "DATA_PATH": "nowhere"}) == 2
+    for folder in ("elsewhere", "nowhere"):
+        assert tg.main([], {**env, "DATA_PATH": folder}) == 2
+    assert "DATA_PATH=nowhere" in result_of("run")["reason"]
     assert tg.main([], env) == 0
-    failed, _, good = Path("run/train.log").read_text().partition("\nerror: ")
+    failed, _, good = Path("run/train.log").read_text().rpartition("\nerror: ")
     assert "step:1/1 " in good
     assert "nowhere" not in failed + good.partition("\n")[2]
     assert result_of("run")["train_losses"][0] != done.result["train_losses"][0]
@@ -482,7 +492,7 @@ def test_the_twin_imported_under_any_name_is_its_source(twin):
 
 def test_an_error_inside_the_twin_shows_the_line_of_its_source(env, capsys):
     """A bug of the program has status 6 and a traceback, which does not end at the wrapper."""
-    line = b"        self.program = Program.load()\n"
+    line = b"        self.source, self.twin = read_program()\n"
     assert SOURCE.count(line) == 1
     broken = SOURCE.replace(line, b"        1 / 0  # a bug in this line\n")
     file = Path("broken.py").absolute()
@@ -503,4 +513,4 @@ def test_line_ends_change_no_byte_of_the_program(tmp_path):
     for program in (SOURCE, twin):
         for data in (program, program.replace(b"\n", b"\r\n")):
             path.write_bytes(data)
-            assert import_file(path, "any_name").Program.load() == (SOURCE, twin)
+            assert import_file(path, "any_name").read_program() == (SOURCE, twin)

@@ -17,10 +17,10 @@ import train_gpt as tg
 # ---- Scales widened until the model fits ----
 
 
-def large_model() -> tg.GPT:
+def large_model(**changes: object) -> tg.GPT:
     """A model of some 150,000 weights of different sizes."""
     torch.manual_seed(0)
-    model = tg.GPT(settings(model_dim=64, num_layers=3, bigram_vocab_size=256))
+    model = tg.GPT(settings(model_dim=64, num_layers=3, bigram_vocab_size=256, **changes))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for i, p in enumerate(model.parameters()):
@@ -29,17 +29,17 @@ def large_model() -> tg.GPT:
 
 
 def pack(model: tg.GPT, room: int, capsys, codec: str = "zstd") -> tuple[bytes, list[list[float]]]:
-    """The artifact of a model, made to fit; bytes, entropy and scale factor of each try."""
+    """The artifact of a model, made to fit; bytes, entropy, bits a code and factor of each try."""
     capsys.readouterr()
     h = tg.replace(model.h, compressor=codec)
     blob = tg.pack_to_fit(model, {}, h, room, tg.Ranks(), tg.Log())
-    line = r"size: (\d+) bytes packed, .* codes (\d+) bytes, scale factor ([\d.]+)"
+    line = r"size: (\d+) bytes packed, .* codes (\d+) bytes, ([\d.]+) bits .* factor ([\d.]+)"
     return blob, [[*map(float, x)] for x in re.findall(line, capsys.readouterr().out)]
 
 
 def test_the_log_has_bytes_and_entropy(capsys):
     model = large_model()
-    blob, ((packed, entropy, factor),) = pack(model, 10**7, capsys)
+    blob, ((packed, entropy, bits, factor),) = pack(model, 10**7, capsys)
     assert (packed, factor) == (len(blob), 1.0)
     _, arrays = tg.unpack_artifact(blob, model.h)
     names = [name for name, role in tg.parameter_roles(model).items() if role == "matrix"]
@@ -47,27 +47,27 @@ def test_the_log_has_bytes_and_entropy(capsys):
     counts = Counter(codes).values()
     expected = -sum(n * math.log2(n / len(codes)) for n in counts) / 8
     assert entropy == pytest.approx(expected, abs=1)
+    assert bits == pytest.approx(8 * expected / len(codes), abs=1e-3)
     assert 0.5 * packed < entropy < packed
 
 
+@pytest.mark.parametrize("rule", ["search", "std"])
 @pytest.mark.parametrize(
     ("codec", "part"),
-    [("zstd", 0.995), *(pytest.param(*p.values, 0.55, marks=p.marks) for p in CODECS)],
+    [("zstd", 0.95), *(pytest.param(*p.values, 0.6, marks=p.marks) for p in CODECS)],
 )
-def test_one_factor_widens_the_scales_until_it_fits(codec, part, capsys):
-    """In a few rounds, even where twice the factor saves less than a bit a code."""
-    model = large_model()
+def test_one_factor_widens_the_scales_until_it_fits(codec, part, rule, capsys):
+    """The overhead of a codec on so small a model is noisy."""
+    model = large_model(scale_rule=rule, matrix_clip_sigmas=4.0)
     free, _ = pack(model, 10**7, capsys, codec)
     room = int(part * len(free))
     blob, tries = pack(model, room, capsys, codec)
-    assert 0.97 * room < len(blob) <= room
-    assert tries[0][::2] == [len(free), 1.0]
-    packed, _, factor = tries[-1]
+    assert 0.96 * room < len(blob) <= room
+    assert len(tries) <= 4
+    packed, _, _, factor = tries[-1]
     assert packed == len(blob)
     assert factor > 1
-    assert 2 <= len(tries) <= 6
-    assert all(size > room for size, *_ in tries[:-1])  # it stops at the first that fits
-    # One factor for all 6-bit scales, none for the others.
+    # One factor for all scales of matrices, none for the others.
     _, before = tg.unpack_artifact(free, model.h)
     _, after = tg.unpack_artifact(blob, model.h)
     for name, role in tg.parameter_roles(model).items():
@@ -81,8 +81,8 @@ def test_one_factor_widens_the_scales_until_it_fits(codec, part, capsys):
 
 def test_it_gives_up_where_nothing_would_fit(capsys):
     _, tries = pack(tg.GPT(settings()), -(10**9), capsys)
-    assert tg.MAX_SCALE_FACTOR < tries[-1][2] < 2 * tg.MAX_SCALE_FACTOR
-    assert len(tries) <= 4
+    assert tries[-1][3] == pytest.approx(tg.MAX_SCALE_FACTOR)
+    assert len(tries) == 1
 
 
 # ---- The packed twin ----

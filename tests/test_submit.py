@@ -134,7 +134,7 @@ def test_the_figures_are_those_of_the_runs(finished, tmp_path, capsys):
     assert told["bytes_code"] == len(twin)
     assert told["bytes_code"] + told["bytes_model_int6_zstd"] == max(sizes)
     assert told["artifact_bytes_mean"] == pytest.approx(sum(sizes) / 3)
-    assert told["seeds"] == [7, 42, 1337] and "arms" not in told
+    assert told["seeds"] == [7, 42, 1337] and "trials" not in told
     assert (told["track"], told["date"], told["step_stop"]) == ("non_record_16mb", DAY, 6)
     for seed, result in results.items():
         of_seed = told["seed_results"][str(seed)]
@@ -196,22 +196,22 @@ def test_paths_of_a_machine_are_hidden(line, shown):
     assert submit.hide_paths(line, run) == (line if shown is None else shown)
 
 
-def test_a_study_includes_the_arm_that_failed(small, tmp_path):
+def test_a_study_includes_the_trial_that_failed(small, tmp_path):
     folder = make_entry(tmp_path, small, main="tiny", base="plain")
     seeds = ["lost_seed42", "plain_seed1337", "plain_seed42"]
     seeds += ["tiny_seed1337", "tiny_seed42", "tiny_seed7"]
     assert sorted(path.stem for path in folder.glob("*.log")) == [f"train_{x}" for x in seeds]
     told = load(folder / "submission.json")
     assert (told["main"], told["base"]) == ("tiny", "plain")
-    assert sorted(told["arms"]) == ["lost", "plain", "tiny"]
-    assert told["seed_results"] == told["arms"]["tiny"]
-    assert "the loss is nan" in told["arms"]["lost"]["42"]["reason"]
+    assert sorted(told["trials"]) == ["lost", "plain", "tiny"]
+    assert told["seed_results"] == told["trials"]["tiny"]
+    assert "the loss is nan" in told["trials"]["lost"]["42"]["reason"]
     text = (folder / "README.md").read_text(encoding="utf-8")
     assert re.search(r"^\| lost \| 42 \| failed: step \d+: the loss is nan", text, re.MULTILINE)
     assert len(re.findall(r"^\| (?:plain|tiny) \| \d+ \|", text, re.MULTILINE)) >= 5
     assert text.count("python train_gpt.py") == 3
     assert "BIGRAM_VOCAB_SIZE=0" in text
-    assert "The arms are not compared" not in text
+    assert "The trials are not compared" not in text
 
 
 def test_a_trial_that_failed_before_its_log(small, tmp_path, capsys):
@@ -230,7 +230,7 @@ def test_a_trial_that_failed_before_its_log(small, tmp_path, capsys):
     assert len([*folder.glob("train_tiny_*.log")]) == 3
 
 
-def test_runs_by_any_name_are_one_arm(small, tmp_path):
+def test_runs_by_any_name_are_one_trial(small, tmp_path):
     for seed, name in ((42, "first"), (7, "second")):
         shutil.copytree(small / f"tiny/seed{seed}", tmp_path / name)
     folder = make_entry(tmp_path / "out", tmp_path / "first", tmp_path / "second")
@@ -292,7 +292,7 @@ def test_a_resumed_run_has_each_step_once(finished, byte_corpus, tmp_path):
     assert (run.status, run.steps, run.reason) == ("ok", 6, "")
     assert [step for step, *_ in run.curve] == [1, 2, 3, 4, 5, 6]
     assert all(loss < 9 for _, _, loss in run.curve)
-    for path in runs.glob("seed[41]*/train.log"):  # the settings of an arm must be the same
+    for path in runs.glob("seed[41]*/train.log"):  # the settings of a trial must be the same
         edit(path, " checkpoint_every:0 ", " checkpoint_every:2 ")
     folder = make_entry(tmp_path / "out", runs)
     assert "resume: step " in (folder / "train_seed7.log").read_text(encoding="utf-8")
@@ -426,10 +426,6 @@ REFUSED = {
         lambda runs: end_run(runs, "exit_status", "137\n"),
         "seed7: failed: killed by signal 9; needed: a score",
     ),
-    "a run that the sweep stopped": (
-        lambda runs: end_run(runs, "stopped", "hopeless: loss 6.000"),
-        "seed7: stopped: hopeless: loss 6.000; needed: a score",
-    ),
     "a run in progress": (lock_run, "seed7: running; needed: runs that have ended"),
 }
 
@@ -462,10 +458,10 @@ def test_all_reasons_are_listed_at_once(small, tmp_path, capsys):
             {"main": "tiny", "name": "../../b"},
             "--name: ../../b; needed: a letter or digit, then letters",
         ),
-        ({"main": "other"}, "--main: other; needed: an arm with scores, of lost, plain, tiny"),
+        ({"main": "other"}, "--main: other; needed: a trial with scores, of lost, plain, tiny"),
         ({"main": "lost"}, "seed42: nan: step"),
-        ({"main": "tiny", "base": "lost"}, "--base: lost; needed: an arm with scores"),
-        ({}, "--main: None; needed: an arm with scores, of lost, plain, tiny"),
+        ({"main": "tiny", "base": "lost"}, "--base: lost; needed: a trial with scores"),
+        ({}, "--main: None; needed: a trial with scores, of lost, plain, tiny"),
         *[({"main": "tiny", "name": x}, f"--name: {x}; needed") for x in ("__a__", "#a")],
         ({"main": "tiny", "date": "2026-3-5"}, "date: 2026-3-5; needed: YYYY-MM-DD"),
         ({"main": "tiny", "author": " "}, "author: ; needed: text"),

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT / "records"))
 import compare
 import plot
 import sweep
-from runs import read_run, read_trial
+from runs import read_planned, read_run
 
 # A program in the place of train_gpt.py; TOKENIZER_PATH says how it ends.
 STUB = """
@@ -82,7 +82,7 @@ def out(tmp_path):
 def states(out):
     """Status and last line of the reason of each trial, by its name and seed."""
     plan = sweep.read_plan(out)
-    runs = {(t.name, t.seed): read_trial(plan.folder_of(t)) for t in plan.trials}
+    runs = {(t.name, t.seed): read_planned(plan.folder_of(t)) for t in plan.runs}
     return {key: (run.status, "".join(run.reason.splitlines()[-1:])) for key, run in runs.items()}
 
 
@@ -116,10 +116,10 @@ def wait_until(holds, seconds=60):
 
 
 def test_grid_one_at_a_time_and_file(tmp_path):
-    grid = sweep.make_trials(["XSA_LAST_N=0,4", "MUON_WD=0.1,0.2"], [1, 2], False)
+    grid = sweep.make_runs(["XSA_LAST_N=0,4", "MUON_WD=0.1,0.2"], [1, 2], False)
     assert len(grid) == len(set(grid)) == 8
     assert [t.seed for t in grid] == [1] * 4 + [2] * 4  # every trial once before any twice
-    alone = sweep.make_trials(["XSA_LAST_N=0,4", "MUON_WD=0.1"], [7], True)
+    alone = sweep.make_runs(["XSA_LAST_N=0,4", "MUON_WD=0.1"], [7], True)
     assert [t.name for t in alone] == ["base", "XSA_LAST_N=0", "XSA_LAST_N=4", "MUON_WD=0.1"]
     path = tmp_path / "sweep.toml"
     path.write_text(
@@ -141,7 +141,7 @@ def test_grid_one_at_a_time_and_file(tmp_path):
 def test_train_gpt_accepts_the_settings_of_every_study(path, tmp_path):
     plan, _ = sweep.parse(["--file", str(path), "--out", str(tmp_path)], {})
     plan.check()
-    assert "none" in {trial.name for trial in plan.trials}
+    assert "none" in {trial.name for trial in plan.runs}
 
 
 def refused(out, capsys, *argv, env=None):
@@ -161,21 +161,27 @@ def refused(out, capsys, *argv, env=None):
         (["WEATHER=1"], "WEATHER is not a setting"),
         (["SEED=1,2"], "--seeds"),
         (["XSA_LAST_N"], "SETTING=VALUE"),
-        (["XSA_LAST_N=1", "--seeds", "1,1"], "the same name and seed"),
+        (["XSA_LAST_N=1", "XSA_LAST_N=2"], "XSA_LAST_N is there twice; give all its values"),
+        (["PRESET=cpu,"], "an empty value, or one with commas, belongs into --file"),
+        (["VE_LAYERS=0,1"], "VE_LAYERS=0,1: an empty value, or one with commas, belongs into"),
+        (["XSA_LAST_N=1", "--seeds", "1,1"], "two runs have the same name"),
         (["XSA_LAST_N=1", "--seeds=-1"], "seed -1"),
         (["XSA_LAST_N=1", "--seeds", "1,b"], "1,b"),
         (["XSA_LAST_N=1", "--seeds", ""], "give whole numbers"),
         (["MUON_WD=a"], "MUON_WD='a'"),
         (["NUM_HEADS=3"], "NUM_HEADS=3"),
         (["MODEL_DIM=512", "--ranks", "7"], "7 ranks"),
-        (["--cpu"], "no trials"),
+        (["--cpu"], "no runs"),
         (["XSA_LAST_N=1", "--file", "a.toml"], "XSA_LAST_N=1: --file has the trials"),
         (["XSA_LAST_N=1"], "--cpu"),  # no GPU is here
         (["XSA_LAST_N=1", "--gpus", "0", "--ranks", "2"], "--ranks 2"),
         (["MUON_WD=0", "--slurm=gpu -p"], "gpu is no option"),
+        (["MUON_WD=0", "--slurm=--time=30 # minutes"], "# is no option"),
+        (["MUON_WD=0", "--slurm=-J Big simulation"], "simulation is no option"),
         (["MUON_WD=0", "--slurm=--comment='a"], "No closing quotation"),
         (["MUON_WD=0", "--slurm=--array=1-2"], "the sweep sets --array"),
-        (["MUON_WD=0", "--slurm=--comment='a\nb'"], "options have one line"),
+        (["MUON_WD=0", "--slurm=-p gpu --arr 1-2"], "--arr: the sweep sets --array"),
+        (["MUON_WD=0", "--slurm=--comment='a\nb'"], "an option has one line"),
         (["MUON_WD=0", "--slurm", "--array-limit", "0"], "at least 1"),
     ],
 )
@@ -232,6 +238,8 @@ TRIALS = "\n[trials.a]\n"
         (f"seeds = [true, 1.5]{TRIALS}", "seeds = [True, 1.5]: give"),
         (f"{TRIALS}MUON_WD = ", "Invalid value"),
         ("[trials.'a[b]']", "[trials.a[b]]: use letters"),
+        ("[trials.a_seed7]", "a_seed7: a trial's name ends in no seed"),
+        ("[trials.A]\n[trials.a]", "two runs have the same name, in any case, and seed"),
         (b"[trials.a\xff]", "can't decode byte"),
     ],
 )
@@ -313,7 +321,7 @@ def test_trials_run_at_once_on_their_own_gpus(stub, out, tmp_path, monkeypatch):
     argv = ["XSA_LAST_N=1,2,3,4", "--gpus", "0,1,2,3,4", "--ranks", "2", "--out", str(out)]
     plan, args = sweep.parse(argv, {})
     plan.prepare()
-    for trial in plan.trials:
+    for trial in plan.runs:
         script = plan.folder_of(trial) / "command.sh"
         script.write_text(script.read_text().replace("PATH=", f"PATH={torchrun.parent}:"))
     assert sweep.find_devices(args) == ["0,1", "2,3"]
@@ -387,7 +395,7 @@ def test_a_trial_with_checkpoints_resumes(stub, out):
     argv = ["TOKENIZER_PATH=0", "--out", str(out)]
     plan, _ = sweep.parse(argv, {"CHECKPOINT_EVERY": "5"})
     plan.prepare()
-    folder = plan.folder_of(plan.trials[0])
+    folder = plan.folder_of(plan.runs[0])
     (folder / "train.log").write_text("started\n")  # and cut off
     sweep.Runner(plan, [""], False).run()
     assert (folder / "train.log").read_text() == "started\nstarted\n"
@@ -472,20 +480,60 @@ def test_any_name_of_a_folder_is_printed_as_it_is(stub, tmp_path, monkeypatch, n
 # ---- Schedulers ----
 
 
+def sbatch_words(line):
+    """The words that sbatch reads in a line of options, by the rules of its source.
+
+    A backslash escapes the next character, in quotes of both kinds as well. A # outside quotes
+    begins a comment, and a colon at the start of a word separates jobs.
+    """
+    words, word, quote = [], None, ""
+    characters = iter(line.removeprefix("#SBATCH"))
+    for c in characters:
+        if c.isspace() and not quote:
+            words += [] if word is None else [word]
+            word = None
+            continue
+        assert not (c in ":#" and word is None), f"{c} begins a word of {line}"
+        assert c != "#" or quote, f"a comment begins in {line}"
+        word = word or ""
+        if c == "\\":
+            c = next(characters)
+            assert quote or not c.isspace(), f"an escaped space ends a word of {line}"
+            word += c
+        elif quote == c:
+            quote = ""
+        elif not quote and c in "'\"":
+            quote = c
+        else:
+            word += c
+    assert not quote, f"no closing {quote} in {line}"
+    return words + ([] if word is None else [word])
+
+
+@pytest.mark.parametrize("name", ["an out", "50% o'ut #2", 'back\\slash: "q"'])
 @pytest.mark.parametrize(
-    ("options", "lines"),
+    "options",
     [
-        ("--gres=gpu:1 --time=20", ["--gres=gpu:1", "--time=20"]),
-        ("-p gpu --time 30 -N1", ["-p gpu", "--time 30", "-N1"]),
-        ("--comment='a b' -J \"it's\"", ["'--comment=a b'", "-J 'it'\"'\"'s'"]),
-        ("--nice -5 --mail-user=a@b", ["--nice -5", "--mail-user=a@b"]),
+        "--gres=gpu:1 --time=20",
+        "-p gpu --time 30 -N1",
+        "--comment='a  b' -J \"it's\"",
+        "--nice -5 --mail-user=a@b",
+        "--comment=#1 -J ':x' --comment 'a\\b' -C 'a|b&[c*2]'",
+        "",
     ],
 )
-def test_options_of_slurm_are_lines_as_the_shell_gave_them(stub, out, options, lines):
-    assert run(out, "MUON_WD=0", f"--slurm={options}") == 0
-    script = (out / "array.sbatch").read_text()
-    found = re.findall("^#SBATCH (.*)$", script, re.MULTILINE)
-    assert found[3:] == lines and found[1] == "--array=1-1"
+def test_sbatch_reads_the_options_as_the_shell_gave_them(stub, tmp_path, options, name):
+    assert run(tmp_path / name, "MUON_WD=0", f"--slurm={options}") == 0
+    script = (tmp_path / name / "array.sbatch").read_text()
+    head, *others = script.partition("\nruns=(")[0].splitlines()
+    assert head == "#!/usr/bin/env bash"
+    assert all(line.startswith("#SBATCH ") for line in others)  # sbatch stops at another line
+    words = [word for line in others for word in sbatch_words(line)]
+    assert words[:2] == [f"--job-name={name}", "--array=1-1"]
+    pattern = words[2].removeprefix("--output=")
+    expanded = re.sub("%(.)", lambda m: {"%": "%", "A": "7", "a": "1"}[m[1]], pattern)
+    assert expanded == f"{tmp_path / name}/slurm-7_1.out"
+    assert words[3:] == shlex.split(options)
 
 
 def test_arrays_are_split_at_a_limit_and_failed_trials_can_be_among_them(stub, out, capsys):
@@ -493,7 +541,7 @@ def test_arrays_are_split_at_a_limit_and_failed_trials_can_be_among_them(stub, o
     assert run(out, "TOKENIZER_PATH=oom", "--cpu") == 1
     assert run(out, *argv, "--retry", "--slurm") == 0
     first, *commands = capsys.readouterr().out.splitlines()[-4:]
-    assert first == "# 3 arrays, each of at most 2 trials"
+    assert first == "# 3 arrays, each of at most 2 runs"
     assert commands == [f"sbatch '{out}/array{n}.sbatch'" for n in (1, 2, 3)]
     texts = [path.read_text() for path in sorted(out.glob("*.sbatch"))]
     assert [re.search(r"--array=(\S+)", text)[1] for text in texts] == ["1-2", "1-2", "1-1"]
@@ -518,9 +566,22 @@ def test_a_slurm_array_runs_what_is_due(stub, out, capsys):
     for how in ("--list", "--slurm"):
         assert run(out, *argv, how) == 2
         assert "nothing is due" in capsys.readouterr().err
-    assert run(out, "TOKENIZER_PATH=1,2", "--list") == 0
-    listed = capsys.readouterr().out.splitlines()
-    assert listed == [f"bash '{out}/TOKENIZER_PATH=2/seed1337/command.sh'"]
+    for how, before in (["--list"], ""), (["--list", "--cpu"], "CUDA_VISIBLE_DEVICES= "):
+        assert run(out, "TOKENIZER_PATH=1,2", *how) == 0
+        listed = capsys.readouterr().out.splitlines()
+        assert listed == [f"{before}bash '{out}/TOKENIZER_PATH=2/seed1337/command.sh'"]
+    assert run(out, "TOKENIZER_PATH=1,2", "--cpu", "--show") == 0
+
+
+def test_a_slurm_array_that_is_terminated_ends_when_its_run_has_saved(stub, out):
+    """Slurm signals every process of a job, and ends the job when its script has ended."""
+    assert run(out, "TOKENIZER_PATH=slow", "--slurm") == 0
+    command, env = ["bash", str(out / "array.sbatch")], KEPT | {"SLURM_ARRAY_TASK_ID": "1"}
+    process = subprocess.Popen(command, env=env, start_new_session=True)
+    wait_until(lambda: (out / "TOKENIZER_PATH=slow/seed1337/events.jsonl").exists())
+    os.killpg(process.pid, signal.SIGTERM)
+    process.wait(30)
+    assert states(out)["TOKENIZER_PATH=slow", 1337] == ("interrupted", "a signal")
 
 
 @pytest.mark.slow

@@ -308,6 +308,10 @@ BAD = [
     ("m.model --tokenizer m.model --out o", ["m.model: Not a directory; a folder is needed"]),
     ("plain --tokenizer loop.model --out o", ["--tokenizer: loop.model", "existing"]),
     ("plain --tokenizer m.model --out loop.model", ["--out", "loop.model", "writable folder"]),
+    ("plain --tokenizer eio.model --out o", ["eio.model: Input/output error; check its disk"]),
+    ("eio --tokenizer m.model --out o", ["eio/fineweb_train_000000.bin"]),
+    ("plain --tokenizer m.model --out taken", ["taken/fineweb_train_000000.bin", "Is a directory"]),
+    (" --tokenizer m.model --out o", ["SOURCE: the path is empty"]),
 ]
 
 
@@ -327,15 +331,19 @@ def test_bad_input_is_refused(tmp_path, monkeypatch, capsys, tokenizers, options
         (root / name).write_bytes(tokenizers[kind].serialized_model_proto())
     (root / "text.model").write_bytes(b"hello\n")
     (root / "loop.model").symlink_to("loop.model")
+    (root / "taken/fineweb_train_000000.bin").mkdir(parents=True)
+    (root / "eio").mkdir()
+    for name in ("eio.model", "eio/fineweb_train_000000.bin"):
+        (root / name).symlink_to("/proc/self/mem")  # its first byte cannot be read
     for folder, number in (("twice", ""), ("twice", " (1)"), ("dangling", "")):
         path = root / folder / f"fineweb_train_000000{number}.bin"
         path.parent.mkdir(exist_ok=True)
         path.symlink_to("none") if folder == "dangling" else path.write_bytes(shard_bytes([1, 5]))
     (root / "broken/manifest.json").write_text("[", "utf-8")
-    before = files_of(tmp_path)
-    error = error_of(capsys, *options.split())
+    before = set(tmp_path.rglob("*"))
+    error = error_of(capsys, *options.split(" "))
     assert all(part in error for part in expected), error
-    assert files_of(tmp_path) == before
+    assert set(tmp_path.rglob("*")) == before
 
 
 # ---- Summary, manifest, defaults ----

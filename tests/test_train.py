@@ -21,7 +21,7 @@ def make_trainer(
 ) -> tg.Trainer:
     """A trainer of a tiny model of seed 0, with the settings' own deadline."""
     torch.manual_seed(0)
-    return trainer(tg.GPT(h, attend), load(h), h, device, deadline=h.training_deadline)
+    return trainer(tg.GPT(h, attend), load(h), h, device, deadline=h.training_seconds)
 
 
 def trained(
@@ -68,6 +68,13 @@ def test_training_ends_at_a_gradient_that_is_not_finite_with_finite_weights(byte
     with pytest.raises(tg.DivergenceError, match=r"step 1: .* ATTN"):
         run.train()
     assert all(weight.isfinite().all() for weight in run.average.weights.values())
+
+
+def test_the_message_names_the_terms_that_are_not_finite(cpu):
+    log = tg.StepLog(tg.TrainingClock(cpu, tg.Ranks()), tg.Log(silent=True), tg.Ranks(), 9, 0)
+    log.record({"train_loss": 5.1, "stp": 0.2})
+    with pytest.raises(tg.DivergenceError, match=r"step 2: the loss is inf: stp or its gradient"):
+        log.record({"train_loss": 5.1, "stp": math.inf})
 
 
 @pytest.mark.parametrize("features", [{}, {"tie_embeddings": 0, "stp_enabled": 1}])

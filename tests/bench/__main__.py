@@ -68,7 +68,7 @@ def surroundings(scale: Scale, machine: Machine, quick: bool) -> dict:
         "versions": versions,
         "command": shlex.join(["python", "-m", "tests.bench", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "code_sha256": hashlib.sha256(tg.Program.load().source).hexdigest(),
+        "code_sha256": hashlib.sha256(tg.read_program()[0]).hexdigest(),
     }
 
 

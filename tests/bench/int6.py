@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path[:0] = [str(path) for path in Path(__file__).resolve().parents[1:3]]
 
 import train_gpt as tg
+from bench.harness import quantize_model
 
 
 @torch.inference_mode()
@@ -34,9 +35,9 @@ def window_nats(model: tg.GPT, val: torch.Tensor, length: int) -> torch.Tensor:
 
 def main(path: str) -> None:
     """Prints the table of a checkpoint."""
-    h, weights, _ = tg.load_checkpoint(Path(path), tg.Hyperparameters.from_env(os.environ))
+    h, weights, *_ = tg.load_checkpoint(Path(path), tg.Hyperparameters.from_env(os.environ))
     ranks, length = tg.Ranks(), h.train_seq_len
-    val, train = tg.load_data(h, ranks, tg.Log(), steps=0)
+    val, train = tg.load_data(h, ranks, tg.Log(), trains=True)
     model = tg.GPT(h).eval()
     model.load_state_dict(weights)
     roles, base = tg.parameter_roles(model), window_nats(model, val.tokens, length)
@@ -46,15 +47,15 @@ def main(path: str) -> None:
     calibration = {
         "rounding": None,
         "GPTQ, random": tg.random_sequences(count, length, h.vocab_size, h.seed),
-        "GPTQ, train": train.sequences(0, count),
+        "GPTQ, train": train.sequences(0, count)[:, :-1],
     }
     print(f"float32: {base.sum() / per_bpb:.6f} bpb, {len(base)} windows of {length}")
     for name, sequences in calibration.items():
         model.load_state_dict(weights)
         began, hessians = time.perf_counter(), {}
         if sequences is not None:
-            hessians, _ = tg.collect_hessians(model, sequences.split(rows), ranks)
-        arrays, _ = tg.quantize_model(model, hessians, ranks)
+            hessians = tg.collect_hessians(model, sequences.split(rows), ranks)
+        arrays = quantize_model(model, hessians)
         seconds, stored = time.perf_counter() - began, tg.dequantize(arrays)
         alone = {n: stored[n] if roles[n] == "matrix" else w for n, w in weights.items()}
         for what, changed in (("all", stored), ("matrices alone", alone)):

@@ -23,6 +23,7 @@ from .harness import (
     calibration_batches,
     equal,
     in_turns,
+    quantize_model,
     random_data,
     random_model,
     row,
@@ -128,7 +129,7 @@ def scoring(scale: Scale, machine: Machine) -> Table:
     val = random_data(h, scale.val_tokens).val
     model = random_model(h, machine).eval()
     forward_logits, tokens = device.compile(model.forward_logits), val.tokens.to(device.device)
-    batch_tokens = tg.scoring_batch_tokens(h.val_batch_size, device)
+    batch_tokens = tg.scoring_batch_tokens(h, device)
     sliding, plain = tg.sliding_pass(forward_logits, h), tg.plain_pass(forward_logits, h)
     one_pass = tg.one_pass(model, h.window_tokens, device)  # attends to as much as a window holds
     nats: dict[str, float] = {}
@@ -168,12 +169,12 @@ def gptq(scale: Scale, machine: Machine) -> Table:
     hessians: dict[str, torch.Tensor] = {}
 
     def collect() -> None:
-        hessians.update(tg.collect_hessians(model, calibration_batches(h), ranks)[0])
+        hessians.update(tg.collect_hessians(model, calibration_batches(h), ranks))
 
     ways = {
-        "rounding": lambda: tg.quantize_model(model, {}, ranks),
+        "rounding": lambda: quantize_model(model, {}),
         "GPTQ, collecting Hessians": collect,
-        "GPTQ, solving": lambda: tg.quantize_model(model, hessians, ranks),
+        "GPTQ, solving": lambda: quantize_model(model, hessians),
     }
     rows = rows_of(in_turns(ways, max(scale.rounds // 2, 1), machine.device.now))
     sizes = f"{len(hessians)} matrices of {h.num_layers} layers x {h.model_dim}"
@@ -184,12 +185,12 @@ def packing(scale: Scale, machine: Machine) -> Table:
     """Seconds and bytes of packing: the artifact, and matrices' codes by several compressors."""
     h = scale.h(scale.settings)
     model = random_model(h, machine)
-    arrays, _ = tg.quantize_model(model, {}, tg.Ranks())
+    arrays = quantize_model(model, {})
     roles = tg.parameter_roles(model)
     names = [f"{name}.codes" for name, role in roles.items() if role == "matrix"]
     codes = torch.cat([arrays[name].flatten() for name in names]).cpu()
     total, codes = len(codes), codes[: scale.codes]
-    raw, least = codes.numpy().tobytes(), tg.code_entropy(codes)[0]
+    raw, least = codes.numpy().tobytes(), tg.code_entropy(codes)
     codecs = {name: codec.compress for name, codec in tg.CODECS.items() if find_spec(codec.package)}
     codecs["zlib"] = partial(zlib.compress, level=9)
     packed: dict[str, int] = {}

@@ -44,7 +44,14 @@ def main(stage: str, scale: str) -> None:
     settings = json.loads(scale)["settings"]
     h = tg.Hyperparameters.from_env(dict(word.split("=", 1) for word in shlex.split(settings)))
     mark("settings")
-    from bench.harness import Scale, calibration_batches, random_data, random_model, start_machine
+    from bench.harness import (
+        Scale,
+        calibration_batches,
+        quantize_model,
+        random_data,
+        random_model,
+        start_machine,
+    )
     from bench.step import Ours
 
     sizes = Scale(**json.loads(scale))
@@ -58,7 +65,7 @@ def main(stage: str, scale: str) -> None:
     if stage == "score":
         val = random_data(h, sizes.val_tokens).val
         sliding = tg.sliding_pass(device.compile(model.forward_logits), h)
-        batch_tokens = tg.scoring_batch_tokens(h.val_batch_size, device)
+        batch_tokens = tg.scoring_batch_tokens(h, device)
 
         def once() -> None:
             tg.score(sliding, val, ranks, device, tg.Log(silent=True), batch_tokens)
@@ -66,8 +73,8 @@ def main(stage: str, scale: str) -> None:
     if stage == "quantize":
 
         def once() -> None:
-            hessians, _ = tg.collect_hessians(model, calibration_batches(h), ranks)
-            tg.pack_artifact(h, tg.quantize_model(model, hessians, ranks)[0], h.compressor)
+            hessians = tg.collect_hessians(model, calibration_batches(h), ranks)
+            tg.pack_artifact(h, quantize_model(model, hessians), h.compressor)
 
     mark("model, data and optimizers" if stage == "step" else "model and data")
     for name in (f"first {stage}", f"second {stage}"):

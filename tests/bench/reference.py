@@ -59,9 +59,11 @@ class Loop:
         scale: float,
         inputs: Tensor,
         targets: Tensor,
-        auxiliary: tg.AuxiliaryInputs = tg.NO_AUXILIARY,
+        auxiliary: Callable[[slice], tg.Auxiliary] = lambda rows: tg.NO_AUXILIARY,
     ) -> float:
         """Takes step `number` on ids [sequences, T] at `scale` times the learning rates.
+
+        `auxiliary` returns the inputs of the auxiliary losses of some sequences.
 
         Returns the mean cross-entropy.
         """
@@ -73,7 +75,7 @@ class Loop:
         total = 0.0
         for n in range(parts):
             part = slice(n * rows, (n + 1) * rows)
-            loss, terms = self.model.losses(inputs[part], targets[part], auxiliary.rows(part))
+            loss, terms = self.model.losses(inputs[part], targets[part], auxiliary(part))
             (loss / parts).backward()
             total += terms["train_loss"].item() / parts
         nn.utils.clip_grad_norm_(self.model.parameters(), h.grad_clip_norm or math.inf)

@@ -104,7 +104,7 @@ class Plain(Steps):
         """Takes a step."""
         device = self.device.device
         ids, targets = (x.to(device) for x in self.data.train.batch(number))
-        auxiliary = tg.auxiliary_inputs(self.phase, self.h, number, device, tg.Ranks())
+        auxiliary = partial(tg.auxiliary_inputs, self.phase, self.h, number, device=self.device)
         return self.loop.step(number, self.phase.lr_scale, ids, targets, auxiliary)
 
 
