@@ -675,12 +675,14 @@ class Ranks:
         first = self.rank * share
         mine = torch.arange(first, first + share, device=device).clamp(max=n - 1)
         own = [stack if stack is None else stack[mine] for stack in stacks]
+        # all_gather_single is the name from torch 2.13 on.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         gathered = []
         for output in function(*own):
             raw = output.contiguous().view(torch.uint8)  # collectives do not take every dtype
-            parts = [torch.empty_like(raw) for _ in range(self.world_size)]
-            dist.all_gather(parts, raw)
-            gathered.append(torch.cat(parts)[:n].view(output.dtype))
+            whole = raw.new_empty(self.world_size * len(raw), *raw.shape[1:])
+            gather(whole, raw)
+            gathered.append(whole[:n].view(output.dtype))
         return tuple(gathered)
 
 
