@@ -1647,13 +1647,13 @@ class BigramHash(nn.Module):
         self.scale = nn.Parameter(torch.tensor(0.05))
         self.bos_mask = h.bos_mask
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Returns vectors [B, T, D] for ids [B, T]; positions without a pair take the last row."""
         last, ids = self.embed.num_embeddings - 1, ids.int()
         pairs = (36_313 * ids[:, 1:] ^ 27_191 * ids[:, :-1]) % last
         starts = (ids[:, 1:] == BOS_ID) & self.bos_mask
         rows = F.pad(pairs.masked_fill(starts, last), (1, 0), value=last)
-        return self.proj(self.embed(rows), self.scale)
+        return self.proj(self.embed(rows).to(dtype), self.scale)
 
 
 class ValueEmbedding(nn.Module):
@@ -1672,8 +1672,8 @@ class ValueEmbedding(nn.Module):
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
         """Returns what each layer adds to its values, [B, T, K d], for ids [B, T]."""
-        values = self.proj(self.embed(ids), self.scale)
-        return {n: (values * self.layer_scales[i]).to(dtype) for i, n in enumerate(self.layers)}
+        values = self.proj(self.embed(ids).to(dtype), self.scale)
+        return {n: values * self.layer_scales[i] for i, n in enumerate(self.layers)}
 
 
 class Block(nn.Module):
@@ -1845,7 +1845,7 @@ class GPT(nn.Module):
         """Returns the embeddings [B, T, D] that enter the first block, for ids [B, T]."""
         x = self.tok_emb(ids)
         if self.bigram is not None:
-            x = x + self.bigram(ids)
+            x = x + self.bigram(ids, self.dtype)
         x = rms_norm(x.to(self.dtype))
         return x if self.smear is None else self.smear(x, ids)
 
