@@ -72,7 +72,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import (
+    SDPBackend,
+    activate_flash_attention_impl,
+    current_flash_attention_impl,
+    restore_flash_attention_impl,
+    sdpa_kernel,
+)
 
 # ---- Settings: what the run is told ----
 
@@ -878,16 +884,25 @@ def attend_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     return torch.cat((first, y), dim=1)
 
 
+def activate_fa3() -> None:
+    """Makes FlashAttention 3 the flash kernel of PyTorch. Raises an error that says what lacks."""
+    try:
+        importlib.import_module("flash_attn_interface")
+    except ModuleNotFoundError:  # some installations have it inside the package
+        module = importlib.import_module("flash_attn_3.flash_attn_interface")
+        sys.modules["flash_attn_interface"] = module
+    if not torch.cuda.is_available():
+        raise RuntimeError("FlashAttention 3 needs a Hopper GPU")
+    activate_flash_attention_impl("FA3")
+
+
 def load_attention(name: str) -> Attend:
     """Returns one back end, and disables PyTorch's others."""
+    if current_flash_attention_impl():
+        restore_flash_attention_impl()
     if name == "fa3":
-        from flash_attn_interface import flash_attn_func
-
-        def attend_fa3(q: Tensor, k: Tensor, v: Tensor, *, window: int = 0) -> Tensor:
-            y = flash_attn_func(q, k, v, causal=True, window_size=(window - 1, 0))  # -1: all
-            return y[0] if isinstance(y, tuple) else y  # some versions add the log-sum-exp
-
-        return attend_fa3
+        activate_fa3()
+        name = "flash"
     for backend in ("cudnn", "flash", "math", "mem_efficient"):
         getattr(torch.backends.cuda, f"enable_{backend}_sdp")(backend == name)
     return attend_sdpa
