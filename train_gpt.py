@@ -73,7 +73,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import (
+    SDPBackend,
+    activate_flash_attention_impl,
+    current_flash_attention_impl,
+    restore_flash_attention_impl,
+    sdpa_kernel,
+)
 
 # ---- Settings: what the run is told ----
 
@@ -678,12 +684,14 @@ class Ranks:
         first = self.rank * share
         mine = torch.arange(first, first + share, device=device).clamp(max=n - 1)
         own = [stack if stack is None else stack[mine] for stack in stacks]
+        # all_gather_single is the name from torch 2.13 on.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         gathered = []
         for output in function(*own):
             raw = output.contiguous().view(torch.uint8)  # collectives do not take every dtype
-            parts = [torch.empty_like(raw) for _ in range(self.world_size)]
-            dist.all_gather(parts, raw)
-            gathered.append(torch.cat(parts)[:n].view(output.dtype))
+            whole = raw.new_empty(self.world_size * len(raw), *raw.shape[1:])
+            gather(whole, raw)
+            gathered.append(whole[:n].view(output.dtype))
         return tuple(gathered)
 
 
@@ -879,16 +887,25 @@ def attend_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     return torch.cat((first, y), dim=1)
 
 
+def activate_fa3() -> None:
+    """Makes FlashAttention 3 the flash kernel of PyTorch. Raises an error that says what lacks."""
+    try:
+        importlib.import_module("flash_attn_interface")
+    except ModuleNotFoundError:  # some installations have it inside the package
+        module = importlib.import_module("flash_attn_3.flash_attn_interface")
+        sys.modules["flash_attn_interface"] = module
+    if not torch.cuda.is_available():
+        raise RuntimeError("FlashAttention 3 needs a Hopper GPU")
+    activate_flash_attention_impl("FA3")
+
+
 def load_attention(name: str) -> Attend:
     """Returns one back end, and disables PyTorch's others."""
+    if current_flash_attention_impl():
+        restore_flash_attention_impl()
     if name == "fa3":
-        from flash_attn_interface import flash_attn_func
-
-        def attend_fa3(q: Tensor, k: Tensor, v: Tensor, *, window: int = 0) -> Tensor:
-            y = flash_attn_func(q, k, v, causal=True, window_size=(window - 1, 0))  # -1: all
-            return y[0] if isinstance(y, tuple) else y  # some versions add the log-sum-exp
-
-        return attend_fa3
+        activate_fa3()
+        name = "flash"
     for backend in ("cudnn", "flash", "math", "mem_efficient"):
         getattr(torch.backends.cuda, f"enable_{backend}_sdp")(backend == name)
     return attend_sdpa
@@ -1498,9 +1515,13 @@ class Linear(nn.Linear):
         elif gain is not None:
             nn.init.orthogonal_(self.weight, gain)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps x [..., fan_in] to [..., fan_out]."""
-        return F.linear(x, self.weight.to(x.dtype))
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Maps x [..., fan_in] to [..., fan_out], times a learned scale [fan_out] or [].
+
+        Scaling the weight instead of the output saves the output for no gradient.
+        """
+        weight = self.weight if scale is None else scale.unsqueeze(-1) * self.weight
+        return F.linear(x, weight.to(x.dtype))
 
 
 class Embedding(nn.Embedding):
@@ -1576,8 +1597,8 @@ class CausalSelfAttention(nn.Module):
         self.q_gain = nn.Parameter(torch.full((h.num_heads, 1), h.qk_gain_init))
         self.xsa = layer >= h.num_layers - h.xsa_last_n
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        """Maps x [B, T, D] to attention's output [B, T, D]."""
+    def forward(self, x: Tensor, scale: Tensor, context: Context) -> Tensor:
+        """Maps x [B, T, D] to attention's output [B, T, D], times `scale` [D]."""
         weight = torch.cat([getattr(self, name).weight for name in self.INPUT_LAYERS])
         qkv = F.linear(x, weight.to(x.dtype)).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split(self.heads, dim=2)
@@ -1593,7 +1614,7 @@ class CausalSelfAttention(nn.Module):
         y = self.attend(q, k, v, window=context.window)
         if unit is not None:
             y = subtract_self_value(y, unit)
-        return self.proj(y.flatten(2))
+        return self.proj(y.flatten(2), scale)
 
 
 class MLP(nn.Module):
@@ -1606,9 +1627,9 @@ class MLP(nn.Module):
         self.down = Linear(width, h.model_dim, gain=0)
         self.negative_slope = h.negative_slope
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps x [..., D] to [..., D]."""
-        return self.down(F.leaky_relu(self.up(x), self.negative_slope).square())
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        """Maps x [..., D] to [..., D], times `scale` [D]."""
+        return self.down(F.leaky_relu(self.up(x), self.negative_slope).square(), scale)
 
 
 class SmearGate(nn.Module):
@@ -1644,13 +1665,13 @@ class BigramHash(nn.Module):
         self.scale = nn.Parameter(torch.tensor(0.05))
         self.bos_mask = h.bos_mask
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Returns vectors [B, T, D] for ids [B, T]; positions without a pair take the last row."""
         last, ids = self.embed.num_embeddings - 1, ids.int()
         pairs = (36_313 * ids[:, 1:] ^ 27_191 * ids[:, :-1]) % last
         starts = (ids[:, 1:] == BOS_ID) & self.bos_mask
         rows = F.pad(pairs.masked_fill(starts, last), (1, 0), value=last)
-        return self.proj(self.embed(rows)) * self.scale
+        return self.proj(self.embed(rows).to(dtype), self.scale)
 
 
 class ValueEmbedding(nn.Module):
@@ -1669,8 +1690,8 @@ class ValueEmbedding(nn.Module):
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
         """Returns what each layer adds to its values, [B, T, K d], for ids [B, T]."""
-        values = self.proj(self.embed(ids)) * self.scale
-        return {n: (values * self.layer_scales[i]).to(dtype) for i, n in enumerate(self.layers)}
+        values = self.proj(self.embed(ids).to(dtype), self.scale)
+        return {n: values * self.layer_scales[i] for i, n in enumerate(self.layers)}
 
 
 class Block(nn.Module):
@@ -1692,9 +1713,8 @@ class Block(nn.Module):
         x = lanes[0]
         keep, restart = self.resid_mix.to(x.dtype)
         x = keep * x + restart * context.x0
-        attention = self.attn(rms_norm(x) * self.norm_scale, context)
-        x = x + self.attn_scale.to(x.dtype) * attention
-        x = x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.norm_scale)
+        x = x + self.attn(rms_norm(x) * self.norm_scale, self.attn_scale, context)
+        x = x + self.mlp(rms_norm(x) * self.norm_scale, self.mlp_scale)
         return (x,)
 
 
@@ -1843,7 +1863,7 @@ class GPT(nn.Module):
         """Returns the embeddings [B, T, D] that enter the first block, for ids [B, T]."""
         x = self.tok_emb(ids)
         if self.bigram is not None:
-            x = x + self.bigram(ids)
+            x = x + self.bigram(ids, self.dtype)
         x = rms_norm(x.to(self.dtype))
         return x if self.smear is None else self.smear(x, ids)
 

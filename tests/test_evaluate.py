@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from test_model import random_model, some_ids
+from torch.nn.attention import current_flash_attention_impl
 
 import train_gpt as tg
 
@@ -263,20 +264,23 @@ def test_attention_in_blocks_compiles_whole_and_for_the_fast_kernels():
     assert strides == [1] * 3
 
 
-def test_flash_attention_gets_the_window(monkeypatch):
-    """It counts the positions before a query; -1 is all."""
-    received = []
-
-    def flash_attn_func(q, k, v, causal, window_size):
-        received.append((causal, window_size))
-        return q, None
-
-    module = types.SimpleNamespace(flash_attn_func=flash_attn_func)
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
-    attend, x = tg.load_attention("fa3"), torch.zeros(1, 4, 2, 8)
-    assert attend(x, x, x) is x
-    attend(x, x, x, window=3)
-    assert received == [(True, (-1, 0)), (True, (2, 0))]
+@pytest.mark.parametrize("module", ["flash_attn_interface", "flash_attn_3.flash_attn_interface"])
+def test_fa3_of_either_packaging_replaces_the_flash_kernel_until_another_is_loaded(
+    module, monkeypatch
+):
+    operators = torch.library.Library("flash_attn_3", "DEF")
+    for name in ("fwd", "bwd"):
+        operators.define(f"{name}(Tensor x) -> Tensor")
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    monkeypatch.setitem(sys.modules, "flash_attn_3", types.ModuleType("flash_attn_3"))
+    monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    try:
+        tg.load_attention("fa3")
+        assert current_flash_attention_impl() == "FA3"
+    finally:
+        tg.load_attention("flash")
+    assert current_flash_attention_impl() is None
 
 
 def test_one_pass_starts_a_window_before_the_first_token_that_it_scores(cpu):

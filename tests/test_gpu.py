@@ -79,12 +79,13 @@ def test_bf16_compiled_agrees_with_float32_on_the_cpu():
 
 @pytest.mark.fault(27)
 def test_auto_goes_on_without_fa3_and_says_why(monkeypatch):
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    for name in ("flash_attn_interface", "flash_attn_3"):
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     attention, _, notes = choose(settings(compile=0))
     assert attention.name in ("cudnn", "flash", "math")
     assert "attention:fa3 compiled:False not used: " in notes[0]
-    assert "flash_attn_interface" in notes[0]
+    assert "flash_attn_3" in notes[0]
 
 
 @pytest.mark.fault(21)
