@@ -1063,7 +1063,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return tensors, json.loads(metadata.get("settings", "{}"))
+    stated = None
+    with suppress(ValueError):
+        stated = json.loads(metadata.get("settings", "{}"))
+    return tensors, stated if isinstance(stated, dict) else {"settings": stated}  # another's
 
 
 # ---- Data: shards, batches, bytes of text ----
@@ -3142,13 +3145,15 @@ def load_checkpoint(path: Path, h: Hyperparameters) -> SavedModel:
     """Returns a checkpoint or saved weights. Raises DataError."""
     with raise_data_error(f"{path}: cannot be read as a checkpoint"):
         tensors, stored = read_tensors(path)
+        unknown = sorted(stored.keys() - asdict(h).keys() - {"step", "shards"})
+        if unknown and "progress/losses" not in tensors:  # metadata of another program
+            stored, unknown = {}, []
+        check(not unknown, f"it states unknown {unknown}; use the program of its run's folder")
         step = stored.pop("step", len(tensors.get("progress/losses", ())))
         check(type(step) is int and step >= 0, f"its step is {step!r:.40}")
         shards = stored.pop("shards", None)
         if "progress/losses" in tensors:  # from before there was a choice
             stored.setdefault("train_order", "sequential")
-        unknown = sorted(stored.keys() - asdict(h).keys())
-        check(not unknown, f"its settings are unknown: {unknown}")
         h = replace(h, **{name: stored[name] for name in model_settings(h) if name in stored})
         prefix = "average/" if any(name.startswith("average/") for name in tensors) else ""
         wrappers = rf"^{prefix}((module|_orig_mod)\.)*"  # of DistributedDataParallel and compile
