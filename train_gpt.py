@@ -629,7 +629,7 @@ def model_settings(settings: ModelSettings) -> dict[str, Any]:
 
 # ---- Runtime: where it runs ----
 
-GPU_NODE = "/dev/nvidia0"  # exists where the NVIDIA driver has found a GPU
+GPU_NODES = Path("/dev")  # has nvidia0 and so on, for each GPU that the NVIDIA driver has found
 
 
 @dataclass(frozen=True)
@@ -780,9 +780,10 @@ def start_device(compile_mode: str, gpus_hidden: bool = False) -> tuple[Device, 
     Raises SettingsError if there is a GPU that torch cannot use, unless `gpus_hidden` on purpose.
     """
     if not torch.cuda.is_available():
-        if Path(GPU_NODE).exists() and not gpus_hidden:
+        nodes = sorted(GPU_NODES.glob("nvidia[0-9]*"))
+        if nodes and not gpus_hidden:
             raise SettingsError(
-                f"{GPU_NODE}: this machine has a GPU that torch {torch.__version__} cannot use; "
+                f"{nodes[0]}: this machine has a GPU that torch {torch.__version__} cannot use; "
                 "install the build of torch that fits its driver, or set CUDA_VISIBLE_DEVICES= to "
                 "run on the CPU"
             )
@@ -1320,6 +1321,7 @@ def data_folder(h: Hyperparameters) -> Path:
 
 def load_tokenizer(h: Hyperparameters, log: Log) -> Any:
     """Returns the SentencePiece processor of the settings. Raises DataError."""
+    require("sentencepiece", f"VOCAB_SIZE={h.vocab_size}")
     import sentencepiece
 
     family = h.corpus.removesuffix("10B")
@@ -3328,7 +3330,9 @@ class Run:
 
     def __init__(self, env: Mapping[str, str], log: Log, result: dict[str, Any]) -> None:
         self.log, self.result = log, result
-        self.gpus_hidden = "CUDA_VISIBLE_DEVICES" in env
+        # CUDA reads the list up to the first word that names no GPU.
+        visible = env.get("CUDA_VISIBLE_DEVICES", "0")
+        self.gpus_hidden = not re.match(r"\s*(\d|GPU-|MIG-)", visible)
         h = Hyperparameters.from_env(env)
         self.notes = settings_notes(h, env)
         lost = {"status": "failed", "reason": "another rank is gone, or silent"}
@@ -3721,6 +3725,9 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: result.json is written
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by a daemon
+            setattr(sys, name, open(os.devnull, "w"))
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     exit_status = main(sys.argv[1:], os.environ)
     if dist.is_initialized():

@@ -411,6 +411,20 @@ def test_of_two_runs_at_once_one_is_refused_or_both_have_a_folder(env, tmp_path)
     assert len([*Path("logs").glob("*/result.json")]) == 2
 
 
+def close(*names: str) -> None:
+    """Leaves this process without standard streams, as Python starts where they are closed."""
+    for name in names:
+        setattr(sys, name, None)
+
+
+@pytest.mark.parametrize("names", [["stdout"], ["stderr"], ["stdout", "stderr"]])
+def test_a_run_without_a_screen_writes_its_files(names, env, tmp_path):
+    run = Ranks(tmp_path, first=partial(close, *names), **{**env, "ITERATIONS": "1"})
+    assert run.end() == [0], run.said()
+    assert result()["status"] == "ok"
+    assert ("step:1/1 " in run.said()) == ("stdout" not in names)
+
+
 # ---- Signals ----
 
 

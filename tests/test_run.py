@@ -353,6 +353,25 @@ def test_failures_have_their_status_and_reason(env, capsys, changes, status, say
         assert (result["status"], result["settings"]["run_dir"]) == (status, "run")
 
 
+PACKAGES = {
+    "sentencepiece": {"VOCAB_SIZE": "512", "DATA_PATH": "tokens"},
+    "safetensors": {},
+    "zstandard": {},
+    "brotli": {"COMPRESSOR": "brotli"},
+}
+
+
+@pytest.mark.fault(35)
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_missing_package_is_named_before_training(package, env, byte_corpus, monkeypatch, capsys):
+    Path("tokens").symlink_to(byte_corpus)
+    monkeypatch.setitem(sys.modules, package, None)
+    for argv in (["--check"], []):
+        assert tg.main(argv, {**env, **PACKAGES[package]}) == 2
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert line.endswith(f"needs the {package} package: pip install {package}")
+
+
 @pytest.mark.parametrize("name", ["result.json", "train.log", ARTIFACT, MODEL])
 def test_a_folder_in_the_place_of_a_file_is_refused_before_training(env, capsys, name):
     Path("run", name).mkdir(parents=True)
