@@ -629,6 +629,7 @@ def model_settings(settings: ModelSettings) -> dict[str, Any]:
 
 # ---- Runtime: where it runs ----
 
+JOIN_TIMEOUT = timedelta(minutes=2)  # in which all ranks must start
 GPU_NODES = Path("/dev")  # has nvidia0 and so on, for each GPU that the NVIDIA driver has found
 
 
@@ -688,7 +689,8 @@ def join_ranks(env: Mapping[str, str], on_lost: Callable[[], None]) -> Ranks:
     """Joins the process group that torchrun describes in the environment, if there is one.
 
     A thread calls on_lost() when another rank is gone, or silent for 30 s. Raises SettingsError
-    where torchrun's variables are incomplete or ask for more GPUs than there are.
+    where torchrun's variables are incomplete, lead to no group in JOIN_TIMEOUT, or ask for more
+    GPUs than there are.
     """
     if (env.get("WORLD_SIZE", "1"), env.get("RANK", "0")) == ("1", "0"):
         return Ranks()
@@ -702,9 +704,14 @@ def join_ranks(env: Mapping[str, str], on_lost: Callable[[], None]) -> Ranks:
             )
         torch.cuda.set_device(local_rank)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
-    except ValueError as error:  # a variable is missing
-        raise SettingsError(f"{error}; launch several processes with torchrun") from None
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
+        store.set_timeout(timedelta(minutes=10))  # for later: ranks compile at different speeds
+        backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    except (ValueError, RuntimeError) as error:  # no variable, no such host, a rank is missing
+        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        given = env_form({name: env[name] for name in names if name in env})
+        raise SettingsError(f"{given}: {error}; launch several processes with torchrun") from None
     heartbeat = dist.new_group(backend="gloo", timeout=timedelta(seconds=30))
 
     def watch() -> None:
@@ -3717,7 +3724,7 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
                 signal.signal(number, signal.SIG_IGN)
             time.sleep(1)  # torchrun must see a rank that was killed end before this one fails
         result |= describe_failure(error)
-        log.silent = log.silent and "MASTER_ADDR" in env
+        log.silent = log.silent and "TORCHELASTIC_RUN_ID" in env  # torchrun shows one reason
         with suppress(OSError):  # a full disk must not hide the reason
             ErrorHandler().record_exception(error)  # for torchrun's last lines
     return conclude(log, result)
