@@ -36,7 +36,6 @@ import ctypes
 import difflib
 import hashlib
 import importlib.util
-import itertools
 import json
 import lzma
 import math
@@ -58,6 +57,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -1284,7 +1284,7 @@ def verify_byte_table(table: ByteTable, tokenizer: Any, tokens: Tensor) -> int:
     if len(head) == len(tokens):
         edges.append(len(head))  # otherwise the last document may end inside a character
     proven = 0
-    for start, end in itertools.pairwise(edges):
+    for start, end in pairwise(edges):
         counted = int(counts[start : end - 1].sum())
         decoded = len(tokenizer.decode(head[start + 1 : end].tolist()).encode())
         if counted != decoded:
@@ -1592,7 +1592,10 @@ class CausalSelfAttention(nn.Module):
         q, k, v = qkv.split(self.heads, dim=2)
         if self.layer in context.value_embeds:
             v = v + context.value_embeds[self.layer].view_as(v)
-        q = rotate(rms_norm(q), context.rotation) * self.q_gain.to(x.dtype)
+        # The gain comes before RoPE and is expanded over positions, so that its gradient is a sum
+        # over each head, which the compiler fuses with the backward pass of the norm.
+        gain = self.q_gain.expand(*x.shape[:2], -1, 1).to(x.dtype)
+        q = rotate(rms_norm(q) * gain, context.rotation)
         k = rotate(rms_norm(k), context.rotation)
         # Before attention: after it, the compiler would store v in float32 for the backward pass.
         unit = F.normalize(v.float(), dim=-1) if self.xsa else None
@@ -2723,7 +2726,6 @@ class Quantized(NamedTuple):
 
     codes: Tensor  # int8 [n, rows, cols]
     errors: Tensor  # [n, rows], squared errors, which a search for scales compares
-    failed: Tensor  # bool [n], matrices that were rounded because GPTQ could not solve them
 
 
 def quantize_rounding(
@@ -2736,26 +2738,18 @@ def quantize_rounding(
     scale = scales.float().unsqueeze(-1)
     codes = (weight / scale).round().clamp(-limit, limit)
     errors = (codes * scale - weight).square().sum(-1)
-    failed = weight.new_zeros(len(weight), dtype=torch.bool)
-    return Quantized(codes.to(torch.int8), errors, failed)
+    return Quantized(codes.to(torch.int8), errors)
 
 
-def inverse_cholesky(hessian: Tensor) -> tuple[Tensor, Tensor]:
+def inverse_cholesky(hessian: Tensor) -> Tensor:
     """Returns the upper Cholesky factors of the damped inverses of Hessians [n, cols, cols].
 
-    Damping starts at 1 % of the mean diagonal and rises tenfold, up to three times, where a
-    factorization fails. Second: bool [n], where all of them failed; the factor is the identity.
+    Damping is 1 % of the mean diagonal, far more than float32 can make X^T X negative.
     """
-    eye = torch.eye(hessian.size(-1), device=hessian.device)
-    damping = 0.01 * hessian.diagonal(dim1=1, dim2=2).mean(1)
-    for _ in range(4):
-        lower, info = torch.linalg.cholesky_ex(hessian + damping[:, None, None] * eye)
-        lower[info > 0] = eye  # cholesky_inverse raises at zeros
-        upper, upper_info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        failed = (info + upper_info > 0) | ~upper.isfinite().all((1, 2))
-        damping = torch.where(failed, 10 * damping, damping)
-    upper[failed] = eye
-    return upper, failed
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    damping = 0.01 * diagonal.mean(1, keepdim=True) + 1e-6
+    lower = torch.linalg.cholesky(hessian + torch.diag_embed(damping.expand_as(diagonal)))
+    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
 
 
 def quantize_gptq(limit: int, weight: Tensor, scales: Tensor, hessian: Tensor | None) -> Quantized:
@@ -2769,9 +2763,8 @@ def quantize_gptq(limit: int, weight: Tensor, scales: Tensor, hessian: Tensor | 
     cols = weight.size(2)
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     order = diagonal.argsort(dim=1, descending=True).unsqueeze(1)
-    upper, failed = inverse_cholesky(hessian.take_along_dim(order.mT, 1).take_along_dim(order, 2))
-    unused = (diagonal == 0) & ~failed.unsqueeze(1)  # inputs that are always 0
-    weight = weight.masked_fill(unused.unsqueeze(1), 0)
+    upper = inverse_cholesky(hessian.take_along_dim(order.mT, 1).take_along_dim(order, 2))
+    weight = weight.masked_fill((diagonal == 0).unsqueeze(1), 0)  # of inputs that are always 0
     rest = weight.take_along_dim(order, 2).mT.contiguous()  # [n, cols, rows]
     codes, scale = torch.empty_like(rest), scales.float().unsqueeze(1)
     errors = torch.zeros_like(rest[:, 0])
@@ -2787,7 +2780,7 @@ def quantize_gptq(limit: int, weight: Tensor, scales: Tensor, hessian: Tensor | 
         rest[:, stop:] -= upper[:, start:stop, stop:].mT @ residuals
         errors += residuals.square().sum(1)
     codes = codes.mT.take_along_dim(order.argsort(), 2)
-    return Quantized(codes.to(torch.int8), errors, failed)
+    return Quantized(codes.to(torch.int8), errors)
 
 
 # A quantizer maps the largest code, weights [n, rows, cols], scales [n, rows], and Hessians
@@ -2883,20 +2876,19 @@ def choose_scales(stacks: Sequence[Stack], rule: str, ranks: Ranks) -> dict[str,
 
 def quantize_stacks(
     stacks: Sequence[Stack], scales: Mapping[str, Tensor], ranks: Ranks
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Returns codes, int8 [rows, cols], of all weights by name, and the names GPTQ could not solve.
+) -> dict[str, Tensor]:
+    """Returns codes, int8 [rows, cols], of all weights by name.
 
     The weights of a stack are divided among the ranks.
     """
     codes: dict[str, Tensor] = {}
-    failed = []
     for stack in stacks:
         own = torch.stack([scales[name] for name in stack.names])
         quantize = partial(stack.quantizer, stack.limit)
-        result = Quantized(*ranks.map_over_ranks(quantize, stack.weight, own, stack.hessian))
-        codes |= zip(stack.names, result.codes)
-        failed += [name for name, bad in zip(stack.names, result.failed) if bad]
-    return codes, failed
+        codes |= zip(
+            stack.names, ranks.map_over_ranks(quantize, stack.weight, own, stack.hessian)[0]
+        )
+    return codes
 
 
 def artifact_arrays(
@@ -3225,26 +3217,26 @@ def pack_to_fit(
     base = choose_scales(stacks, h.scale_rule, ranks)
     matrices = [name for name, role in roles.items() if role == "matrix"]
 
-    def quantize(
-        factor: float, stacks: Sequence[Stack], ranks: Ranks
-    ) -> tuple[dict[str, Tensor], list[str]]:
+    def quantize(factor: float, stacks: Sequence[Stack], ranks: Ranks) -> dict[str, Tensor]:
         widened = {name: to_scales(base[name].float() * factor) for name in matrices}
-        codes, failed = quantize_stacks(stacks, base | widened, ranks)
-        return artifact_arrays(model, codes, base | widened), failed
+        codes = quantize_stacks(stacks, base | widened, ranks)
+        return artifact_arrays(model, codes, base | widened)
 
     def size(factor: float) -> float:
-        return entropy_size(quantize(factor, rounding, Ranks())[0])
+        return entropy_size(quantize(factor, rounding, Ranks()))
 
     def sample_codec() -> float:
-        arrays, _ = quantize(smallest_factor(size, room), rounding, Ranks())
+        arrays = quantize(smallest_factor(size, room), rounding, Ranks())
         part = {name: array[::8] for name, array in arrays.items() if array.dtype == torch.int8}
         return 8 * (len(pack_artifact(h, part, h.compressor)) - entropy_size(part))
 
     added = ranks.broadcast_from_rank0(sample_codec)
-    for packing in itertools.count(1):
+    packing = 0
+    while True:
+        packing += 1
         target = (1 - 0.0005 * packing**2) * room - added  # the margin grows, so that this ends
         factor = ranks.broadcast_from_rank0(partial(smallest_factor, size, target))
-        arrays, failed = quantize(factor, stacks, ranks)
+        arrays = quantize(factor, stacks, ranks)
         blob = ranks.broadcast_from_rank0(partial(pack_artifact, h, arrays, h.compressor))
         codes = torch.cat([arrays[f"{name}.codes"].flatten() for name in matrices])
         entropy = code_entropy(codes)
@@ -3255,11 +3247,8 @@ def pack_to_fit(
         )
         is_close = factor == 1 or len(blob) >= 0.999 * room or packing > 1
         if (len(blob) <= room and is_close) or factor > 0.99 * MAX_SCALE_FACTOR:
-            break
+            return blob
         added = len(blob) - size(factor)
-    for name in failed:
-        log(f"gptq: {name} is rounded: its Hessian is not positive definite at any damping")
-    return blob
 
 
 # The program ships as its packed twin: the whole source as raw LZMA2 in base85, inside a wrapper
@@ -3607,11 +3596,14 @@ class Run:
         if not h.gptq_enabled:
             return {}
         batches = self.calibration_batches(step)
-        if not h.calibrates_on_text:
-            return collect_hessians(model, batches, self.ranks)
-        clock.resume()
+        if h.calibrates_on_text:
+            clock.resume()
         hessians = collect_hessians(model, batches, self.ranks)
-        clock.count()
+        if h.calibrates_on_text:
+            clock.count()
+        for name in [name for name, x in hessians.items() if not x.isfinite().all()]:
+            self.log(f"gptq: {name} is rounded: the inputs that calibrate it are not finite")
+            del hessians[name]
         return hessians
 
     def score(self, scoring_pass: ScoringPass) -> Score:

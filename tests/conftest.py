@@ -124,18 +124,17 @@ def quantize_matrices(
     hessian: torch.Tensor | None = None,
     bits: int = 6,
     factor: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes, scales and failures of matrices [n, rows, cols], with a search for scales."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of matrices [n, rows, cols], with a search for scales."""
     quantize, limit = tg.QUANTIZERS[quantizer], 2 ** (bits - 1) - 1
     (scales,) = tg.search_scales(quantize, limit, weight, hessian)
     scales = tg.to_scales(scales.float() * factor)
-    codes, _, failed = quantize(limit, weight, scales, hessian)
-    return codes, scales, failed
+    return quantize(limit, weight, scales, hessian).codes, scales
 
 
 def artifact_of(model: tg.GPT) -> tuple[bytes, dict[str, torch.Tensor]]:
     """A model's artifact, quantized by rounding, and its arrays."""
-    arrays, _ = quantize_model(model, {})
+    arrays = quantize_model(model, {})
     return tg.pack_artifact(model.h, arrays, "zstd"), arrays
 
 

@@ -60,7 +60,7 @@ FAULTS = {
     39: "code and artifact above 16,000,000 bytes -> FAIL and status 1; exactly at it: PASS",
     40: "tensors of more than 2^24 weights -> quantized, without torch.quantile",
     41: "rows or inputs of zeros in quantization -> finite scales and codes",
-    42: "a Hessian that is not positive definite -> more damping, then rounding, which is said",
+    42: "a Hessian of few inputs is damped; one that is not finite -> rounding, which is said",
     43: "SIGINT or SIGTERM -> checkpoint and average are saved, the result says so; status 5",
     44: "SIGKILL in the middle of a write -> the old files are whole",
     45: "a full disk, or a folder that is read-only -> an error before training; old files stay",

@@ -110,7 +110,7 @@ def described(blob: bytes) -> tuple[str, dict, bytes]:
 
 def pack(model: tg.GPT, codec: str = "zstd") -> bytes:
     """Returns the artifact of a model, its matrices rounded."""
-    return tg.pack_artifact(model.h, quantize_model(model, {})[0], codec)
+    return tg.pack_artifact(model.h, quantize_model(model, {}), codec)
 
 
 def layout(blob: bytes) -> tuple[dict, bytes]:

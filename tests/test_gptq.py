@@ -109,10 +109,9 @@ def check(
 )
 def test_gptq_equals_the_elimination_code_for_code(n, rows, cols, bits, factor):
     weight, hessian = problem(n, rows, cols)
-    codes, scales, failed = quantize_matrices("gptq", weight, hessian, bits, factor)
-    rounded, rounded_scales, _ = quantize_matrices("rounding", weight, None, bits, factor)
+    codes, scales = quantize_matrices("gptq", weight, hessian, bits, factor)
+    rounded, rounded_scales = quantize_matrices("rounding", weight, None, bits, factor)
     assert codes.dtype == torch.int8
-    assert not failed.any()
     for i in range(n):
         check(codes[i], scales[i], weight[i], hessian[i], bits, factor)
         error = weighted(codes[i], scales[i], weight[i], hessian[i])
@@ -132,8 +131,7 @@ def test_inputs_that_are_always_zero_get_codes_of_zero():
     weight, hessian = problem(2, 12, 24)
     hessian[0, [3, 20]] = 0
     hessian[0, :, [3, 20]] = 0
-    codes, scales, failed = quantize_matrices("gptq", weight, hessian)
-    assert not failed.any()
+    codes, scales = quantize_matrices("gptq", weight, hessian)
     assert not codes[0][:, [3, 20]].any()
     assert codes[1][:, [3, 20]].any()
     # The zeros change nothing else but the damping, by the mean of the diagonal.
@@ -141,43 +139,37 @@ def test_inputs_that_are_always_zero_get_codes_of_zero():
     check(codes[0], scales[0], weight[0] * live, hessian[0])
 
 
-def indefinite(least: float, cols: int = 16) -> torch.Tensor:
-    """A symmetric matrix: the mean of its diagonal is 1, its least eigenvalue is given."""
-    generator = torch.Generator().manual_seed(2)
-    basis = torch.linalg.qr(torch.randn(cols, cols, generator=generator, dtype=torch.float64))[0]
-    values = torch.full((cols,), (cols - least) / (cols - 1), dtype=torch.float64)
-    values[0] = least
-    return (basis * values @ basis.T).float()
+@pytest.mark.fault(42)
+@pytest.mark.parametrize("inputs", [0, 1, 3, 8, 1000])
+@pytest.mark.parametrize("tail", [0.0, 4.0])
+def test_hessians_of_few_inputs_and_of_unequal_ones_are_solved(inputs, tail):
+    """Damping alone makes X^T X positive definite, whatever its rank and its diagonal."""
+    weight, _ = problem(1, 12, 256)
+    draw = torch.Generator().manual_seed(inputs)
+    x = torch.randn(inputs, 256, generator=draw)
+    x *= (tail * torch.randn(256, generator=draw)).exp()
+    hessian = (x.T @ x)[None]
+    codes, scales = quantize_matrices("gptq", weight, hessian)
+    damped = hessian[0].double() + 0.01 * hessian[0].double().diagonal().mean() * torch.eye(256)
+    rounded, rounded_scales = quantize_matrices("rounding", weight)
+    error = weighted(codes[0], scales[0], weight[0], damped)
+    assert error <= weighted(rounded[0], rounded_scales[0], weight[0], damped)
 
 
 @pytest.mark.fault(42)
-@pytest.mark.parametrize(("least", "damping"), [(-0.05, 0.1), (-0.5, 1.0), (-5.0, 10.0)])
-def test_damping_rises_tenfold_until_the_hessian_is_positive_definite(least, damping):
-    weight, good = problem(1, 12, 16)
-    stack = torch.stack((indefinite(least), good[0]))
-    codes, scales, failed = quantize_matrices("gptq", weight.repeat(2, 1, 1), stack)
-    assert not failed.any()
-    check(codes[0], scales[0], weight[0], stack[0], damping=damping)
-    check(codes[1], scales[1], weight[0], good[0])  # the other matrix keeps its own damping
-
-
-@pytest.mark.fault(42)
-def test_a_hessian_that_stays_indefinite_is_rounded_and_its_neighbours_are_not():
-    some_inputs = torch.zeros(16, 16)
-    some_inputs[2:, 2:] = indefinite(-20.0, 14)
-    one_nan = problem(1, 1, 16)[1][0]
-    one_nan[1, 0] = one_nan[0, 1] = torch.nan
-    bad = [indefinite(-20.0), some_inputs, one_nan, -torch.eye(16), torch.zeros(16, 16)]
-    bad += [torch.full((16, 16), value) for value in (torch.nan, torch.inf)]
-    weight, hessian = problem(len(bad) + 2, 12, 16)
-    hessian[1:-1] = torch.stack(bad)
-    codes, scales, failed = quantize_matrices("gptq", weight, hessian)
-    assert failed.tolist() == [False, *[True] * len(bad), False]
-    want_codes, want_scales, _ = quantize_matrices("rounding", weight)
-    assert torch.equal(codes[1:-1], want_codes[1:-1])
-    assert torch.equal(scales[1:-1], want_scales[1:-1])
-    for i in (0, -1):
-        check(codes[i], scales[i], weight[i], hessian[i])
+def test_a_matrix_whose_inputs_overflow_is_rounded_and_named(byte_corpus, tmp_path, capsys):
+    """Here the inputs of one matrix are about 1e24, so that their squares are not finite."""
+    h, name = settings(num_layers=1), "blocks.0.mlp.down.weight"
+    model = random_model(num_layers=1)
+    with torch.no_grad():
+        model.blocks[0].mlp.up.weight.mul_(1e12)
+        model.blocks[0].mlp.down.weight.zero_()
+    tg.write_tensors(tmp_path / "weights", model.state_dict(), tg.model_settings(h))
+    env = TINY | {"DATA_PATH": str(byte_corpus), "RUN_DIR": str(tmp_path / "run")}
+    env |= {"GPTQ_ENABLED": "1", "GPTQ_CALIB_TOKENS": "256", "EVAL_STRIDE": "0"}
+    assert tg.main(["--quantize", str(tmp_path / "weights")], env) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "is rounded" in line]
+    assert lines == [f"gptq: {name} is rounded: the inputs that calibrate it are not finite"]
 
 
 # ---- Hessians ----
@@ -223,29 +215,21 @@ def test_hessians_are_sums_over_all_inputs_of_the_matrices(dtype):
 # ---- The artifact ----
 
 
-@pytest.mark.fault(42)
-def test_hessians_change_the_codes_of_their_matrices_and_no_layout(capsys):
+def test_hessians_change_the_codes_of_their_matrices_and_no_layout():
     model = random_model()
     hessians = collect(model, [some_ids(8, 64)])
-    bad = ["blocks.0.attn.c_q.weight", "blocks.2.mlp.down.weight"]
-    for name in bad:
-        hessians[name] = torch.zeros_like(hessians[name])
-    plain, none_failed = quantize_model(model, {})
-    solved, failed = quantize_model(model, hessians)
-    assert (none_failed, sorted(failed)) == ([], bad)
+    del hessians["blocks.0.attn.c_q.weight"]
+    plain, solved = quantize_model(model, {}), quantize_model(model, hessians)
     layouts = [[(n, a.shape, a.dtype) for n, a in arrays.items()] for arrays in (plain, solved)]
     assert layouts[0] == layouts[1]
     changed = {n for n in plain if n.endswith(".codes") and not torch.equal(plain[n], solved[n])}
-    assert changed == {f"{name}.codes" for name in hessians if name not in bad}
+    assert changed == {f"{name}.codes" for name in hessians}
     for name in ("blocks.2.attn.c_q.weight", "blocks.1.mlp.up.weight"):
         weight = model.state_dict()[name]
-        codes, scales, _ = quantize_matrices("gptq", weight[None], hessians[name][None])
+        codes, scales = quantize_matrices("gptq", weight[None], hessians[name][None])
         same = (codes[0] == solved[f"{name}.codes"]).float().mean()
         assert same > 0.995  # all but those that the order of a sum may decide
         torch.testing.assert_close(scales[0], solved[f"{name}.scales"])
-    tg.pack_to_fit(model, hessians, model.h, 10**6, tg.Ranks(), tg.Log())
-    lines = capsys.readouterr().out.splitlines()
-    assert sorted(line.split()[1] for line in lines if "is rounded" in line) == bad
 
 
 def test_random_sequences_have_no_special_ids_and_repeat_by_seed():
@@ -277,7 +261,7 @@ def test_a_run_calibrates_on_the_text_that_it_states_and_never_on_validation_tex
     if calib == "train":
         ids = load(h).train.sequences(4 * h.train_batch_tokens // 64, 17)[:, :-1]
         assert torch.equal(ids[:16], load(h).train.batch(4)[0])
-    arrays, _ = quantize_model(model, collect(model, ids.split(512 // 64)))
+    arrays = quantize_model(model, collect(model, ids.split(512 // 64)))
     blob = (folder / "final_model.int6.ptz").read_bytes()
     assert tg.pack_artifact(h, arrays, "zstd") == blob
     env |= {"DATA_PATH": str(byte_corpus), "RUN_DIR": str(tmp_path / "again")}
@@ -300,7 +284,7 @@ def test_the_head_is_quantized_by_the_inputs_it_reads():
         states = model.states(ids).detach().double().flatten(0, 1)
         torch.testing.assert_close(hessian.double(), states.T @ states, rtol=1e-4, atol=1e-2)
         torch.testing.assert_close(model.logits(model.states(ids)), model.forward_logits(ids))
-        solved, plain = quantize_model(model, {name: hessian})[0], quantize_model(model, {})[0]
+        solved, plain = quantize_model(model, {name: hessian}), quantize_model(model, {})
         changed = {n for n in plain if not torch.equal(plain[n], solved[n])}
         assert f"{name}.codes" in changed
         assert changed <= {f"{name}.codes", f"{name}.scales"}

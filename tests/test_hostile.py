@@ -74,7 +74,7 @@ class Made(NamedTuple):
 def made(request) -> Made:
     """An artifact by every codec."""
     h = tiny()
-    arrays, _ = quantize_model(randomize(tg.GPT(h)), {})
+    arrays = quantize_model(randomize(tg.GPT(h)), {})
     blob = tg.pack_artifact(h, arrays, request.param)
     _, told, raw = described(blob)
     return Made(h, arrays, request.param, blob, *parts(blob), told, raw)

@@ -210,14 +210,12 @@ def random_data(h: tg.Hyperparameters, val_tokens: int = 0) -> tg.Data:
     return tg.Data(tg.Validation(val, tg.ByteTable(size, 0 * size), canonical=False), train)
 
 
-def quantize_model(
-    model: tg.GPT, hessians: Mapping[str, torch.Tensor]
-) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Returns the arrays of a model's artifact, and names that GPTQ only rounded."""
+def quantize_model(model: tg.GPT, hessians: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns the arrays of a model's artifact."""
     stacks = tg.weight_stacks(model, hessians)
     scales = tg.choose_scales(stacks, model.h.scale_rule, tg.Ranks())
-    codes, failed = tg.quantize_stacks(stacks, scales, tg.Ranks())
-    return tg.artifact_arrays(model, codes, scales), failed
+    codes = tg.quantize_stacks(stacks, scales, tg.Ranks())
+    return tg.artifact_arrays(model, codes, scales)
 
 
 def calibration_batches(h: tg.Hyperparameters) -> Sequence[torch.Tensor]:

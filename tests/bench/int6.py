@@ -55,7 +55,7 @@ def main(path: str) -> None:
         began, hessians = time.perf_counter(), {}
         if sequences is not None:
             hessians = tg.collect_hessians(model, sequences.split(rows), ranks)
-        arrays, _ = quantize_model(model, hessians)
+        arrays = quantize_model(model, hessians)
         seconds, stored = time.perf_counter() - began, tg.dequantize(arrays)
         alone = {n: stored[n] if roles[n] == "matrix" else w for n, w in weights.items()}
         for what, changed in (("all", stored), ("matrices alone", alone)):

@@ -185,7 +185,7 @@ def packing(scale: Scale, machine: Machine) -> Table:
     """Seconds and bytes of packing: the artifact, and matrices' codes by several compressors."""
     h = scale.h(scale.settings)
     model = random_model(h, machine)
-    arrays, _ = quantize_model(model, {})
+    arrays = quantize_model(model, {})
     roles = tg.parameter_roles(model)
     names = [f"{name}.codes" for name, role in roles.items() if role == "matrix"]
     codes = torch.cat([arrays[name].flatten() for name in names]).cpu()
