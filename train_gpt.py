@@ -908,7 +908,8 @@ def probe_attention(
     float32. Returns the back end and "", or None and what went wrong.
     """
     heads = (h.num_heads, h.num_kv_heads, h.num_kv_heads)
-    length, compared = h.train_seq_len, min(h.train_seq_len, 1024)
+    compared = min(h.train_seq_len, 1024)
+    length = h.train_seq_len if device.is_cuda else compared  # of a CPU all is compared
     draws = torch.Generator(device.device).manual_seed(0)
     options: dict[str, Any] = {"generator": draws, "device": device.device, "dtype": device.dtype}
     try:
@@ -3454,7 +3455,10 @@ class Run:
         self.source, self.twin = read_program()
         self.data = load_data(h, ranks, log, trains)
         device, device_notes = start_device(h.compile, gpus_hidden=self.gpus_hidden)
-        self.attention, self.device, attention_notes = choose_attention(h, device, ranks)
+        # Scoring does not use an artifact's TRAIN_SEQ_LEN, which may be any number.
+        scored = replace(h, train_seq_len=max(h.window_tokens, 2), jepa_chunk_size=0)
+        probed = h if writes else scored
+        self.attention, self.device, attention_notes = choose_attention(probed, device, ranks)
         for note in (*self.notes, *device_notes, *attention_notes):
             log(note)
         for values in (self.machine(), asdict(h)):

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import ROOT, TINY, compile_counted, settings
-from launch import await_, torchrun
+from launch import await_, before_call, torchrun
 from safetensors.torch import load_file
 
 import train_gpt as tg
@@ -166,6 +166,22 @@ def test_eval_scores_the_artifact_without_model_variables(done, byte_corpus, env
     assert any("EVAL_STRIDEE is not a setting" in line for line in lines)
     assert not any(line.startswith("rule:") for line in lines)  # the artifact's settings hold
     assert [path.name for path in Path().iterdir()] == [shard]
+
+
+@pytest.mark.parametrize("window", [64, 2000])
+def test_an_artifact_of_any_sequence_length_is_probed_at_the_window(done, env, monkeypatch, window):
+    """On a CPU only as far as the probe compares."""
+    h, arrays = tg.unpack_artifact((done.folder / ARTIFACT).read_bytes(), tg.Hyperparameters())
+    longer = dataclasses.replace(h, train_seq_len=1 << 20)
+    Path("long.ptz").write_bytes(tg.pack_artifact(longer, arrays, "zstd"))
+    lengths = []
+    before_call("attend_sdpa", lambda _, q, *__: lengths.append(q.size(1)), monkeypatch.setattr)
+    probed = []
+    before_call("probe_attention", lambda *a: probed.append(a[3]), monkeypatch.setattr)
+    assert tg.main(["--eval", "long.ptz"], {**env, "EVAL_SEQ_LEN": str(window)}) == 0
+    assert {h.train_seq_len for h in probed} == {window}
+    assert lengths[0] == min(window, 1024)
+    assert max(lengths) == window
 
 
 def test_a_file_that_is_no_artifact_is_not_scored(env, capsys):
