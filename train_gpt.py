@@ -629,6 +629,7 @@ def model_settings(settings: ModelSettings) -> dict[str, Any]:
 
 # ---- Runtime: where it runs ----
 
+WRITING = threading.RLock()  # held while a file is written
 JOIN_TIMEOUT = timedelta(minutes=2)  # in which all ranks must start
 GPU_NODES = Path("/dev")  # has nvidia0 and so on, for each GPU that the NVIDIA driver has found
 
@@ -720,7 +721,8 @@ def join_ranks(env: Mapping[str, str], on_lost: Callable[[], None]) -> Ranks:
                 time.sleep(1)
                 dist.barrier(heartbeat)
         time.sleep(5)  # time for this rank to end by itself
-        on_lost()
+        with WRITING:  # a file that it writes is first written to its end
+            on_lost()
 
     threading.Thread(target=watch, daemon=True).start()
     return Ranks(dist.get_rank(), dist.get_world_size())
@@ -1037,11 +1039,11 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Writes a file so that, whatever happens, either the new or the old content is there."""
     partial_path = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with open(partial_path, "wb") as file:
+        with WRITING, open(partial_path, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        partial_path.replace(path)
+            partial_path.replace(path)
     except OSError as error:  # a full disk has no name
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
