@@ -638,7 +638,9 @@ def model_settings(settings: ModelSettings) -> dict[str, Any]:
 
 # ---- Runtime: where it runs ----
 
-GPU_NODE = "/dev/nvidia0"  # exists where the NVIDIA driver has found a GPU
+WRITING = threading.RLock()  # held while a file is written
+JOIN_TIMEOUT = timedelta(minutes=2)  # in which all ranks must start
+GPU_NODES = Path("/dev")  # has nvidia0 and so on, for each GPU that the NVIDIA driver has found
 
 
 @dataclass(frozen=True)
@@ -699,7 +701,8 @@ def join_ranks(env: Mapping[str, str], on_lost: Callable[[], None]) -> Ranks:
     """Joins the process group that torchrun describes in the environment, if there is one.
 
     A thread calls on_lost() when another rank is gone, or silent for 30 s. Raises SettingsError
-    where torchrun's variables are incomplete or ask for more GPUs than there are.
+    where torchrun's variables are incomplete, lead to no group in JOIN_TIMEOUT, or ask for more
+    GPUs than there are.
     """
     if (env.get("WORLD_SIZE", "1"), env.get("RANK", "0")) == ("1", "0"):
         return Ranks()
@@ -713,9 +716,14 @@ def join_ranks(env: Mapping[str, str], on_lost: Callable[[], None]) -> Ranks:
             )
         torch.cuda.set_device(local_rank)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
-    except ValueError as error:  # a variable is missing
-        raise SettingsError(f"{error}; launch several processes with torchrun") from None
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
+        store.set_timeout(timedelta(minutes=10))  # for later: ranks compile at different speeds
+        backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    except (ValueError, RuntimeError) as error:  # no variable, no such host, a rank is missing
+        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        given = env_form({name: env[name] for name in names if name in env})
+        raise SettingsError(f"{given}: {error}; launch several processes with torchrun") from None
     heartbeat = dist.new_group(backend="gloo", timeout=timedelta(seconds=30))
 
     def watch() -> None:
@@ -724,7 +732,8 @@ def join_ranks(env: Mapping[str, str], on_lost: Callable[[], None]) -> Ranks:
                 time.sleep(1)
                 dist.barrier(heartbeat)
         time.sleep(5)  # time for this rank to end by itself
-        on_lost()
+        with WRITING:  # a file that it writes is first written to its end
+            on_lost()
 
     threading.Thread(target=watch, daemon=True).start()
     return Ranks(dist.get_rank(), dist.get_world_size())
@@ -791,9 +800,10 @@ def start_device(compile_mode: str, gpus_hidden: bool = False) -> tuple[Device, 
     Raises SettingsError if there is a GPU that torch cannot use, unless `gpus_hidden` on purpose.
     """
     if not torch.cuda.is_available():
-        if Path(GPU_NODE).exists() and not gpus_hidden:
+        nodes = sorted(GPU_NODES.glob("nvidia[0-9]*"))
+        if nodes and not gpus_hidden:
             raise SettingsError(
-                f"{GPU_NODE}: this machine has a GPU that torch {torch.__version__} cannot use; "
+                f"{nodes[0]}: this machine has a GPU that torch {torch.__version__} cannot use; "
                 "install the build of torch that fits its driver, or set CUDA_VISIBLE_DEVICES= to "
                 "run on the CPU"
             )
@@ -920,7 +930,8 @@ def probe_attention(
     float32. Returns the back end and "", or None and what went wrong.
     """
     heads = (h.num_heads, h.num_kv_heads, h.num_kv_heads)
-    length, compared = h.train_seq_len, min(h.train_seq_len, 1024)
+    compared = min(h.train_seq_len, 1024)
+    length = h.train_seq_len if device.is_cuda else compared  # of a CPU all is compared
     draws = torch.Generator(device.device).manual_seed(0)
     options: dict[str, Any] = {"generator": draws, "device": device.device, "dtype": device.dtype}
     try:
@@ -1048,11 +1059,11 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Writes a file so that, whatever happens, either the new or the old content is there."""
     partial_path = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with open(partial_path, "wb") as file:
+        with WRITING, open(partial_path, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        partial_path.replace(path)
+            partial_path.replace(path)
     except OSError as error:  # a full disk has no name
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
@@ -1083,7 +1094,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return tensors, json.loads(metadata.get("settings", "{}"))
+    stated = None
+    with suppress(ValueError):
+        stated = json.loads(metadata.get("settings", "{}"))
+    return tensors, stated if isinstance(stated, dict) else {"settings": stated}  # another's
 
 
 # ---- Data: shards, batches, bytes of text ----
@@ -1337,6 +1351,7 @@ def data_folder(h: Hyperparameters) -> Path:
 
 def load_tokenizer(h: Hyperparameters, log: Log) -> Any:
     """Returns the SentencePiece processor of the settings. Raises DataError."""
+    require("sentencepiece", f"VOCAB_SIZE={h.vocab_size}")
     import sentencepiece
 
     family = h.corpus.removesuffix("10B")
@@ -3274,13 +3289,15 @@ def load_checkpoint(path: Path, h: Hyperparameters) -> SavedModel:
     """Returns a checkpoint or saved weights. Raises DataError."""
     with raise_data_error(f"{path}: cannot be read as a checkpoint"):
         tensors, stored = read_tensors(path)
+        unknown = sorted(stored.keys() - asdict(h).keys() - {"step", "shards"})
+        if unknown and "progress/losses" not in tensors:  # metadata of another program
+            stored, unknown = {}, []
+        check(not unknown, f"it states unknown {unknown}; use the program of its run's folder")
         step = stored.pop("step", len(tensors.get("progress/losses", ())))
         check(type(step) is int and step >= 0, f"its step is {step!r:.40}")
         shards = stored.pop("shards", None)
         if "progress/losses" in tensors:  # from before there was a choice
             stored.setdefault("train_order", "sequential")
-        unknown = sorted(stored.keys() - asdict(h).keys())
-        check(not unknown, f"its settings are unknown: {unknown}")
         h = replace(h, **{name: stored[name] for name in model_settings(h) if name in stored})
         prefix = "average/" if any(name.startswith("average/") for name in tensors) else ""
         wrappers = rf"^{prefix}((module|_orig_mod)\.)*"  # of DistributedDataParallel and compile
@@ -3453,7 +3470,9 @@ class Run:
 
     def __init__(self, env: Mapping[str, str], log: Log, result: dict[str, Any]) -> None:
         self.log, self.result = log, result
-        self.gpus_hidden = "CUDA_VISIBLE_DEVICES" in env
+        # CUDA reads the list up to the first word that names no GPU.
+        visible = env.get("CUDA_VISIBLE_DEVICES", "0")
+        self.gpus_hidden = not re.match(r"\s*(\d|GPU-|MIG-)", visible)
         h = Hyperparameters.from_env(env)
         self.notes = settings_notes(h, env)
         lost = {"status": "failed", "reason": "another rank is gone, or silent"}
@@ -3579,7 +3598,10 @@ class Run:
         self.source, self.twin = read_program()
         self.data = load_data(h, ranks, log, trains)
         device, device_notes = start_device(h.compile, gpus_hidden=self.gpus_hidden)
-        self.attention, self.device, attention_notes = choose_attention(h, device, ranks)
+        # Scoring does not use an artifact's TRAIN_SEQ_LEN, which may be any number.
+        scored = replace(h, train_seq_len=max(h.window_tokens, 2), jepa_chunk_size=0)
+        probed = h if writes else scored
+        self.attention, self.device, attention_notes = choose_attention(probed, device, ranks)
         for note in (*self.notes, *device_notes, *attention_notes):
             log(note)
         for values in (self.machine(), asdict(h)):
@@ -3841,7 +3863,7 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
                 signal.signal(number, signal.SIG_IGN)
             time.sleep(1)  # torchrun must see a rank that was killed end before this one fails
         result |= describe_failure(error)
-        log.silent = log.silent and "MASTER_ADDR" in env
+        log.silent = log.silent and "TORCHELASTIC_RUN_ID" in env  # torchrun shows one reason
         with suppress(OSError):  # a full disk must not hide the reason
             ErrorHandler().record_exception(error)  # for torchrun's last lines
     return conclude(log, result)
@@ -3849,6 +3871,9 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: result.json is written
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by a daemon
+            setattr(sys, name, open(os.devnull, "w"))
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     exit_status = main(sys.argv[1:], os.environ)
     if dist.is_initialized():
