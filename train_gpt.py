@@ -441,6 +441,11 @@ class Hyperparameters(ModelSettings):
         return self.eval_seq_len or self.train_seq_len
 
     @property
+    def stride_tokens(self) -> int:
+        """Tokens that a window of the sliding score is after the one before."""
+        return min(self.eval_stride or self.window_tokens, self.window_tokens)
+
+    @property
     def training_seconds(self) -> float:
         """Seconds for everything that reads training data, math.inf without a limit."""
         return self.max_wallclock_seconds or math.inf
@@ -758,6 +763,7 @@ class Device:
     device: torch.device
     dtype: torch.dtype  # of activations; weights are float32
     compiled: bool
+    attention: str = "flash"  # the back end
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Returns the function, compiled for fixed shapes if this device compiles."""
@@ -790,6 +796,7 @@ class Device:
             "compiled": self.compiled,
             "torch": torch.__version__,
             "python": platform.python_version(),
+            "attention": self.attention,
         }
 
 
@@ -852,13 +859,6 @@ Attend = Callable[..., Tensor]  # attend(q, k, v, *, window=0), see attend_sdpa
 MAX_ATTENTION_ERROR = 0.03  # of a back end in bf16, relative to float32; about 0.005 is rounding
 
 
-class Attention(NamedTuple):
-    """An attention back end and its name."""
-
-    name: str
-    attend: Attend
-
-
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, *, window: int = 0) -> Tensor:
     """Returns causal grouped-query attention by PyTorch. Shapes: q [B, T, H, d], k, v [B, T, K, d].
 
@@ -909,8 +909,8 @@ def activate_fa3() -> None:
     activate_flash_attention_impl("FA3")
 
 
-def load_attention(name: str) -> Attend:
-    """Returns one back end, and disables PyTorch's others."""
+def select_attention(name: str) -> None:
+    """Enables one back end of attend_sdpa and disables the others."""
     if current_flash_attention_impl():
         restore_flash_attention_impl()
     if name == "fa3":
@@ -918,16 +918,13 @@ def load_attention(name: str) -> Attend:
         name = "flash"
     for backend in ("cudnn", "flash", "math", "mem_efficient"):
         getattr(torch.backends.cuda, f"enable_{backend}_sdp")(backend == name)
-    return attend_sdpa
 
 
-def probe_attention(
-    name: str, device: Device, h: Hyperparameters, rows: int
-) -> tuple[Attend | None, str]:
-    """Loads a back end, and runs it forward and backward on `rows` training sequences.
+def probe_attention(device: Device, h: Hyperparameters, rows: int) -> str:
+    """Runs the device's back end forward and backward on `rows` training sequences.
 
     Outputs and gradients of the first sequence are compared with PyTorch's math back end in
-    float32. Returns the back end and "", or None and what went wrong.
+    float32. Returns what went wrong, or "".
     """
     heads = (h.num_heads, h.num_kv_heads, h.num_kv_heads)
     compared = min(h.train_seq_len, 1024)
@@ -935,31 +932,29 @@ def probe_attention(
     draws = torch.Generator(device.device).manual_seed(0)
     options: dict[str, Any] = {"generator": draws, "device": device.device, "dtype": device.dtype}
     try:
-        attend = load_attention(name)
+        select_attention(device.attention)
         qkv = torch.randn((rows, length, sum(heads), h.head_dim), **options).requires_grad_()
         weights = torch.randn((rows, length, h.num_heads, h.head_dim), **options)
         weights[0, compared:] = 0
-        y = device.compile(lambda *qkv: attend(*qkv))(*qkv.split(heads, dim=2))
+        y = device.compile(attend_sdpa)(*qkv.split(heads, dim=2))
         (gradient,) = torch.autograd.grad(y, qkv, weights)
         first = qkv[:1, :compared].detach().float().requires_grad_()
         with sdpa_kernel(SDPBackend.MATH):
             expected = attend_sdpa(*first.split(heads, dim=2))
             needed = torch.autograd.grad(expected, first, weights[:1, :compared].float())[0]
     except Exception as error:  # the next back end may run
-        return None, f"{error!r:.200}"
+        return f"{error!r:.200}"
     if not (y.isfinite().all() and gradient.isfinite().all()):
-        return None, "it gave NaN"
+        return "it gave NaN"
     for what, a, b in (("output", y, expected), ("gradient", gradient, needed)):
         difference = ((a[:1, :compared] - b).norm() / b.norm()).item()
         if difference > MAX_ATTENTION_ERROR:
-            return None, f"its {what} differs from the math back end's by {difference:.1%}"
-    return attend, ""
+            return f"its {what} differs from the math back end's by {difference:.1%}"
+    return ""
 
 
-def choose_attention(
-    h: Hyperparameters, device: Device, ranks: Ranks
-) -> tuple[Attention, Device, list[str]]:
-    """Returns the first back end that runs on all ranks, the device, and notes for the log.
+def choose_attention(h: Hyperparameters, device: Device, ranks: Ranks) -> tuple[Device, list[str]]:
+    """Returns the device with the first back end that runs on all ranks, and notes for the log.
 
     With COMPILE=auto the device no longer compiles if that failed with every back end. Raises
     SettingsError if nothing works, or what ATTN or COMPILE names does not.
@@ -970,19 +965,17 @@ def choose_attention(
         names = [h.attn]
     passed = min(h.micro_batch_tokens, h.train_batch_tokens // ranks.world_size)
     rows = max(passed // h.train_seq_len, 1) if device.is_cuda else 1
-    candidates = [device]
+    candidates = [replace(device, attention=name) for name in names]
     if device.compiled and h.compile == "auto":
-        candidates.append(replace(device, compiled=False))
+        candidates += [replace(candidate, compiled=False) for candidate in candidates]
     notes: list[str] = []
     for candidate in candidates:
-        for name in names:
-            attend, fault = probe_attention(name, candidate, h, rows)
-            failed_anywhere = ranks.all_reduce_max(len(fault))[0] > 0
-            if attend is not None and not failed_anywhere:
-                return Attention(name, attend), candidate, notes
-            reason = fault or "it failed on another rank"
-            notes.append(f"attention:{name} compiled:{candidate.compiled} not used: {reason}")
-            torch.compiler.reset()
+        fault = probe_attention(candidate, h, rows)
+        if not ranks.all_reduce_max(len(fault))[0]:
+            return candidate, notes
+        reason, tried = fault or "it failed on another rank", f"compiled:{candidate.compiled}"
+        notes.append(f"attention:{candidate.attention} {tried} not used: {reason}")
+        torch.compiler.reset()
     fault = f"ATTN={h.attn} COMPILE={h.compile}: cannot run here; use ATTN=auto or COMPILE=0"
     raise SettingsError("\n".join((fault, *notes)))
 
@@ -1152,9 +1145,9 @@ class TokenStream:
         return int(self.ends[-1])
 
     def fingerprint(self) -> int:
-        """Returns a number of 48 bits that identifies the shards by length and first tokens."""
-        heads = [(len(shard), shard[:1000].tobytes()) for shard in self.shards]
-        return int.from_bytes(hashlib.sha256(repr(heads).encode()).digest()[:6], "little")
+        """Returns a checksum of the shards' lengths and first tokens."""
+        heads = [(len(shard), shard[:1000].tolist()) for shard in self.shards]
+        return zlib.crc32(repr(heads).encode())
 
     def check(self, log: Log, ranks: Ranks) -> None:
         """Warns of missing shards. Raises DataError for a token id outside the vocabulary.
@@ -2204,21 +2197,6 @@ def scoring_batch_tokens(h: Hyperparameters, device: Device) -> int:
     return min(share, h.micro_batch_tokens if device.is_cuda else 4096)
 
 
-def plain_pass(forward_logits: Callable[[Tensor, int], Tensor], h: Hyperparameters) -> ScoringPass:
-    """Returns the pass over windows that lie side by side."""
-    return ScoringPass(forward_logits, h.window_tokens, h.window_tokens)
-
-
-def sliding_pass(
-    forward_logits: Callable[[Tensor, int], Tensor],
-    h: Hyperparameters,
-    learner: TestTimeLearner | None = None,
-) -> ScoringPass:
-    """Returns the pass over windows that end EVAL_STRIDE apart; EVAL_STRIDE=0 is the plain pass."""
-    stride = min(h.eval_stride or h.window_tokens, h.window_tokens)
-    return ScoringPass(forward_logits, h.window_tokens, stride, learner)
-
-
 def one_pass(model: GPT, window: int, device: Device) -> ScoringPass:
     """Returns the pass that reads the text once, with attention to the last `window` tokens.
 
@@ -2573,7 +2551,8 @@ class Trainer:
         self.rows = h.train_batch_tokens // h.train_seq_len // ranks.world_size
         self.grad_accum = grad_accum_steps(self.rows, h.train_seq_len, h.micro_batch_tokens)
         self.loss_fn = device.compile(model.losses)
-        self.validation = plain_pass(device.compile(model.forward_logits), h)
+        window = h.window_tokens
+        self.validation = ScoringPass(device.compile(model.forward_logits), window, window)
         self.optimizers, self.average = Optimizers(model, h, ranks), WeightAverage(model, h)
         self.clock = TrainingClock(device, ranks)
         self.step_log = StepLog(self.clock, log, ranks, h.iterations, h.train_log_every)
@@ -3601,16 +3580,12 @@ class Run:
         # Scoring does not use an artifact's TRAIN_SEQ_LEN, which may be any number.
         scored = replace(h, train_seq_len=max(h.window_tokens, 2), jepa_chunk_size=0)
         probed = h if writes else scored
-        self.attention, self.device, attention_notes = choose_attention(probed, device, ranks)
+        self.device, attention_notes = choose_attention(probed, device, ranks)
         for note in (*self.notes, *device_notes, *attention_notes):
             log(note)
-        for values in (self.machine(), asdict(h)):
+        for values in (self.device.describe(), asdict(h)):
             log(" ".join(f"{name}:{value}" for name, value in values.items()))
         log(f"changed_settings: {env_form(changed_settings(h))}")
-
-    def machine(self) -> dict[str, Any]:
-        """Returns device, attention back end and versions."""
-        return self.device.describe() | {"attention": self.attention.name}
 
     def write_program(self) -> None:
         """Begins the run: writes both forms of the program, removes an earlier result."""
@@ -3622,7 +3597,7 @@ class Run:
     def initial_model(self) -> GPT:
         """Returns the model with rank 0's initial weights: other CPUs may draw other numbers."""
         torch.manual_seed(self.h.seed)
-        model = GPT(self.h, self.attention.attend, self.device.dtype)
+        model = GPT(self.h, dtype=self.device.dtype)
         model.load_state_dict(self.ranks.broadcast_from_rank0(model.state_dict))
         parameters = sum(p.numel() for p in model.parameters())
         self.log(f"model_params:{parameters}")
@@ -3632,7 +3607,7 @@ class Run:
     def load_model(self, weights: Mapping[str, Tensor]) -> GPT:
         """Returns a model with the given weights, for scoring."""
         with torch.device("meta"):
-            model = GPT(self.h, self.attention.attend, self.device.dtype)
+            model = GPT(self.h, dtype=self.device.dtype)
         model.to_empty(device=self.device.device).load_state_dict(weights)
         return model.eval()
 
@@ -3685,7 +3660,9 @@ class Run:
         log(f"Code size: {code} bytes")
         log(f"Serialized model int6+{h.compressor}: {len(blob)} bytes")
         log(f"Total submission size int6+{h.compressor}: {code + len(blob)} bytes")
-        unquantized = self.score(plain_pass(self.device.compile(model.forward_logits), h))
+        unquantized = self.score(
+            ScoringPass(self.device.compile(model.forward_logits), h.window_tokens, h.window_tokens)
+        )
         log_score(log, "DIAGNOSTIC post_ema", unquantized)
         scores["float"] = unquantized._asdict()
         ends.append(self.device.now())
@@ -3700,7 +3677,7 @@ class Run:
             "verdicts": verdicts,
             "bytes": {"code": code, "model": len(blob), "total": code + len(blob)},
             "seconds": seconds,
-            "machine": self.machine(),
+            "machine": self.device.describe(),
             "code_sha256": hashlib.sha256(self.source).hexdigest(),
             "canonical_val": val.canonical,
             "val_sha256": hashlib.sha256(val.tokens.numpy().tobytes()).hexdigest(),
@@ -3761,6 +3738,7 @@ class Run:
     def score_artifact(self, path: Path, scores: dict[str, Any]) -> None:
         """Reads an artifact back from disk; adds its scores to `scores` as they are known."""
         h, device, log = self.h, self.device, self.log
+        window, stride = h.window_tokens, h.stride_tokens
         _, weights = self.ranks.broadcast_from_rank0(lambda: load_artifact(path, h))
         model = self.load_model(weights)
         forward_logits = device.compile(model.forward_logits)
@@ -3771,17 +3749,18 @@ class Run:
             log_score(log, line, result)
             return result
 
-        last = add("plain", "final_int6_roundtrip", plain_pass(forward_logits, h))
-        if 0 < h.eval_stride < h.window_tokens:
-            seconds = last.seconds * h.window_tokens / h.eval_stride  # less, if that compiled
+        last = add("plain", "final_int6_roundtrip", ScoringPass(forward_logits, window, window))
+        if stride < window:
+            seconds = last.seconds * window / stride  # less, if that compiled
             estimate = f"expected_time:{seconds:.0f}s of {EVAL_SECONDS_LIMIT}s"
-            log(f"sliding_window stride:{h.eval_stride} {estimate}")
-            last = add("sliding", "final_int6_sliding_window", sliding_pass(forward_logits, h))
+            log(f"sliding_window stride:{stride} {estimate}")
+            sliding = ScoringPass(forward_logits, window, stride)
+            last = add("sliding", "final_int6_sliding_window", sliding)
         if h.eval_window:
             last = add("window", "final_int6_window", one_pass(model, h.eval_window, device))
         if h.ttt_enabled:
             learner = TestTimeLearner(model, h, device, self.ranks)
-            last = add("ttt", "legal_ttt", sliding_pass(forward_logits, h, learner))
+            last = add("ttt", "legal_ttt", ScoringPass(forward_logits, window, stride, learner))
         log_score(log, "final_int8_zlib_roundtrip", last)  # where the community's tools look
 
     def check_limits(self, seconds: Mapping[str, float], total_bytes: int) -> dict[str, str]:

@@ -80,11 +80,11 @@ def back_ends() -> Iterator[None]:
         getattr(torch.backends.cuda, f"enable_{name}_sdp")(enabled)
 
 
-def choose(h: tg.Hyperparameters) -> tuple[tg.Attention, tg.Device, list[str]]:
-    """What a single rank chooses: attention, device, and all notes for the log."""
+def choose(h: tg.Hyperparameters) -> tuple[tg.Device, list[str]]:
+    """What a single rank chooses: the device, and all notes for the log."""
     device, notes = tg.start_device(h.compile, gpus_hidden=True)
-    attention, device, more = tg.choose_attention(h, device, tg.Ranks())
-    return attention, device, notes + more
+    device, more = tg.choose_attention(h, device, tg.Ranks())
+    return device, notes + more
 
 
 def load(h: tg.Hyperparameters, trains: bool = True) -> tg.Data:
@@ -112,7 +112,6 @@ def score_artifact(
     """All scores of an artifact by a single rank, with their fields by name."""
     run = tg.Run({}, log, {})
     run.h, run.device, run.data = h, device, tg.Data(val, None)
-    run.attention = tg.Attention("flash", tg.attend_sdpa)
     scores: dict[str, dict] = {}
     run.score_artifact(path, scores)
     return scores

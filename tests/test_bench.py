@@ -52,7 +52,7 @@ ROWS = {
 
 @pytest.fixture
 def machine(cpu: tg.Device) -> harness.Machine:
-    return harness.Machine(cpu, tg.Attention("flash", tg.attend_sdpa))
+    return harness.Machine(cpu)
 
 
 @pytest.fixture(autouse=True)

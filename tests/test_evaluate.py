@@ -146,18 +146,16 @@ def test_uniform_logits_score_the_logarithm_of_the_vocabulary_on_any_stream(toke
 
 
 @pytest.mark.parametrize(
-    ("changes", "seq_len", "strides"),
+    ("changes", "seq_len", "stride"),
     [
-        ({"eval_stride": 0}, 64, (64, 64)),
-        ({"eval_stride": 1000}, 64, (64, 64)),
-        ({"eval_seq_len": 128, "eval_stride": 48}, 128, (128, 48)),
+        ({"eval_stride": 0}, 64, 64),
+        ({"eval_stride": 1000}, 64, 64),
+        ({"eval_seq_len": 128, "eval_stride": 48}, 128, 48),
     ],
 )
-def test_settings_choose_window_and_stride(changes, seq_len, strides):
-    h, model = settings(**changes), random_model(num_layers=1)
-    passes = tg.plain_pass(model.forward_logits, h), tg.sliding_pass(model.forward_logits, h)
-    assert [p.seq_len for p in passes] == [seq_len] * 2
-    assert tuple(p.stride for p in passes) == strides
+def test_settings_choose_window_and_stride(changes, seq_len, stride):
+    h = settings(**changes)
+    assert (h.window_tokens, h.stride_tokens) == (seq_len, stride)
 
 
 @pytest.mark.parametrize(("kind", "tokens"), [("cpu", 4096), ("cuda", 65_536)])
@@ -180,15 +178,22 @@ def test_a_diverged_model_has_no_score(cpu):
 # ---- Causality of every pass ----
 
 
+def sliding(
+    model: tg.GPT, h: tg.Hyperparameters, learner: tg.TestTimeLearner | None = None
+) -> tg.ScoringPass:
+    """The sliding pass of some settings."""
+    return tg.ScoringPass(model.forward_logits, h.window_tokens, h.stride_tokens, learner)
+
+
 def make_pass(kind: str, model: tg.GPT, h: tg.Hyperparameters, cpu: tg.Device) -> tg.ScoringPass:
     """A pass over windows of 32 tokens, or with an attention window of 12."""
     if kind == "plain":
-        return tg.plain_pass(model.forward_logits, h)
+        return tg.ScoringPass(model.forward_logits, 32, 32)
     if kind == "one pass":
         return tg.one_pass(model, WINDOW, cpu)
     learner = tg.TestTimeLearner(model, h, cpu, tg.Ranks()) if "ttt" in kind else None
     h = tg.replace(h, eval_stride=int(kind.split()[-1]))
-    return tg.sliding_pass(model.forward_logits, h, learner)
+    return sliding(model, h, learner)
 
 
 @pytest.mark.parametrize("kind", ["plain", "sliding 20", "one pass", "ttt 32", "ttt 5"])
@@ -276,10 +281,10 @@ def test_fa3_of_either_packaging_replaces_the_flash_kernel_until_another_is_load
     monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     try:
-        tg.load_attention("fa3")
+        tg.select_attention("fa3")
         assert current_flash_attention_impl() == "FA3"
     finally:
-        tg.load_attention("flash")
+        tg.select_attention("flash")
     assert current_flash_attention_impl() is None
 
 
@@ -360,7 +365,7 @@ def test_test_time_training_helps_on_text_that_repeats(cpu):
     text = torch.tensor(byte_tokens("all work and no play makes Jack a dull boy. " * 20)).int()
     val = val_of(text)
     learner = tg.TestTimeLearner(model, h, cpu, tg.Ranks())
-    without = score(tg.sliding_pass(model.forward_logits, h), val, cpu)
-    learned = score(tg.sliding_pass(model.forward_logits, h, learner), val, cpu, 48)
+    without = score(sliding(model, h), val, cpu)
+    learned = score(sliding(model, h, learner), val, cpu, 48)
     assert learned.tokens == without.tokens == len(text) - 1
     assert learned.val_bpb < without.val_bpb - 0.5

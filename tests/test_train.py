@@ -44,7 +44,9 @@ def test_the_loss_falls_and_the_ema_follows(byte_corpus: Path, cpu):
     assert len(losses) == 30
     assert losses[0] == pytest.approx(math.log(260), abs=0.2)
     assert losses[-1] < losses[0] - 1.5
-    scoring_pass = tg.plain_pass(run.model.eval().forward_logits, run.h)
+    scoring_pass = tg.ScoringPass(
+        run.model.eval().forward_logits, run.h.window_tokens, run.h.window_tokens
+    )
     assert score(scoring_pass, run.val, cpu).val_loss < math.log(260) - 1.5
 
 
@@ -230,14 +232,14 @@ def no_gpu(monkeypatch, back_ends) -> None:
 @pytest.mark.usefixtures("no_gpu")
 @pytest.mark.parametrize("attn", ["flash", "math"])
 def test_each_attention_back_end_of_a_cpu_is_the_definition(attn):
-    attention, device, _ = choose(settings(attn=attn))
+    device, _ = choose(settings(attn=attn))
     q, k, v = (torch.randn(2, 24, heads, 8) for heads in (4, 2, 2))
     keys, values = (x.repeat_interleave(2, dim=2) for x in (k, v))
     scores = torch.einsum("bqhd,bkhd->bhqk", q, keys) / math.sqrt(8)
     scores = scores.masked_fill(torch.ones(24, 24).triu(1).bool(), -math.inf)
     expected = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), values)
-    assert (attention.name, device.compiled) == (attn, False)
-    torch.testing.assert_close(attention.attend(q, k, v), expected, atol=1e-5, rtol=1e-5)
+    assert (device.attention, device.compiled) == (attn, False)
+    torch.testing.assert_close(tg.attend_sdpa(q, k, v), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.fault(27)
@@ -280,8 +282,8 @@ def test_an_attention_that_fails_its_probe_is_left_for_the_next(monkeypatch, why
         return BROKEN[why](y) if torch.backends.cuda.flash_sdp_enabled() else y
 
     monkeypatch.setattr(functional, "scaled_dot_product_attention", broken)
-    attention, _, notes = choose(settings())
-    assert attention.name != "flash"
+    device, notes = choose(settings())
+    assert device.attention != "flash"
     (note,) = [note for note in notes if note.startswith("attention:flash")]
     assert note.startswith("attention:flash compiled:False not used: ")
     assert why in note
@@ -344,8 +346,8 @@ def test_a_compiler_that_fails_is_left_or_an_error_where_asked_for(cpu, monkeypa
     with pytest.raises(tg.SettingsError, match=r"COMPILE=1.*\n(.*\n)*.*no C\+\+ compiler"):
         choose(settings(compile=1))
     device = tg.replace(cpu, compiled=True)
-    attention, device, notes = tg.choose_attention(settings(), device, tg.Ranks())
-    assert (attention.name, device.compiled) == ("flash", False)
+    device, notes = tg.choose_attention(settings(), device, tg.Ranks())
+    assert (device.attention, device.compiled) == ("flash", False)
     assert [note.split()[:2] for note in notes] == [
         [f"attention:{name}", "compiled:True"] for name in ("flash", "cudnn", "math")
     ]
@@ -354,11 +356,11 @@ def test_a_compiler_that_fails_is_left_or_an_error_where_asked_for(cpu, monkeypa
 
 @pytest.mark.slow
 def test_compiled_is_the_same_function(byte_corpus: Path):
-    attention, device, _ = choose(settings(compile=1, num_layers=2))
+    device, _ = choose(settings(compile=1, num_layers=2))
     assert device.compiled
     h = settings(data_path=byte_corpus, compile=1, num_layers=2)
     torch.manual_seed(0)
-    model = tg.GPT(h, attention.attend)
+    model = tg.GPT(h, tg.attend_sdpa)
     ids, targets = torch.randint(4, 260, (2, 4, 64))
     torch.testing.assert_close(device.compile(model)(ids, targets), model(ids, targets))
     val = load(h).val

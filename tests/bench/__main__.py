@@ -61,7 +61,7 @@ def surroundings(scale: Scale, machine: Machine, quick: bool) -> dict:
     return {
         "kind": scale.device,
         "quick": quick,
-        "device": machine.device.describe() | {"attention": machine.attention.name},
+        "device": machine.device.describe(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": list(os.getloadavg()),
@@ -78,7 +78,7 @@ def run(names: list[str], scale: Scale, quick: bool, out: Path) -> dict:
     report = {**surroundings(scale, machine, quick), "benchmarks": {}}
     for name in names:
         torch.compiler.reset()
-        tg.load_attention(machine.attention.name)  # the benchmark before may have changed it
+        tg.select_attention(machine.device.attention)  # the benchmark before may have changed it
         began, entry = time.perf_counter(), {}
         try:
             with tg.matmul_precision("highest"):

@@ -19,7 +19,6 @@ class Machine(NamedTuple):
     """What the benchmarks run on."""
 
     device: tg.Device
-    attention: tg.Attention
 
 
 class Row(NamedTuple):
@@ -127,10 +126,10 @@ def start_machine(scale: Scale) -> Machine:
     if scale.device == "cuda" or not torch.cuda.is_available():
         h = scale.h(scale.settings)
         device, _ = tg.start_device(h.compile)
-        attention, device, _ = tg.choose_attention(h, device, tg.Ranks())
-        return Machine(device, attention)
+        return Machine(tg.choose_attention(h, device, tg.Ranks())[0])
     device = tg.Device(torch.device("cpu"), torch.float32, compiled=False)
-    return Machine(device, tg.Attention("flash", tg.load_attention("flash")))
+    tg.select_attention("flash")
+    return Machine(device)
 
 
 def in_turns(
@@ -189,7 +188,7 @@ def tolerance(machine: Machine, exact: float, rough: float) -> float:
 def random_model(h: tg.Hyperparameters, machine: Machine) -> tg.GPT:
     """Returns a model without zero weights, which would be faster than those of a trained model."""
     torch.manual_seed(h.seed)
-    model = tg.GPT(h, machine.attention.attend, machine.device.dtype)
+    model = tg.GPT(h, dtype=machine.device.dtype)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.02)

@@ -49,7 +49,8 @@ def attention(scale: Scale, machine: Machine) -> Table:
             x.requires_grad_()
 
         def forward(name: str, qkv: list[torch.Tensor] = qkv) -> torch.Tensor:
-            return tg.load_attention(name)(*qkv)
+            tg.select_attention(name)
+            return tg.attend_sdpa(*qkv)
 
         def both(
             name: str, qkv: list[torch.Tensor] = qkv, above: torch.Tensor = above
@@ -130,7 +131,9 @@ def scoring(scale: Scale, machine: Machine) -> Table:
     model = random_model(h, machine).eval()
     forward_logits, tokens = device.compile(model.forward_logits), val.tokens.to(device.device)
     batch_tokens = tg.scoring_batch_tokens(h, device)
-    sliding, plain = tg.sliding_pass(forward_logits, h), tg.plain_pass(forward_logits, h)
+    window = h.window_tokens
+    sliding = tg.ScoringPass(forward_logits, window, h.stride_tokens)
+    plain = tg.ScoringPass(forward_logits, window, window)
     one_pass = tg.one_pass(model, h.window_tokens, device)  # attends to as much as a window holds
     nats: dict[str, float] = {}
 

@@ -64,7 +64,9 @@ def main(stage: str, scale: str) -> None:
         model = random_model(h, machine).eval()
     if stage == "score":
         val = random_data(h, sizes.val_tokens).val
-        sliding = tg.sliding_pass(device.compile(model.forward_logits), h)
+        sliding = tg.ScoringPass(
+            device.compile(model.forward_logits), h.window_tokens, h.stride_tokens
+        )
         batch_tokens = tg.scoring_batch_tokens(h, device)
 
         def once() -> None:
