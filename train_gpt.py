@@ -3097,11 +3097,11 @@ class RangeCoder:
             total = self.counts.sum(0)
             counts += 1 + COUNT_START * total // max(total.sum(), 1)
         model = self.categorical(counts.astype(np.float64))
-        if self.decoder:
-            symbols = self.decoder.decode(model, codes.size)
-        else:
+        if self.decoder is None:
             symbols = codes.ravel() + np.int32(128)
             self.encoder.encode(symbols, model)
+        else:
+            symbols = self.decoder.decode(model, codes.size)
         counts += COUNT_UNIT * np.bincount(symbols, minlength=256)
         return (symbols - 128).reshape(codes.shape)
 
