@@ -51,6 +51,7 @@ import textwrap
 import threading
 import time
 import traceback
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -411,7 +412,9 @@ class Hyperparameters(ModelSettings):
         12.85, "SCALE_RULE=std: k of matrices; raised if the artifact is too large.", low=0.1
     )
     embed_clip_sigmas: float = setting(20.0, "SCALE_RULE=std: k of tables.", low=0.1)
-    compressor: str = setting("zstd", "Codec of the artifact.", choices=("zstd", "lzma", "brotli"))
+    compressor: str = setting(
+        "zstd", "Codec of the artifact.", choices=("zstd", "lzma", "brotli", "range")
+    )
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> "Hyperparameters":
@@ -635,7 +638,9 @@ def model_settings(settings: ModelSettings) -> dict[str, Any]:
 
 # ---- Runtime: where it runs ----
 
-GPU_NODE = "/dev/nvidia0"  # exists where the NVIDIA driver has found a GPU
+WRITING = threading.RLock()  # held while a file is written
+JOIN_TIMEOUT = timedelta(minutes=2)  # in which all ranks must start
+GPU_NODES = Path("/dev")  # has nvidia0 and so on, for each GPU that the NVIDIA driver has found
 
 
 @dataclass(frozen=True)
@@ -696,7 +701,8 @@ def join_ranks(env: Mapping[str, str], on_lost: Callable[[], None]) -> Ranks:
     """Joins the process group that torchrun describes in the environment, if there is one.
 
     A thread calls on_lost() when another rank is gone, or silent for 30 s. Raises SettingsError
-    where torchrun's variables are incomplete or ask for more GPUs than there are.
+    where torchrun's variables are incomplete, lead to no group in JOIN_TIMEOUT, or ask for more
+    GPUs than there are.
     """
     if (env.get("WORLD_SIZE", "1"), env.get("RANK", "0")) == ("1", "0"):
         return Ranks()
@@ -710,9 +716,14 @@ def join_ranks(env: Mapping[str, str], on_lost: Callable[[], None]) -> Ranks:
             )
         torch.cuda.set_device(local_rank)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
-    except ValueError as error:  # a variable is missing
-        raise SettingsError(f"{error}; launch several processes with torchrun") from None
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
+        store.set_timeout(timedelta(minutes=10))  # for later: ranks compile at different speeds
+        backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    except (ValueError, RuntimeError) as error:  # no variable, no such host, a rank is missing
+        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        given = env_form({name: env[name] for name in names if name in env})
+        raise SettingsError(f"{given}: {error}; launch several processes with torchrun") from None
     heartbeat = dist.new_group(backend="gloo", timeout=timedelta(seconds=30))
 
     def watch() -> None:
@@ -721,7 +732,8 @@ def join_ranks(env: Mapping[str, str], on_lost: Callable[[], None]) -> Ranks:
                 time.sleep(1)
                 dist.barrier(heartbeat)
         time.sleep(5)  # time for this rank to end by itself
-        on_lost()
+        with WRITING:  # a file that it writes is first written to its end
+            on_lost()
 
     threading.Thread(target=watch, daemon=True).start()
     return Ranks(dist.get_rank(), dist.get_world_size())
@@ -788,9 +800,10 @@ def start_device(compile_mode: str, gpus_hidden: bool = False) -> tuple[Device, 
     Raises SettingsError if there is a GPU that torch cannot use, unless `gpus_hidden` on purpose.
     """
     if not torch.cuda.is_available():
-        if Path(GPU_NODE).exists() and not gpus_hidden:
+        nodes = sorted(GPU_NODES.glob("nvidia[0-9]*"))
+        if nodes and not gpus_hidden:
             raise SettingsError(
-                f"{GPU_NODE}: this machine has a GPU that torch {torch.__version__} cannot use; "
+                f"{nodes[0]}: this machine has a GPU that torch {torch.__version__} cannot use; "
                 "install the build of torch that fits its driver, or set CUDA_VISIBLE_DEVICES= to "
                 "run on the CPU"
             )
@@ -917,7 +930,8 @@ def probe_attention(
     float32. Returns the back end and "", or None and what went wrong.
     """
     heads = (h.num_heads, h.num_kv_heads, h.num_kv_heads)
-    length, compared = h.train_seq_len, min(h.train_seq_len, 1024)
+    compared = min(h.train_seq_len, 1024)
+    length = h.train_seq_len if device.is_cuda else compared  # of a CPU all is compared
     draws = torch.Generator(device.device).manual_seed(0)
     options: dict[str, Any] = {"generator": draws, "device": device.device, "dtype": device.dtype}
     try:
@@ -1045,11 +1059,11 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Writes a file so that, whatever happens, either the new or the old content is there."""
     partial_path = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with open(partial_path, "wb") as file:
+        with WRITING, open(partial_path, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        partial_path.replace(path)
+            partial_path.replace(path)
     except OSError as error:  # a full disk has no name
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
@@ -1080,7 +1094,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return tensors, json.loads(metadata.get("settings", "{}"))
+    stated = None
+    with suppress(ValueError):
+        stated = json.loads(metadata.get("settings", "{}"))
+    return tensors, stated if isinstance(stated, dict) else {"settings": stated}  # another's
 
 
 # ---- Data: shards, batches, bytes of text ----
@@ -1334,6 +1351,7 @@ def data_folder(h: Hyperparameters) -> Path:
 
 def load_tokenizer(h: Hyperparameters, log: Log) -> Any:
     """Returns the SentencePiece processor of the settings. Raises DataError."""
+    require("sentencepiece", f"VOCAB_SIZE={h.vocab_size}")
     import sentencepiece
 
     family = h.corpus.removesuffix("10B")
@@ -2956,20 +2974,47 @@ def random_sequences(count: int, seq_len: int, vocab_size: int, seed: int) -> Te
 
 # An artifact, in order: a header of 48 bytes (magic and version, 12; length of the description,
 # uint32; SHA-256 of the whole file with this field zero), the description as JSON (the codec, and
-# the model's settings, from which every shape follows), and the arrays of artifact_layout, joined
-# without padding and compressed as one stream.
+# the model's settings, from which every shape follows), and the arrays of artifact_layout as the
+# codec compresses them: all but `range` join them without padding into one stream.
 HEADER, MAGIC = struct.Struct("<12sI32s"), b"PGOLFGPT\2\0\0\0"
 MAX_DESCRIPTION = 1 << 16  # bytes
 MAX_SCALE_FACTOR = 50  # beyond it nearly all codes are 0
 
 
 class Codec(NamedTuple):
-    """A lossless compressor of the artifact's arrays."""
+    """A lossless compressor of a list of arrays: int8 codes and float16."""
 
     package: str
-    compress: Callable[[bytes], bytes]
-    decompress: Callable[[bytes | memoryview, int], bytes]  # to exactly that many bytes, or raises
-    transpose: bool = False  # codes are stored column by column
+    compress: Callable[[Sequence[np.ndarray]], bytes]
+    decompress: Callable[[bytes | memoryview, Sequence[np.ndarray]], None]  # into arrays, or raises
+
+
+def stream_codec(
+    package: str,
+    compress: Callable[[bytes], bytes],
+    decompress: Callable[[bytes | memoryview, int], bytes],
+    transpose: bool = False,
+) -> Codec:
+    """Returns the codec that joins the arrays and compresses them as one stream of bytes.
+
+    decompress(data, size) returns exactly that many bytes or raises. With `transpose` the codes are
+    stored column by column.
+    """
+
+    def as_stored(array: np.ndarray) -> np.ndarray:
+        return array.T if transpose and array.dtype == np.int8 else array
+
+    def compress_arrays(arrays: Sequence[np.ndarray]) -> bytes:
+        return compress(b"".join(as_stored(array).tobytes() for array in arrays))
+
+    def decompress_arrays(data: bytes | memoryview, arrays: Sequence[np.ndarray]) -> None:
+        raw, start = decompress(data, sum(array.nbytes for array in arrays)), 0
+        for array in map(as_stored, arrays):
+            part = np.frombuffer(raw, array.dtype, array.size, start)
+            array[...] = part.reshape(array.shape)
+            start += array.nbytes
+
+    return Codec(package, compress_arrays, decompress_arrays)
 
 
 def zstd_compress(data: bytes) -> bytes:
@@ -2988,16 +3033,16 @@ def zstd_decompress(data: bytes | memoryview, size: int) -> bytes:
     return zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
 
 
-def lzma_filters(size: int) -> list[dict[str, int]]:
+def lzma_filters(size: int, **options: int) -> list[dict[str, int]]:
     """Returns the LZMA2 filter for so many bytes; no file can ask for more memory than that."""
     dictionary = min(max(1 << (size - 1).bit_length(), 1 << 12), 1 << 26)
     preset = 9 | lzma.PRESET_EXTREME
-    return [{"id": lzma.FILTER_LZMA2, "preset": preset, "dict_size": dictionary}]
+    return [{"id": lzma.FILTER_LZMA2, "preset": preset, "dict_size": dictionary, **options}]
 
 
-def lzma_compress(data: bytes) -> bytes:
+def lzma_compress(data: bytes, **options: int) -> bytes:
     """Returns data as raw LZMA2."""
-    return lzma.compress(data, lzma.FORMAT_RAW, filters=lzma_filters(len(data)))
+    return lzma.compress(data, lzma.FORMAT_RAW, filters=lzma_filters(len(data), **options))
 
 
 def lzma_decompress(data: bytes | memoryview, size: int) -> bytes:
@@ -3022,29 +3067,132 @@ def brotli_decompress(data: bytes | memoryview, size: int) -> bytes:
 
     too_wide = data[0] & 1 and (data[0] >> 1 & 7) > 5  # RFC 7932, 9.1: a window of 17 + n bits
     check(not too_wide, "its window is larger than 4 MiB")
-    decoder, parts, got = brotli.Decompressor(), [], 0
-    part = decoder.process(data, output_buffer_limit=1 << 20)
-    while part and got <= size:
-        parts.append(part)
-        got += len(part)
-        part = decoder.process(b"", output_buffer_limit=1 << 20)
-    check(got == size and decoder.is_finished(), f"the arrays do not have {size} bytes")
-    return b"".join(parts)
+    decoder = brotli.Decompressor()
+    raw = decoder.process(data, output_buffer_limit=size + 1)
+    check(len(raw) == size and decoder.is_finished(), f"the arrays do not have {size} bytes")
+    return raw
+
+
+# The level of codes is k if 256 x their mean square is at most 2**(k / 2) and above that of k - 1.
+LEVELS = np.array([math.isqrt(1 << k) for k in range(45)])
+PRIOR_ROWS = 4  # the mean of all columns counts as this many rows of each
+MAX_BLOCKS = 128  # about; the rows of a block are coded by the same levels and counts
+COUNT_UNIT, COUNT_START = 64, 2048  # added for a code; shared out when a level first occurs
+BY_COLUMN, BY_ROW, AS_REST = range(3)  # ways to code an array
+
+
+class RangeCoder:
+    """Encodes int8 codes by a range coder with adaptive frequencies; with `words` it decodes.
+
+    A code's frequencies are the counts of all codes so far whose columns had the same level. The
+    level of a column is that of its rows so far. Levels and counts are integers; the library takes
+    a quotient and products of counts as IEEE doubles, so every machine derives the same.
+    """
+
+    def __init__(self, counts: np.ndarray, words: np.ndarray | None = None) -> None:
+        from constriction import stream
+
+        self.counts = counts  # int64 [levels, 256], changed in place
+        self.categorical = partial(stream.model.Categorical, perfect=False)
+        self.encoder = stream.queue.RangeEncoder()
+        self.decoder = None if words is None else stream.queue.RangeDecoder(words)
+
+    def code(self, codes: np.ndarray) -> None:
+        """Encodes codes [rows, cols], or decodes into them."""
+        rows, cols = codes.shape
+        squares, row = np.zeros(cols, np.int64), 0
+        while row < rows:
+            block = codes[row : row + max(1, min(row, rows // MAX_BLOCKS))]
+            mean = 256 * squares.sum() // max(row * cols, 1)
+            means = (256 * squares + PRIOR_ROWS * mean) // (row + PRIOR_ROWS)
+            levels = np.searchsorted(LEVELS, means)
+            for level in np.unique(levels):
+                columns = levels == level
+                block[:, columns] = self.code_block(block[:, columns], self.counts[level])
+            squares += np.square(block, dtype=np.int64).sum(0)
+            row += len(block)
+
+    def code_block(self, codes: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Returns codes, encoded or decoded by counts [256], and adds them to the counts."""
+        if not counts.any():
+            total = self.counts.sum(0)
+            counts += 1 + COUNT_START * total // max(total.sum(), 1)
+        model = self.categorical(counts.astype(np.float64))
+        if self.decoder:
+            symbols = self.decoder.decode(model, codes.size)
+        else:
+            symbols = codes.ravel() + np.int32(128)
+            self.encoder.encode(symbols, model)
+        counts += COUNT_UNIT * np.bincount(symbols, minlength=256)
+        return (symbols - 128).reshape(codes.shape)
+
+
+# For what the range coder does not code: float16, and tables with rows that repeat.
+REST = stream_codec("lzma", partial(lzma_compress, lc=0, lp=1, pb=1), lzma_decompress)
+
+
+def choose_way(array: np.ndarray, counts: np.ndarray) -> int:
+    """Returns the way that takes the fewest bytes for an array after codes with these counts."""
+    if array.dtype != np.int8:
+        return AS_REST
+    sizes = []
+    for codes in (array, array.T):
+        coder = RangeCoder(counts.copy())
+        coder.code(codes)
+        sizes.append(coder.encoder.get_compressed().nbytes)
+    sizes.append(len(REST.compress([array])))
+    return sizes.index(min(sizes))
+
+
+def range_compress(arrays: Sequence[np.ndarray]) -> bytes:
+    """Returns arrays, each coded in the way that suits it best.
+
+    In order: the number of the range coder's words and the CRC-32 of the arrays, uint32; the way of
+    each array, uint8; the words, uint32; the other arrays by the codec REST.
+    """
+    coder, ways = RangeCoder(np.zeros((len(LEVELS), 256), np.int64)), []
+    for array in arrays:
+        ways.append(choose_way(array, coder.counts))
+        if ways[-1] != AS_REST:
+            coder.code(array.T if ways[-1] == BY_ROW else array)
+    words = coder.encoder.get_compressed().astype("<u4")
+    checksum = zlib.crc32(b"".join(array.tobytes() for array in arrays))
+    rest = REST.compress([array for array, way in zip(arrays, ways) if way == AS_REST])
+    return struct.pack("<II", len(words), checksum) + bytes(ways) + words.tobytes() + rest
+
+
+def range_decompress(data: bytes | memoryview, arrays: Sequence[np.ndarray]) -> None:
+    """Decodes into the arrays what range_compress has returned. Raises ValueError."""
+    words, checksum = struct.unpack_from("<II", data)
+    ways, start = bytes(data[8 : 8 + len(arrays)]), 8 + len(arrays)
+    check(len(data) >= start + 4 * words, f"its codes have less than {words} words")
+    counts = np.zeros((len(LEVELS), 256), np.int64)
+    coder = RangeCoder(counts, np.frombuffer(data, "<u4", words, start).astype(np.uint32))
+    for array, way in zip(arrays, ways):
+        if way != AS_REST:
+            check(array.dtype == np.int8, "its floats are coded as codes")
+            coder.code(array.T if way == BY_ROW else array)
+    rest = [array for array, way in zip(arrays, ways) if way == AS_REST]
+    REST.decompress(data[start + 4 * words :], rest)
+    found = zlib.crc32(b"".join(array.tobytes() for array in arrays))
+    check(found == checksum, "its arrays are not those that were coded")
 
 
 CODECS: dict[str, Codec] = {
-    "zstd": Codec("zstandard", zstd_compress, zstd_decompress),
-    "lzma": Codec("lzma", lzma_compress, lzma_decompress),
-    "brotli": Codec("brotli", brotli_compress, brotli_decompress, transpose=True),
+    "zstd": stream_codec("zstandard", zstd_compress, zstd_decompress),
+    "lzma": stream_codec("lzma", lzma_compress, lzma_decompress),
+    "brotli": stream_codec("brotli", brotli_compress, brotli_decompress, transpose=True),
+    "range": Codec("constriction", range_compress, range_decompress),
 }
 
 
 def load_codec(name: str) -> Codec:
     """Returns a codec that works here. Raises SettingsError for a package missing or too old."""
-    codec, text = CODECS[name], bytes(1000)
+    codec, array, copy = CODECS[name], np.eye(30, 40, dtype=np.int8), np.ones((30, 40), np.int8)
     require(codec.package, f"COMPRESSOR={name}")
     try:
-        check(codec.decompress(codec.compress(text), len(text)) == text, "a round trip fails")
+        codec.decompress(codec.compress([array]), [copy])
+        check(np.array_equal(array, copy), "a round trip fails")
     except Exception as error:
         raise SettingsError(
             f"COMPRESSOR={name}: {error!r:.200}; pip install --upgrade {codec.package}"
@@ -3061,14 +3209,9 @@ def artifact_header(body: bytes | memoryview, description_size: int) -> bytes:
 
 def pack_artifact(settings: ModelSettings, arrays: Mapping[str, Tensor], compressor: str) -> bytes:
     """Returns the bytes of an artifact, the same for the same arrays."""
-    codec = CODECS[compressor]
     described = {"codec": compressor, "settings": model_settings(settings)}
     description = json.dumps(described, separators=(",", ":")).encode()
-    parts = []
-    for name, array in arrays.items():
-        array = array.mT if codec.transpose and name.endswith(".codes") else array
-        parts.append(array.contiguous().cpu().numpy().tobytes())
-    body = description + codec.compress(b"".join(parts))
+    body = description + CODECS[compressor].compress([a.cpu().numpy() for a in arrays.values()])
     return artifact_header(body, len(description)) + body
 
 
@@ -3097,8 +3240,7 @@ def unpack_artifact(
     h = replace(h, **description["settings"])
     with torch.device("meta"):
         layout = artifact_layout(GPT(h))
-    sizes = [array.nbytes for array in layout.values()]
-    size, stored = sum(sizes), len(payload)
+    size, stored = sum(array.nbytes for array in layout.values()), len(payload)
     # No codec does better or worse than this; it bounds the memory before anything is decompressed.
     check(size / 1000 < stored < 1.01 * size + 1000, f"{stored} bytes for arrays of {size} bytes")
     check(
@@ -3106,15 +3248,8 @@ def unpack_artifact(
         "its checksum is wrong",
     )
     codec = load_codec(description["codec"])
-    raw = bytearray(codec.decompress(payload, size))
-    arrays = {}
-    for (name, like), part in zip(
-        layout.items(), torch.frombuffer(raw, dtype=torch.uint8).split(sizes)
-    ):
-        transposed = codec.transpose and name.endswith(".codes")
-        shape = like.shape[::-1] if transposed else like.shape
-        array = part.clone().view(like.dtype).view(shape)
-        arrays[name] = array.mT if transposed else array
+    arrays = {name: torch.empty_like(like, device="cpu") for name, like in layout.items()}
+    codec.decompress(payload, [array.numpy() for array in arrays.values()])
     return h, arrays
 
 
@@ -3154,13 +3289,15 @@ def load_checkpoint(path: Path, h: Hyperparameters) -> SavedModel:
     """Returns a checkpoint or saved weights. Raises DataError."""
     with raise_data_error(f"{path}: cannot be read as a checkpoint"):
         tensors, stored = read_tensors(path)
+        unknown = sorted(stored.keys() - asdict(h).keys() - {"step", "shards"})
+        if unknown and "progress/losses" not in tensors:  # metadata of another program
+            stored, unknown = {}, []
+        check(not unknown, f"it states unknown {unknown}; use the program of its run's folder")
         step = stored.pop("step", len(tensors.get("progress/losses", ())))
         check(type(step) is int and step >= 0, f"its step is {step!r:.40}")
         shards = stored.pop("shards", None)
         if "progress/losses" in tensors:  # from before there was a choice
             stored.setdefault("train_order", "sequential")
-        unknown = sorted(stored.keys() - asdict(h).keys())
-        check(not unknown, f"its settings are unknown: {unknown}")
         h = replace(h, **{name: stored[name] for name in model_settings(h) if name in stored})
         prefix = "average/" if any(name.startswith("average/") for name in tensors) else ""
         wrappers = rf"^{prefix}((module|_orig_mod)\.)*"  # of DistributedDataParallel and compile
@@ -3240,7 +3377,8 @@ def pack_to_fit(
     packing = 0
     while True:
         packing += 1
-        target = (1 - 0.0005 * packing**2) * room - added  # the margin grows, so that this ends
+        margin = 0.0005 * max(packing - 1, 1) ** 2  # it grows, so that this ends
+        target = (1 - margin) * room - added
         factor = ranks.broadcast_from_rank0(partial(smallest_factor, size, target))
         arrays = quantize(factor, stacks, ranks)
         blob = ranks.broadcast_from_rank0(partial(pack_artifact, h, arrays, h.compressor))
@@ -3332,7 +3470,9 @@ class Run:
 
     def __init__(self, env: Mapping[str, str], log: Log, result: dict[str, Any]) -> None:
         self.log, self.result = log, result
-        self.gpus_hidden = "CUDA_VISIBLE_DEVICES" in env
+        # CUDA reads the list up to the first word that names no GPU.
+        visible = env.get("CUDA_VISIBLE_DEVICES", "0")
+        self.gpus_hidden = not re.match(r"\s*(\d|GPU-|MIG-)", visible)
         h = Hyperparameters.from_env(env)
         self.notes = settings_notes(h, env)
         lost = {"status": "failed", "reason": "another rank is gone, or silent"}
@@ -3458,7 +3598,10 @@ class Run:
         self.source, self.twin = read_program()
         self.data = load_data(h, ranks, log, trains)
         device, device_notes = start_device(h.compile, gpus_hidden=self.gpus_hidden)
-        self.attention, self.device, attention_notes = choose_attention(h, device, ranks)
+        # Scoring does not use an artifact's TRAIN_SEQ_LEN, which may be any number.
+        scored = replace(h, train_seq_len=max(h.window_tokens, 2), jepa_chunk_size=0)
+        probed = h if writes else scored
+        self.attention, self.device, attention_notes = choose_attention(probed, device, ranks)
         for note in (*self.notes, *device_notes, *attention_notes):
             log(note)
         for values in (self.machine(), asdict(h)):
@@ -3720,7 +3863,7 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
                 signal.signal(number, signal.SIG_IGN)
             time.sleep(1)  # torchrun must see a rank that was killed end before this one fails
         result |= describe_failure(error)
-        log.silent = log.silent and "MASTER_ADDR" in env
+        log.silent = log.silent and "TORCHELASTIC_RUN_ID" in env  # torchrun shows one reason
         with suppress(OSError):  # a full disk must not hide the reason
             ErrorHandler().record_exception(error)  # for torchrun's last lines
     return conclude(log, result)
@@ -3728,6 +3871,9 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: result.json is written
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by a daemon
+            setattr(sys, name, open(os.devnull, "w"))
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     exit_status = main(sys.argv[1:], os.environ)
     if dist.is_initialized():

@@ -27,7 +27,11 @@ from runs import train_gpt
 
 Expect = Callable[[object, str, object, object], None]
 
-OPTIONAL = {"brotli", "flash_attn_interface"}  # packages that a program runs without
+OPTIONAL = {
+    "brotli",
+    "constriction",
+    "flash_attn_interface",
+}  # packages that a program runs without
 REQUIREMENT = re.compile(r"[A-Za-z][\w.-]*(?:,?(?:[=~]=|[<>]=?)\d[\w.+]*)+")
 
 # A model small enough that a whole run takes seconds: bytes, so that no tokenizer is needed.

@@ -41,7 +41,7 @@ setup() { # packages that cannot be imported, and token shards
 	"$PYTHON" -c 'import platform, torch; print(platform.python_version(), torch.__version__)'
 	nvidia-smi -L
 	missing=
-	for package in zstandard safetensors sentencepiece tqdm rich pytest hypothesis brotli; do
+	for package in zstandard safetensors sentencepiece tqdm rich pytest hypothesis brotli constriction; do
 		"$PYTHON" -c "import $package" 2>/dev/null || missing="$missing $package"
 	done
 	echo "missing:${missing:- nothing}"

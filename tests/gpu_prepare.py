@@ -23,6 +23,7 @@ PACKAGES = (
     "pytest",
     "hypothesis",
     "brotli",
+    "constriction",
 )
 PLATFORMS = ("2_28", "2_27", "2_24", "2_17", "2_12", "2_5", "1")
 

@@ -187,6 +187,29 @@ def test_ranks_wait_for_a_slow_disk(env, tmp_path):
     assert result()["status"] == "interrupted"
 
 
+def lose_a_rank_and_write_slowly() -> None:
+    """Kills rank 1 at its fifth step; rank 0 then needs 9 s to write the weights."""
+    signal_in("Trainer.take_step", 5, 1, signal.SIGKILL)
+    fsync = os.fsync
+
+    def slow(file: int) -> None:
+        if FINAL in str(Path(f"/proc/self/fd/{file}").readlink()):
+            time.sleep(9)
+        fsync(file)
+
+    os.fsync = slow
+
+
+@pytest.mark.slow
+@pytest.mark.fault(44, 47)
+def test_the_watch_for_lost_ranks_lets_a_file_be_finished(env, tmp_path):
+    ranks = Ranks(tmp_path, world=2, first=lose_a_rank_and_write_slowly, **env)
+    assert ranks.end(SOON)[0]
+    assert FINAL in files()
+    assert not [name for name in files() if name.endswith(".part")]
+    assert_can_be_quantized(env)
+
+
 # ---- Several ranks by torchrun ----
 
 
@@ -409,6 +432,20 @@ def test_of_two_runs_at_once_one_is_refused_or_both_have_a_folder(env, tmp_path)
     other = [Ranks(tmp_path, **env) for _ in range(2)]
     assert [run.end() for run in other] == [[0], [0]]
     assert len([*Path("logs").glob("*/result.json")]) == 2
+
+
+def close(*names: str) -> None:
+    """Leaves this process without standard streams, as Python starts where they are closed."""
+    for name in names:
+        setattr(sys, name, None)
+
+
+@pytest.mark.parametrize("names", [["stdout"], ["stderr"], ["stdout", "stderr"]])
+def test_a_run_without_a_screen_writes_its_files(names, env, tmp_path):
+    run = Ranks(tmp_path, first=partial(close, *names), **{**env, "ITERATIONS": "1"})
+    assert run.end() == [0], run.said()
+    assert result()["status"] == "ok"
+    assert ("step:1/1 " in run.said()) == ("stdout" not in names)
 
 
 # ---- Signals ----

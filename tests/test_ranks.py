@@ -240,13 +240,42 @@ def test_half_of_torchruns_variables_are_an_error(given, tmp_path, monkeypatch, 
     assert not list(tmp_path.iterdir())
 
 
+def wait_briefly() -> None:
+    """Gives the ranks little time to find each other."""
+    tg.JOIN_TIMEOUT = tg.timedelta(seconds=2)
+
+
+@pytest.mark.fault(24, 48)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"MASTER_PORT": "abc"},
+        {"MASTER_PORT": "99999"},
+        {"WORLD_SIZE": "two"},
+        {"MASTER_ADDR": "no.such.host.invalid"},
+        {},  # the address is right, but the other rank never starts
+    ],
+)
+@pytest.mark.parametrize("number", [0, 1])
+def test_ranks_that_find_no_group_end_with_their_variables(number, wrong, tmp_path):
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    env |= {"RANK": str(number), **wrong}
+    alone = Ranks(tmp_path, first=wait_briefly, **TINY, **env)
+    assert alone.end() == [2]
+    line = alone.said().splitlines()[-1]
+    assert line.startswith("error: ")
+    assert line.endswith("; launch several processes with torchrun")
+    assert all(f"{name}={value}" in line for name, value in env.items())
+
+
 @pytest.mark.fault(24)
 def test_more_ranks_than_gpus_are_an_error_that_torchrun_shows(tmp_path, monkeypatch, capsys):
     """In the file where torchrun looks for the error of a rank."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "told.json"))
     env = {"RANK": "2", "LOCAL_RANK": "2", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1"}
-    assert tg.main([], {**TINY, **env, "MASTER_PORT": str(free_port())}) == 2
+    env |= {"MASTER_PORT": str(free_port()), "TORCHELASTIC_RUN_ID": "none"}
+    assert tg.main([], {**TINY, **env}) == 2
     told = json.loads((tmp_path / "told.json").read_text())["message"]["message"]
     assert told.endswith("LOCAL_RANK=2: this machine has 2 GPUs; lower --nproc_per_node")
     assert capsys.readouterr().out == ""  # of a rank but the first
@@ -262,7 +291,8 @@ def test_tensors_on_a_cpu_travel_by_gloo_where_there_are_gpus(monkeypatch):
     backends = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
-    monkeypatch.setattr(dist, "init_process_group", backends.append)
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 1, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: backends.append(backend))
     monkeypatch.setattr(dist, "new_group", lambda backend, **_: backends.append(backend))
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)

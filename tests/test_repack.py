@@ -115,6 +115,24 @@ def test_a_file_that_is_no_checkpoint_is_refused_in_a_line(run, env, tmp_path, c
         assert not (tmp_path / "again").exists()  # nor has a run begun
 
 
+OTHERS = ["null", "[]", "adamw lr=3", '{"lr": 1}', '{"num_layers": 9, "lr": 1}', "3.0"]
+
+
+@pytest.mark.parametrize("text", OTHERS)
+def test_metadata_of_another_program_is_not_read(text, run, tmp_path, capsys):
+    """A checkpoint with such settings is refused, because a resume could not compare them."""
+    path, h = tmp_path / "other.safetensors", tg.Hyperparameters.from_env(SETTINGS)
+    for name in (WEIGHTS, tg.CHECKPOINT):
+        tensors = safetensors.torch.load_file(run / name)
+        safetensors.torch.save_file(tensors, path, {"settings": text, "format": "pt"})
+        if name == WEIGHTS:
+            saved = tg.load_checkpoint(path, h)
+            assert (saved.h, saved.step) == (h, 0)
+        else:
+            with pytest.raises(tg.DataError, match=rf"{path}: cannot be read as a checkpoint"):
+                tg.load_checkpoint(path, h)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_weights_without_our_metadata_are_packed(dtype, run, env, tmp_path, capsys):
     """Those of another shape are refused by the name of a weight."""

@@ -213,11 +213,11 @@ def damaged(whole: bytes, final: bytes) -> dict[str, tuple[bytes | None, str]]:
         "longer": (whole + b"\0", unreadable),
         "one weight less": (changed("average/skip_weights"), unreadable),
         "one weight more": (changed(**{"average/other": torch.ones(3)}), unreadable),
-        "the average alone": (final, f"{no_state}: KeyError('progress/elapsed')"),
+        "the average alone": (final, "it has weights only; name a checkpoint"),
         "no weights": (changed("model/"), f"{no_state}: KeyError('model/"),
         "no momenta": (changed("muon/"), f"{no_state}: KeyError('muon/"),
         "no AdamW": (changed("adamw/"), f"{no_state}: KeyError('adamw/"),
-        "no progress": (changed("progress/"), f"{no_state}: KeyError('progress/elapsed')"),
+        "no progress": (changed("progress/"), "it has weights only; name a checkpoint"),
         "another shape": (
             changed(**{"model/tok_emb.weight": torch.ones(3, 3)}),
             f"{no_state}: ValueError('model/tok_emb.weight has shape [3, 3]')",

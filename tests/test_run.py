@@ -20,7 +20,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import ROOT, TINY, compile_counted, settings
-from launch import await_, torchrun
+from launch import await_, before_call, torchrun
 from safetensors.torch import load_file
 
 import train_gpt as tg
@@ -166,6 +166,22 @@ def test_eval_scores_the_artifact_without_model_variables(done, byte_corpus, env
     assert any("EVAL_STRIDEE is not a setting" in line for line in lines)
     assert not any(line.startswith("rule:") for line in lines)  # the artifact's settings hold
     assert [path.name for path in Path().iterdir()] == [shard]
+
+
+@pytest.mark.parametrize("window", [64, 2000])
+def test_an_artifact_of_any_sequence_length_is_probed_at_the_window(done, env, monkeypatch, window):
+    """On a CPU only as far as the probe compares."""
+    h, arrays = tg.unpack_artifact((done.folder / ARTIFACT).read_bytes(), tg.Hyperparameters())
+    longer = dataclasses.replace(h, train_seq_len=1 << 20)
+    Path("long.ptz").write_bytes(tg.pack_artifact(longer, arrays, "zstd"))
+    lengths = []
+    before_call("attend_sdpa", lambda _, q, *__: lengths.append(q.size(1)), monkeypatch.setattr)
+    probed = []
+    before_call("probe_attention", lambda *a: probed.append(a[3]), monkeypatch.setattr)
+    assert tg.main(["--eval", "long.ptz"], {**env, "EVAL_SEQ_LEN": str(window)}) == 0
+    assert {h.train_seq_len for h in probed} == {window}
+    assert lengths[0] == min(window, 1024)
+    assert max(lengths) == window
 
 
 def test_a_file_that_is_no_artifact_is_not_scored(env, capsys):
@@ -351,6 +367,25 @@ def test_failures_have_their_status_and_reason(env, capsys, changes, status, say
         assert says in result["reason"]
         assert "Traceback" not in result["reason"]
         assert (result["status"], result["settings"]["run_dir"]) == (status, "run")
+
+
+PACKAGES = {
+    "sentencepiece": {"VOCAB_SIZE": "512", "DATA_PATH": "tokens"},
+    "safetensors": {},
+    "zstandard": {},
+    "brotli": {"COMPRESSOR": "brotli"},
+}
+
+
+@pytest.mark.fault(35)
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_missing_package_is_named_before_training(package, env, byte_corpus, monkeypatch, capsys):
+    Path("tokens").symlink_to(byte_corpus)
+    monkeypatch.setitem(sys.modules, package, None)
+    for argv in (["--check"], []):
+        assert tg.main(argv, {**env, **PACKAGES[package]}) == 2
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert line.endswith(f"needs the {package} package: pip install {package}")
 
 
 @pytest.mark.parametrize("name", ["result.json", "train.log", ARTIFACT, MODEL])

@@ -79,6 +79,25 @@ def test_one_factor_widens_the_scales_until_it_fits(codec, part, rule, capsys):
             assert torch.equal(after[codes], before[codes])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("codec", ["brotli"])  # zstd's overhead varies with the size of its input
+def test_a_model_of_millions_of_weights_fits_within_a_thousandth_in_two_packings(codec, capsys):
+    """Rows and columns of its matrices differ in size, as those of trained ones do."""
+    wide = {"num_layers": 8, "model_dim": 256, "num_heads": 8, "num_kv_heads": 4, "mlp_mult": 4.0}
+    wide |= {"scale_rule": "std", "matrix_clip_sigmas": 5.0, "bigram_vocab_size": 0}
+    model, draw = tg.GPT(settings(**wide)), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 2:
+                rows = (0.3 * torch.randn(p.size(0), 1, generator=draw)).exp()
+                cols = (0.2 * torch.randn(1, p.size(1), generator=draw)).exp()
+                p.copy_(torch.randn(p.shape, generator=draw) * rows * cols)
+    room = sum(p.numel() for p in model.parameters()) * 7 // 16  # 3.5 bits a weight
+    blob, tries = pack(model, room, capsys, codec)
+    assert 0.999 * room <= len(blob) <= room
+    assert len(tries) <= 2
+
+
 def test_it_gives_up_where_nothing_would_fit(capsys):
     _, tries = pack(tg.GPT(settings()), -(10**9), capsys)
     assert tries[-1][3] == pytest.approx(tg.MAX_SCALE_FACTOR)

@@ -155,7 +155,14 @@ def test_every_setting_is_read():
 
 # ---- Importing ----
 
-HIDDEN = "zstandard", "sentencepiece", "flash_attn_interface", "safetensors", "brotli"
+HIDDEN = (
+    "zstandard",
+    "sentencepiece",
+    "flash_attn_interface",
+    "safetensors",
+    "brotli",
+    "constriction",
+)
 
 
 @pytest.mark.fault(53)

@@ -145,7 +145,8 @@ def test_the_figures_are_those_of_the_runs(finished, tmp_path, capsys):
     needs = (folder / "requirements.txt").read_text(encoding="utf-8").split()
     assert needs[0] == f"torch=={results[7]['machine']['torch'].partition('+')[0]}"
     packages = {re.match(r"\w+", need)[0] for need in needs}
-    assert packages == {"torch", "numpy", "sentencepiece", "zstandard", "safetensors", "brotli"}
+    needed = {"torch", "numpy", "sentencepiece", "zstandard", "safetensors", "brotli"}
+    assert packages == needed | {"constriction"}
 
 
 def test_the_readme_has_text_figures_and_command(small, tmp_path):

@@ -300,14 +300,36 @@ def test_a_gpu_without_bf16_computes_in_float32_and_says_so(monkeypatch, capabil
     assert ("dtype:fp32, this GPU has no bf16" in notes) == (capability < (8, 0))
 
 
+GPU_LISTS = [  # values of CUDA_VISIBLE_DEVICES, and whether they hide all GPUs
+    (None, False),
+    ("0", False),
+    ("3,1", False),
+    ("GPU-5a3c", False),
+    ("MIG-7e1d", False),
+    ("", True),
+    ("-1", True),
+    ("-1,0", True),
+    ("NoDevFiles", True),
+]
+
+
 @pytest.mark.usefixtures("no_gpu")
-def test_a_gpu_that_torch_cannot_use_is_an_error_unless_it_is_hidden(tmp_path, monkeypatch):
-    node = tmp_path / "nvidia0"
-    node.touch()
-    monkeypatch.setattr(tg, "GPU_NODE", str(node))
-    with pytest.raises(tg.SettingsError, match=f"{node}: this machine has a GPU that torch"):
-        tg.start_device("auto")
-    assert not tg.start_device("auto", gpus_hidden=True)[0].is_cuda
+@pytest.mark.parametrize(("value", "hidden"), GPU_LISTS)
+@pytest.mark.parametrize("name", ["nvidia0", "nvidia13"])
+def test_a_gpu_that_torch_cannot_use_is_an_error_unless_it_is_hidden(
+    name, value, hidden, tmp_path, monkeypatch
+):
+    for node in (name, "nvidiactl", "nvidia-uvm"):
+        (tmp_path / node).touch()
+    monkeypatch.setattr(tg, "GPU_NODES", tmp_path)
+    run = tg.Run(
+        {"CUDA_VISIBLE_DEVICES": value} if value is not None else {}, tg.Log(silent=True), {}
+    )
+    if hidden:
+        assert not tg.start_device("auto", run.gpus_hidden)[0].is_cuda
+        return
+    with pytest.raises(tg.SettingsError, match=f"{tmp_path / name}: this machine has a GPU that"):
+        tg.start_device("auto", run.gpus_hidden)
 
 
 @pytest.mark.fault(29)

@@ -19,7 +19,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def train(program: Path, steps: int, folder: Path) -> dict:
     """Returns the result of a run of a program for some steps. Raises SystemExit if it fails."""
-    settings = {"PRESET": "cpu", "EVAL_STRIDE": "0", "GPTQ_ENABLED": "0", **os.environ}
+    settings = {"PRESET": "cpu", "EVAL_STRIDE": "0", "GPTQ_ENABLED": "0"}
+    # Programs from before the setting read the text in sequence.
+    settings |= {"TRAIN_ORDER": "sequential", **os.environ}
     settings |= {"ITERATIONS": str(steps), "RUN_DIR": str(folder)}
     done = subprocess.run(
         [sys.executable, program], env=settings, cwd=ROOT, capture_output=True, text=True

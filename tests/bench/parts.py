@@ -189,14 +189,18 @@ def packing(scale: Scale, machine: Machine) -> Table:
     roles = tg.parameter_roles(model)
     names = [f"{name}.codes" for name, role in roles.items() if role == "matrix"]
     codes = torch.cat([arrays[name].flatten() for name in names]).cpu()
-    total, codes = len(codes), codes[: scale.codes]
-    raw, least = codes.numpy().tobytes(), tg.code_entropy(codes)
-    codecs = {name: codec.compress for name, codec in tg.CODECS.items() if find_spec(codec.package)}
-    codecs["zlib"] = partial(zlib.compress, level=9)
+    total, codes = len(codes), codes[: scale.codes // h.model_dim * h.model_dim]
+    matrix, least = codes.view(-1, h.model_dim).numpy(), tg.code_entropy(codes)
+    codecs = {
+        name: partial(codec.compress, [matrix])
+        for name, codec in tg.CODECS.items()
+        if find_spec(codec.package)
+    }
+    codecs["zlib"] = partial(zlib.compress, matrix.tobytes(), level=9)
     packed: dict[str, int] = {}
 
     def compress(name: str) -> None:
-        packed[name] = len(codecs[name](raw))
+        packed[name] = len(codecs[name]())
 
     def pack() -> None:
         packed["the artifact"] = len(tg.pack_artifact(h, arrays, h.compressor))
@@ -207,7 +211,7 @@ def packing(scale: Scale, machine: Machine) -> Table:
     rows.append(row("order-0 entropy", "bytes", [least]))
     rows += [row(name, "bytes", [packed[name]], [least]) for name in codecs]
     rows.append(row("the artifact", "bytes", [packed["the artifact"]]))
-    sizes = f"{len(raw):,} of {total:,} codes of normal weights"
+    sizes = f"{len(codes):,} of {total:,} codes of normal weights"
     return Table(f"{sizes}; the artifact of {h.num_layers} layers x {h.model_dim}", rows)
 
 
