@@ -4,13 +4,14 @@ import dataclasses
 import json
 import math
 import re
+import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from bench import __main__ as program
-from bench import harness, int6, parts, probe, reference, step, tables
+from bench import harness, int6, parts, probe, reading, reference, step, tables
 from bench.harness import Row, Scale, Table
 from conftest import TINY, randomize, settings, trainer
 from safetensors.torch import save_file
@@ -271,3 +272,15 @@ def test_int6_prints_the_cost_of_each_quantizer(tmp_path, byte_corpus, monkeypat
         (way, what) for way in ways for what in ("all", "matrices alone")
     ]
     assert all(abs(float(lost)) < 1 and 0 < float(error) < 1 for *_, lost, error in printed)
+
+
+def test_reading_times_every_order_and_removes_its_shards(tmp_path, monkeypatch, capsys):
+    argv = ["reading", str(tmp_path), "--shards=2", "--shard-tokens=9000"]
+    monkeypatch.setattr(sys, "argv", argv)
+    reading.main()
+    printed = capsys.readouterr().out
+    for order in ("shuffled", "sequential"):
+        for windows in (384, 48):
+            for state in ("cold", "warm"):
+                assert f"| {order}, {windows} windows, {state} |" in printed
+    assert not [*tmp_path.iterdir()]
