@@ -263,7 +263,9 @@ class Hyperparameters(ModelSettings):
     )
     run_id: str = setting("", "Name of the run; empty takes date, time, seed and process id.")
     run_dir: str = setting("", "Folder of the run; empty takes logs/<RUN_ID>.")
-    checkpoint_every: int = setting(0, "Steps between checkpoints; 0 writes none.")
+    checkpoint_every: str = setting(
+        "0", "Steps (500) or training seconds (60s) between checkpoints; 0 writes none."
+    )
     resume: str = setting(
         "", "Checkpoint file to continue; auto takes the run's own, if there is one."
     )
@@ -533,6 +535,11 @@ def rules(h: Hyperparameters, world_size: int) -> list[str]:
         faults.append(f"TRAIN_SEQ_LEN={h.train_seq_len}: STP_ENABLED=1 needs at least 3")
     if h.run_id and not is_plain_name(h.run_id):
         faults.append(f"RUN_ID={h.run_id!r}: must be a name of letters, digits and - _ . + =")
+    if not re.fullmatch(r"\d+s?", h.checkpoint_every, re.ASCII):
+        faults.append(
+            f"CHECKPOINT_EVERY={h.checkpoint_every!r}: must be steps, such as 500, or seconds, "
+            "such as 60s"
+        )
     if h.resume == "auto" and not (h.run_id or h.run_dir):
         faults.append("RESUME=auto: needs RUN_ID or RUN_DIR, to know which run to continue")
     return faults
@@ -769,6 +776,7 @@ class Device:
         """Returns the function, compiled for fixed shapes if this device compiles."""
         if not self.compiled:
             return function
+        torch._dynamo.config.recompile_limit = 64  # scoring halves its batches without memory
         return torch.compile(function, dynamic=False, fullgraph=True)
 
     def now(self) -> float:
@@ -2157,7 +2165,8 @@ def score(
 ) -> Score:
     """Scores the validation text by one pass, in the order of the text.
 
-    Each position is scored once. Batches of `batch_tokens` are divided among the ranks. Before a
+    Each position is scored once. Where the memory runs out, half as many windows are scored at
+    once. Batches of `batch_tokens` are divided among the ranks. Before a
     batch the learner, if there is one, trains on the chunks whose positions are all scored.
     """
     began, total = device.now(), len(val.tokens) - 1
@@ -2166,6 +2175,21 @@ def score(
     stride = min(scoring_pass.stride, seq_len)
     chunk, learned = learner.chunk_tokens if learner else total, 0
     batches = plan_windows(total, seq_len, stride, max(batch_tokens // seq_len, 1), chunk)
+    most = len(batches[0])  # windows at once
+
+    def add(windows: Tensor, last: int) -> None:
+        nonlocal most
+        while len(windows):
+            part = windows[:most]
+            try:
+                sums.add_(score_windows(scoring_pass.forward_logits, val, part, seq_len, last))
+                windows = windows[len(part) :]
+            except Exception as error:
+                if len(part) == 1 or not is_out_of_memory(error):
+                    raise
+                most = len(part) // 2
+                log(f"out of memory: scoring {most} windows at once; lower VAL_BATCH_SIZE")
+
     with matmul_precision("highest"):
         for n, windows in enumerate(batches):  # every rank walks through all batches
             start, count = windows[0].tolist()
@@ -2177,9 +2201,7 @@ def score(
                 learner.learn(text, learned * chunk / total)
                 learned = complete
             if n % ranks.world_size == ranks.rank:
-                last = stride if n else seq_len
-                windows = device.send(windows)
-                sums += score_windows(scoring_pass.forward_logits, val, windows, seq_len, last)
+                add(device.send(windows), stride if n else seq_len)
             log.progress(f"scoring batch {n + 1} of {len(batches)}")
     nats, tokens, text_bytes = ranks.all_reduce_(sums).tolist()
     if tokens != total:
@@ -2607,11 +2629,13 @@ class Trainer:
         """Takes steps until the run ends or, after a checkpoint, a signal has come to some rank."""
         h, clock, step_log = self.h, self.clock, self.step_log
         clock.resume()
-        began = self.step
+        interval = int(h.checkpoint_every.removesuffix("s")) or math.inf
+        saved = (self.step, clock.elapsed)  # steps and seconds at the last checkpoint
         while True:
             stop = clock.agree(stop_signal.received)
-            due = h.checkpoint_every and self.step > began and not self.step % h.checkpoint_every
-            if stop or due:
+            steps, seconds = self.step - saved[0], clock.elapsed - saved[1]
+            if stop or (seconds if h.checkpoint_every.endswith("s") else steps) >= interval:
+                saved = (self.step, clock.elapsed)
                 self.save_checkpoint()
             if stop:
                 return
@@ -2907,14 +2931,20 @@ def artifact_arrays(
 
 
 @torch.inference_mode()
-def collect_hessians(model: GPT, batches: Sequence[Tensor], ranks: Ranks) -> dict[str, Tensor]:
+def collect_hessians(
+    model: GPT,
+    batches: Sequence[Tensor],
+    ranks: Ranks,
+    seconds_left: Callable[[], float] = lambda: math.inf,
+) -> tuple[dict[str, Tensor], int]:
     """Returns X^T X, float32 [in, in], of all inputs X of each matrix, by the weight's name.
 
     With GPTQ_EMBED=1 the table of the output head counts as a matrix. Batches are ids [B, T], each
-    divided among the ranks.
+    divided among the ranks. Stops before a batch that could take longer than seconds_left(), as
+    long as the slowest so far. Second: the number of batches read; with none there are no Hessians.
     """
     roles, hooks, sums = parameter_roles(model), [], {}
-    device = model.tok_emb.weight.device
+    device, slowest, used = model.tok_emb.weight.device, 0.0, 0
 
     def add(total: Tensor, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].flatten(0, -2).float()
@@ -2932,15 +2962,20 @@ def collect_hessians(model: GPT, batches: Sequence[Tensor], ranks: Ranks) -> dic
         hooks.append(module.register_forward_pre_hook(partial(add, sums[weight])))
     try:
         for ids in batches:
+            left = seconds_left()
+            if slowest > left:
+                break
             own = ids[ranks.rank :: ranks.world_size]
             if len(own):
                 states = model.states(own.to(device))
                 if head in sums:
                     add(sums[head], model, (states,))
+            slowest, used = max(slowest, left - seconds_left()), used + 1
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: ranks.all_reduce_(total) for name, total in sums.items()}
+    used = int(ranks.all_reduce_max(used)[0])
+    return {name: ranks.all_reduce_(total) for name, total in sums.items() if used}, used
 
 
 def random_sequences(count: int, seq_len: int, vocab_size: int, seed: int) -> Tensor:
@@ -3715,16 +3750,23 @@ class Run:
         return reserve
 
     def calibrate(self, model: GPT, clock: TrainingClock, step: int) -> dict[str, Tensor]:
-        """Returns the Hessians for GPTQ, none without it; the clock counts training text."""
+        """Returns the Hessians for GPTQ; none with GPTQ_ENABLED=0, or if the time is over.
+
+        Reading training text counts as training.
+        """
         h = self.h
         if not h.gptq_enabled:
             return {}
         batches = self.calibration_batches(step)
         if h.calibrates_on_text:
             clock.resume()
-        hessians = collect_hessians(model, batches, self.ranks)
-        if h.calibrates_on_text:
+            left = lambda: h.training_seconds - clock.seconds()  # noqa: E731
+            hessians, used = collect_hessians(model, batches, self.ranks, left)
             clock.count()
+            if used < len(batches):
+                self.log(f"gptq: the time allowed {used} of {len(batches)} calibration batches")
+        else:
+            hessians, _ = collect_hessians(model, batches, self.ranks)
         for name in [name for name, x in hessians.items() if not x.isfinite().all()]:
             self.log(f"gptq: {name} is rounded: the inputs that calibrate it are not finite")
             del hessians[name]

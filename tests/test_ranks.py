@@ -314,7 +314,7 @@ def differ() -> None:
 @pytest.mark.fault(25, 48)
 def test_ranks_that_differ_agree_on_weights_settings_and_stops(tmp_path, byte_corpus):
     """Rank 0 gives weights and settings; the slowest decides stops and checkpoints."""
-    env = {**SETTINGS, "DATA_PATH": byte_corpus, "ITERATIONS": 100, "CHECKPOINT_EVERY": 3}
+    env = {**SETTINGS, "DATA_PATH": byte_corpus, "ITERATIONS": 100, "CHECKPOINT_EVERY": "200s"}
     env |= {"MAX_WALLCLOCK_SECONDS": 500, "EVAL_STRIDE": 0, "GPTQ_ENABLED": 0}
     ranks = Ranks(tmp_path, world=2, first=differ, **env)
     assert ranks.end() == [0, 0], ranks.said()

@@ -137,8 +137,10 @@ def test_the_training_time_of_all_parts_of_a_run_is_added(limit, steps, env, mon
     assert result["verdicts"]["train_seconds"] == "PASS"
 
 
-@pytest.mark.parametrize(("every", "steps"), [("5", [5]), ("4", [4, 8]), ("0", [])])
-def test_checkpoints_come_after_so_many_steps(every, steps, env):
+@pytest.mark.parametrize(("every", "steps"), [("5", [5]), ("4s", [4, 8]), ("0s", [])])
+def test_checkpoints_come_after_so_many_steps_or_seconds(every, steps, env, monkeypatch):
+    """A step takes a second."""
+    advance_clock(lambda _: 1.0, monkeypatch.setattr)
     assert tg.main([], {**env, "ITERATIONS": "9", "CHECKPOINT_EVERY": every}) == 0
     text = Path("run/train.log").read_text()
     before = text.split(f"bytes in {CHECKPOINT}")[:-1]

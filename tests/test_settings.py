@@ -170,6 +170,9 @@ def test_heads_that_do_not_fit_are_refused(text, says):
         ("TRAIN_BATCH_TOKENS=5000", "TRAIN_SEQ_LEN=2048 x 1 ranks, such as 4096"),
         ("JEPA_CHUNK_SIZE=1025", "two chunks must fit in TRAIN_SEQ_LEN=2048"),
         ("RESUME=auto", "needs RUN_ID or RUN_DIR"),
+        ("CHECKPOINT_EVERY=60m", "must be steps, such as 500, or seconds"),
+        ("CHECKPOINT_EVERY=-5", "must be steps, such as 500, or seconds"),
+        ("CHECKPOINT_EVERY=1.5", "must be steps, such as 500, or seconds"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(text, says):
