@@ -1479,18 +1479,19 @@ class Role(NamedTuple):
     optimizer: str  # "muon" or "adamw"
     learning_rate: str  # the setting
     weight_decay: str  # the setting; "" for none
-    stored: str  # as codes with a scale per row, by *_BITS and *_CLIP_SIGMAS; "" for float16
+    bits: str  # the setting: range of the stored codes; "" for float16
+    clip_sigmas: str = ""  # the setting: their scale by SCALE_RULE=std
 
 
 # A module's `role` holds for the parameters directly in it, not for its submodules. Optimizer,
 # rates and stored bits of a parameter follow from it. A Linear is a "matrix" unless told otherwise.
 ROLES = {
-    "matrix": Role("muon", "matrix_lr", "muon_wd", "matrix"),
-    "embed": Role("adamw", "tied_embed_lr", "adam_wd", "embed"),
-    "untied_embed": Role("adamw", "embed_lr", "adam_wd", "embed"),
-    "head": Role("adamw", "head_lr", "", "embed"),
+    "matrix": Role("muon", "matrix_lr", "muon_wd", "matrix_bits", "matrix_clip_sigmas"),
+    "embed": Role("adamw", "tied_embed_lr", "adam_wd", "embed_bits", "embed_clip_sigmas"),
+    "untied_embed": Role("adamw", "embed_lr", "adam_wd", "embed_bits", "embed_clip_sigmas"),
+    "head": Role("adamw", "head_lr", "", "embed_bits", "embed_clip_sigmas"),
     "scalar": Role("adamw", "scalar_lr", "adam_wd", ""),
-    "aux": Role("adamw", "jepa_lr", "", "embed"),
+    "aux": Role("adamw", "jepa_lr", "", "embed_bits", "embed_clip_sigmas"),
 }
 
 
@@ -2852,7 +2853,7 @@ def artifact_layout(model: GPT) -> dict[str, Tensor]:
     codes, scales, floats = {}, {}, {}
     roles = parameter_roles(model)
     for name, p in model.named_parameters():
-        if not ROLES[roles[name]].stored:
+        if not ROLES[roles[name]].bits:
             floats[name] = torch.empty_like(p, dtype=torch.float16, device="meta")
         else:
             codes[f"{name}.codes"] = torch.empty_like(p, dtype=torch.int8, device="meta")
@@ -2874,18 +2875,17 @@ class Stack(NamedTuple):
 def weight_stacks(model: GPT, hessians: Mapping[str, Tensor]) -> list[Stack]:
     """Returns all weights that are stored as codes; those with a Hessian are for GPTQ."""
     h, roles, weights = model.h, parameter_roles(model), dict(model.named_parameters())
-    groups: dict[tuple[torch.Size, str, str], list[str]] = {}
+    groups: dict[tuple[torch.Size, Role, str], list[str]] = {}
     for name, p in weights.items():
-        stored = ROLES[roles[name]].stored
-        if stored:
+        role = ROLES[roles[name]]
+        if role.bits:
             quantizer = "gptq" if name in hessians else "rounding"
-            groups.setdefault((p.shape, stored, quantizer), []).append(name)
+            groups.setdefault((p.shape, role, quantizer), []).append(name)
     stacks = []
-    for (_, stored, quantizer), names in groups.items():
-        sigmas, bits = getattr(h, f"{stored}_clip_sigmas"), getattr(h, f"{stored}_bits")
+    for (_, role, quantizer), names in groups.items():
+        sigmas, limit = getattr(h, role.clip_sigmas), 2 ** (getattr(h, role.bits) - 1) - 1
         weight = torch.stack([weights[name].detach() for name in names])
         hessian = torch.stack([hessians[n] for n in names]) if quantizer == "gptq" else None
-        limit = 2 ** (bits - 1) - 1
         stacks.append(Stack(names, sigmas, limit, QUANTIZERS[quantizer], weight, hessian))
     return stacks
 
