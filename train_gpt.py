@@ -3524,7 +3524,7 @@ class Run:
         path = file_in(path, FINAL_MODEL)
         load = lambda: load_checkpoint(path, self.h)  # noqa: E731
         saved = self.ranks.broadcast_from_rank0(load)
-        self.h = saved.h
+        self.h = replace(saved.h, resume="")  # its own folder is never continued
         self.open_folder()
         self.prepare(trains=self.h.calibrates_on_text)
         self.write_program()
@@ -3724,11 +3724,12 @@ class Run:
 
         GPTQ_CALIB=train takes the text that step `step` would train on.
         """
-        h, train, length = self.h, self.data.train, self.h.train_seq_len
+        h, train = self.h, self.data.train
+        length = min(h.train_seq_len, h.gptq_calib_tokens)  # a file may state any TRAIN_SEQ_LEN
         count, rows = max(h.gptq_calib_tokens // length, 1), max(h.micro_batch_tokens // length, 1)
         if h.gptq_calib == "random" or train is None:
             return random_sequences(count, length, h.vocab_size, h.seed).split(rows)
-        return train.sequences(step * train.rows, count)[:, :-1].split(rows)
+        return train.sequences(step * train.rows, count)[:, :length].split(rows)
 
     def calibration_seconds(self, model: GPT) -> float:
         """Returns the training seconds to keep for calibration, by the time of a batch."""

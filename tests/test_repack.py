@@ -62,6 +62,14 @@ def test_the_same_settings_give_the_same_bytes_once(run, env, tmp_path):
     assert {path.name: path.read_bytes() for path in run.iterdir()} == files
 
 
+def test_resume_is_of_training_alone(run, env):
+    """--quantize with RESUME=auto refuses the folder of a finished run."""
+    before = (run / "result.json").read_bytes()
+    other = {**env, "RUN_DIR": str(run), "RESUME": "auto"}
+    assert tg.main(["--quantize", str(run)], other) == 2
+    assert (run / "result.json").read_bytes() == before
+
+
 def test_neither_model_variables_nor_training_data_are_needed(run, env, byte_corpus, tmp_path):
     shard = "fineweb_val_000000.bin"
     (tmp_path / shard).write_bytes((byte_corpus / shard).read_bytes())
