@@ -39,6 +39,7 @@ import importlib.util
 import json
 import lzma
 import math
+import mmap
 import os
 import platform
 import re
@@ -220,8 +221,8 @@ class ModelSettings:
     )
     # JEPA head (PR #832)
     jepa_chunk_size: int = setting(0, "Positions in a chunk of the JEPA head; 0 disables the head.")
-    jepa_latent_dim: int = setting(256, "Width of a JEPA latent.", low=1, high=65_536)
-    jepa_proj_hidden: int = setting(256, "Hidden width of the JEPA projector.", low=1, high=65_536)
+    jepa_latent_dim: int = setting(256, "Width of a JEPA latent.", low=2, high=65_536)
+    jepa_proj_hidden: int = setting(256, "Hidden width of the JEPA projector.", low=2, high=65_536)
 
     def __init_subclass__(cls) -> None:
         """Makes plain attributes of a subclass its defaults: `class Tiny(...): num_layers = 2`.
@@ -1179,6 +1180,16 @@ class TokenStream:
                     f"VOCAB_SIZE={self.vocab_size}; change DATA_PATH or VOCAB_SIZE"
                 )
 
+    def prefetch(self, position: int, count: int) -> None:
+        """Asks the system to read tokens from disk, so that reads of many places overlap."""
+        index = int(np.searchsorted(self.ends, position % len(self), "right"))
+        start = 4 * SHARD_HEADER_INTS + 2 * (position % len(self) - int(self.ends[index]))
+        start += 2 * len(self.shards[index])
+        page = start % mmap.PAGESIZE
+        mapped: Any = self.shards[index].base
+        if hasattr(mmap, "MADV_WILLNEED"):  # not on Windows
+            mapped.madvise(mmap.MADV_WILLNEED, start - page, page + 2 * count)
+
     def read(self, position: int, count: int, dtype: Any = np.int64) -> Tensor:
         """Returns `count` tokens from a position on."""
         tokens, filled = np.empty(count, dtype), 0
@@ -1197,9 +1208,10 @@ class TrainingBatches:
     Shuffled, a sequence is one of the n windows of T tokens into which the shards are cut, and
     sequence i is window (i * stride + offset) mod n. The stride is coprime to n, so that every
     window comes once before any comes again, and near 0.618 n, so that a step reads windows from
-    all over the text. In sequence, as published, sequence i starts at token i * T of the stream.
-    Either order follows from the number of the sequence alone: it is the same for any number of
-    ranks, and after a resume. A rank reads its own rows only.
+    all over the text. Seeds and passes begin at different places of this cycle. In sequence, as
+    published, sequence i starts at token i * T of the stream. Either order follows from the number
+    of the sequence alone: it is the same for any number of ranks, and after a resume. A rank reads
+    its own rows only.
     """
 
     def __init__(
@@ -1225,7 +1237,7 @@ class TrainingBatches:
                 f"{stream.pattern}: no shard has a sequence of TRAIN_SEQ_LEN={seq_len} tokens and "
                 "its next token; lower TRAIN_SEQ_LEN or use more text"
             )
-        near = max(round(0.618 * self.count), 1)
+        near = max(round((5**0.5 - 1) / 2 * self.count), 1)  # of the golden ratio
         self.stride = next(
             s for s in range(near, near + self.count) if math.gcd(s, self.count) == 1
         )
@@ -1234,7 +1246,6 @@ class TrainingBatches:
         """Returns the position in the stream of the first token of sequence `index`."""
         if not self.is_shuffled:
             return index * self.seq_len
-        # Each pass and each seed starts elsewhere in the cycle of the windows.
         offset = 1_000_003 * self.seed + 7919 * (index // self.count)
         window = (index * self.stride + offset) % self.count
         shard = np.searchsorted(self.window_ends, window, "right")
@@ -1245,7 +1256,9 @@ class TrainingBatches:
 
         int64 [count, T + 1].
         """
-        positions = map(self.position, range(start, start + count))
+        positions = [self.position(index) for index in range(start, start + count)]
+        for at in positions:
+            self.stream.prefetch(at, self.seq_len + 1)
         return torch.stack([self.stream.read(at, self.seq_len + 1) for at in positions])
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
@@ -1639,7 +1652,7 @@ class MLP(nn.Module):
 
     def __init__(self, h: Hyperparameters) -> None:
         super().__init__()
-        width = max(int(h.mlp_mult * h.model_dim), 1)
+        width = max(int(h.mlp_mult * h.model_dim), 2)
         self.up = Linear(h.model_dim, width)
         self.down = Linear(width, h.model_dim, gain=0)
         self.negative_slope = h.negative_slope
@@ -2166,9 +2179,9 @@ def score(
 ) -> Score:
     """Scores the validation text by one pass, in the order of the text.
 
-    Each position is scored once. Where the memory runs out, half as many windows are scored at
-    once. Batches of `batch_tokens` are divided among the ranks. Before a
-    batch the learner, if there is one, trains on the chunks whose positions are all scored.
+    Each position is scored once. Batches of `batch_tokens` are divided among the ranks. Before a
+    batch the learner, if there is one, trains on the chunks whose positions are all scored. Where
+    the memory runs out, half as many windows are scored at once.
     """
     began, total = device.now(), len(val.tokens) - 1
     val, sums = val.to(device.device), torch.zeros(3, dtype=torch.float64, device=device.device)
@@ -2386,6 +2399,7 @@ class WeightAverage:
 # ---- Training: clock, checkpoints, one step, the loop ----
 
 CHECKPOINT, FINAL_MODEL = "checkpoint.safetensors", "final_model.safetensors"
+ORDER_SETTINGS = ("seed", "train_order", "train_batch_tokens")  # which text a step reads
 
 
 class TrainingClock:
@@ -2597,7 +2611,9 @@ class Trainer:
                 try:
                     self.loop(stop_signal)
                 finally:
-                    stated = model_settings(self.h) | {"step": self.step}
+                    text = {name: getattr(self.h, name) for name in ORDER_SETTINGS}
+                    text |= {"step": self.step, "shards": self.batches.stream.fingerprint()}
+                    stated = model_settings(self.h) | text
                     save_tensors(log, FINAL_MODEL, self.average.weights, stated)
                 stopped = self.clock.agree(stop_signal.received)  # rank 0 has written its files
         if stopped:
@@ -2890,15 +2906,20 @@ def weight_stacks(model: GPT, hessians: Mapping[str, Tensor]) -> list[Stack]:
     return stacks
 
 
+def std_scales(clip_sigmas: float, limit: int, weight: Tensor, _: Tensor | None) -> tuple[Tensor]:
+    """Returns scales [n, rows] of weights [n, rows, cols]: k standard deviations at the limit."""
+    return (to_scales(weight.std(-1) * clip_sigmas / limit),)
+
+
 def choose_scales(stacks: Sequence[Stack], rule: str, ranks: Ranks) -> dict[str, Tensor]:
     """Returns scales, float16 [rows], of all weights by name; `rule` is SCALE_RULE."""
     scales: dict[str, Tensor] = {}
     for stack in stacks:
         if rule == "std":
-            chosen = to_scales(stack.weight.std(-1) * stack.clip_sigmas / stack.limit)
+            find = partial(std_scales, stack.clip_sigmas, stack.limit)
         else:
-            search = partial(search_scales, stack.quantizer, stack.limit)
-            (chosen,) = ranks.map_over_ranks(search, stack.weight, stack.hessian)
+            find = partial(search_scales, stack.quantizer, stack.limit)
+        (chosen,) = ranks.map_over_ranks(find, stack.weight, stack.hessian)
         scales |= zip(stack.names, chosen)
     return scales
 
@@ -2936,15 +2957,17 @@ def collect_hessians(
     batches: Sequence[Tensor],
     ranks: Ranks,
     seconds_left: Callable[[], float] = lambda: math.inf,
+    slowest: float = 0.0,
 ) -> tuple[dict[str, Tensor], int]:
     """Returns X^T X, float32 [in, in], of all inputs X of each matrix, by the weight's name.
 
     With GPTQ_EMBED=1 the table of the output head counts as a matrix. Batches are ids [B, T], each
-    divided among the ranks. Stops before a batch that could take longer than seconds_left(), as
-    long as the slowest so far. Second: the number of batches read; with none there are no Hessians.
+    divided among the ranks. Stops before a batch that could take longer than seconds_left(): as
+    long as the slowest so far, at first `slowest` seconds. Second: the number of batches read; with
+    none there are no Hessians.
     """
     roles, hooks, sums = parameter_roles(model), [], {}
-    device, slowest, used = model.tok_emb.weight.device, 0.0, 0
+    device, used = model.tok_emb.weight.device, 0
 
     def add(total: Tensor, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].flatten(0, -2).float()
@@ -3303,6 +3326,7 @@ def load_checkpoint(path: Path, h: Hyperparameters) -> SavedModel:
     """Returns a checkpoint or saved weights. Raises DataError."""
     with raise_data_error(f"{path}: cannot be read as a checkpoint"):
         tensors, stored = read_tensors(path)
+        stored.pop("gptq_reserve_seconds", None)  # a setting until 2026-11-26
         unknown = sorted(stored.keys() - asdict(h).keys() - {"step", "shards"})
         if unknown and "progress/losses" not in tensors:  # metadata of another program
             stored, unknown = {}, []
@@ -3385,7 +3409,8 @@ def pack_to_fit(
     def sample_codec() -> float:
         arrays = quantize(smallest_factor(size, room), rounding, Ranks())
         part = {name: array[::8] for name, array in arrays.items() if array.dtype == torch.int8}
-        return 8 * (len(pack_artifact(h, part, h.compressor)) - entropy_size(part))
+        packed = CODECS[h.compressor].compress([x.cpu().numpy() for x in part.values()])
+        return 8 * (len(packed) - entropy_size(part))
 
     added = ranks.broadcast_from_rank0(sample_codec)
     packing = 0
@@ -3487,6 +3512,7 @@ class Run:
         # CUDA reads the list up to the first word that names no GPU.
         visible = env.get("CUDA_VISIBLE_DEVICES", "0")
         self.gpus_hidden = not re.match(r"\s*(\d|GPU-|MIG-)", visible)
+        self.calibration_batch_seconds = 0.0  # of one batch, by the slowest rank
         h = Hyperparameters.from_env(env)
         self.notes = settings_notes(h, env)
         lost = {"status": "failed", "reason": "another rank is gone, or silent"}
@@ -3510,6 +3536,8 @@ class Run:
         folder = self.choose_folder()
         self.prepare()
         self.read_resume(folder)
+        if self.h.calibrates_on_text:
+            self.calibration_seconds(self.initial_model())
         self.log(f"check:ok code:{len(self.twin)} bytes folder:{folder}")
 
     def evaluate(self, path: Path) -> None:
@@ -3527,6 +3555,11 @@ class Run:
         self.h = replace(saved.h, resume="")  # its own folder is never continued
         self.open_folder()
         self.prepare(trains=self.h.calibrates_on_text)
+        if self.h.calibrates_on_text:  # on the text after the last step
+            order = {
+                name: saved.settings[name] for name in ORDER_SETTINGS if name in saved.settings
+            }
+            self.check_training(str(path), saved._replace(settings=order))
         self.write_program()
         model, clock = self.load_model(saved.weights), TrainingClock(self.device, self.ranks)
         self.quantize_and_score(model, clock, saved.step)
@@ -3538,9 +3571,9 @@ class Run:
         folder = self.open_folder()
         self.prepare()
         resume_from = self.read_resume(folder)
-        self.write_program()
         model = self.initial_model()
         deadline = h.training_seconds - self.calibration_seconds(model)
+        self.write_program()
         trainer = Trainer(model, self.data, h, self.ranks, self.device, log, deadline)
         try:
             trainer.train(resume_from)
@@ -3612,7 +3645,7 @@ class Run:
         self.source, self.twin = read_program()
         self.data = load_data(h, ranks, log, trains)
         device, device_notes = start_device(h.compile, gpus_hidden=self.gpus_hidden)
-        # Scoring does not use an artifact's TRAIN_SEQ_LEN, which may be any number.
+        # An artifact may state any TRAIN_SEQ_LEN; scoring uses its window.
         scored = replace(h, train_seq_len=max(h.window_tokens, 2), jepa_chunk_size=0)
         probed = h if writes else scored
         self.device, attention_notes = choose_attention(probed, device, ranks)
@@ -3666,19 +3699,26 @@ class Run:
             raise DataError(f"RESUME={path}: it has weights only; name a {CHECKPOINT}")
         if saved.step > h.iterations:
             raise DataError(f"RESUME={path}: it has {saved.step} steps; raise ITERATIONS to more")
-        own = asdict(h)
+        changed = self.check_training(f"RESUME={path}", saved)
+        self.result["resumed"] = {"step": saved.step, "changed": changed}
+        return saved.tensors
+
+    def check_training(self, what: str, saved: SavedModel) -> dict[str, Any]:
+        """Returns the settings under which the saved model was trained, where they differ.
+
+        Raises DataError if one may not differ, or if the training shards do.
+        """
+        own, train = asdict(self.h), self.data.train
         changed = {name: value for name, value in saved.settings.items() if value != own[name]}
         fixed = {name: value for name, value in changed.items() if name not in FREE_ON_RESUME}
         if fixed:
-            raise DataError(f"RESUME={path}: it was trained with {env_form(fixed)}; set the same")
-        train = self.data.train
+            raise DataError(f"{what}: it was trained with {env_form(fixed)}; set the same")
         if train and saved.shards not in (None, train.stream.fingerprint()):
             raise DataError(
-                f"RESUME={path}: it was trained on other shards than {train.stream.pattern}; set "
+                f"{what}: it was trained on other shards than {train.stream.pattern}; set "
                 "DATA_PATH to the same"
             )
-        self.result["resumed"] = {"step": saved.step, "changed": changed}
-        return saved.tensors
+        return changed
 
     def quantize_and_score(self, model: GPT, clock: TrainingClock, step: int) -> None:
         """Calibrates, quantizes and packs a model after `step` steps; scores the artifact."""
@@ -3719,15 +3759,15 @@ class Run:
             "train_tokens": len(self.data.train.stream) if self.data.train else 0,
         }
 
-    def calibration_batches(self, step: int) -> Sequence[Tensor]:
-        """Returns the ids [B, T] that calibrate GPTQ after `step` steps.
+    def calibration_batches(self, step: int | None = None) -> Sequence[Tensor]:
+        """Returns the ids [B, T] that calibrate GPTQ after `step` steps; None: of random tokens.
 
         GPTQ_CALIB=train takes the text that step `step` would train on.
         """
         h, train = self.h, self.data.train
         length = min(h.train_seq_len, h.gptq_calib_tokens)  # a file may state any TRAIN_SEQ_LEN
         count, rows = max(h.gptq_calib_tokens // length, 1), max(h.micro_batch_tokens // length, 1)
-        if h.gptq_calib == "random" or train is None:
+        if h.gptq_calib == "random" or train is None or step is None:
             return random_sequences(count, length, h.vocab_size, h.seed).split(rows)
         return train.sequences(step * train.rows, count)[:, :length].split(rows)
 
@@ -3735,13 +3775,13 @@ class Run:
         """Returns the training seconds to keep for calibration, by the time of a batch."""
         if not (self.h.calibrates_on_text and self.h.max_wallclock_seconds):
             return 0.0
-        batches, device = self.calibration_batches(step=0), self.device
-        seconds = 0.0
+        batches, device = self.calibration_batches(), self.device
         for _ in range(2):  # a first batch takes longer than others
             start = device.now()
             collect_hessians(model, batches[:1], self.ranks)
-            seconds = device.now() - start
-        reserve = 1.5 * len(batches) * self.ranks.all_reduce_max(seconds)[0]
+            (seconds,) = self.ranks.all_reduce_max(device.now() - start)
+        self.calibration_batch_seconds = seconds
+        reserve = 1.5 * seconds * sum(map(len, batches)) / len(batches[0])
         self.log(f"gptq: {reserve:.1f} s are kept for {len(batches)} calibration batches")
         if reserve >= self.h.max_wallclock_seconds:
             raise SettingsError(
@@ -3762,13 +3802,15 @@ class Run:
         if h.calibrates_on_text:
             clock.resume()
             left = lambda: h.training_seconds - clock.seconds()  # noqa: E731
-            hessians, used = collect_hessians(model, batches, self.ranks, left)
+            hessians, used = collect_hessians(
+                model, batches, self.ranks, left, self.calibration_batch_seconds
+            )
             clock.count()
             if used < len(batches):
                 self.log(f"gptq: the time allowed {used} of {len(batches)} calibration batches")
         else:
             hessians, _ = collect_hessians(model, batches, self.ranks)
-        for name in [name for name, x in hessians.items() if not x.isfinite().all()]:
+        for name in [name for name, x in hessians.items() if not x.sum().isfinite()]:
             self.log(f"gptq: {name} is rounded: the inputs that calibrate it are not finite")
             del hessians[name]
         return hessians

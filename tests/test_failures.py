@@ -531,9 +531,11 @@ def test_a_cap_that_calibration_alone_would_exceed_is_refused(env, monkeypatch, 
     before_call("GPT.backbone", lambda *_: now.__setitem__(0, now[0] + 3), monkeypatch.setattr)
     env |= {"GPTQ_ENABLED": "1", "GPTQ_CALIB": "train", "MAX_WALLCLOCK_SECONDS": "20"}
     assert tg.main([], env | {"GPTQ_CALIB_TOKENS": "1024"}) == 2
-    assert "MAX_WALLCLOCK_SECONDS=20: calibration on training text takes about 36.0 s" in (
-        capsys.readouterr().out
-    )
+    said = "MAX_WALLCLOCK_SECONDS=20: calibration on training text takes about 36.0 s"
+    assert said in capsys.readouterr().out
+    assert tg.PROGRAM not in files()  # the folder can be used again
+    assert tg.main(["--check"], env | {"GPTQ_CALIB_TOKENS": "1024", "RUN_DIR": "other"}) == 2
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.fault(49)

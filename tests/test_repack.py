@@ -70,6 +70,15 @@ def test_resume_is_of_training_alone(run, env):
     assert (run / "result.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["SEED", "TRAIN_BATCH_TOKENS", "TRAIN_ORDER"])
+def test_quantize_calibrates_on_the_text_after_the_last_step_or_not_at_all(name, run, env, capsys):
+    other = {"SEED": "3", "TRAIN_BATCH_TOKENS": "512", "TRAIN_ORDER": "sequential"}
+    env |= {"GPTQ_CALIB": "train", name: other[name]}
+    assert tg.main(["--quantize", str(run)], env) == 2
+    assert "it was trained with" in capsys.readouterr().out
+    assert not Path(env["RUN_DIR"], tg.PROGRAM).exists()
+
+
 def test_neither_model_variables_nor_training_data_are_needed(run, env, byte_corpus, tmp_path):
     shard = "fineweb_val_000000.bin"
     (tmp_path / shard).write_bytes((byte_corpus / shard).read_bytes())
@@ -201,7 +210,8 @@ def test_resume_on_other_shards_is_refused(argv, run, env, byte_corpus, tmp_path
 
 def test_a_checkpoint_that_states_no_order_was_trained_in_sequence(run, env, tmp_path, capsys):
     tensors, settings = tg.read_tensors(run / tg.CHECKPOINT)
-    older = {k: v for k, v in settings.items() if k not in ("train_order", "step", "shards")}
+    added = ("train_order", "step", "shards", "scale_rule", "matrix_bits", "gptq_embed")
+    older = {k: v for k, v in settings.items() if k not in added} | {"gptq_reserve_seconds": 14.0}
     tg.write_tensors(tmp_path / "older", tensors, older)
     env |= {"RESUME": str(tmp_path / "older"), "ITERATIONS": "5"}
     assert tg.main([], env) == 2
