@@ -439,7 +439,11 @@ BAD_FILES = [
     ("a.jsonl", LINE.decode().encode("utf-16"), ["a.jsonl:1", "perhaps UTF-16, not", "convert it"]),
     ("a.txt", "text".encode("utf-16"), ["a.txt", "perhaps UTF-16, not UTF-8", "convert it"]),
     ("a.json", "[]".encode("utf-16-le"), ["a.json", "perhaps UTF-16-LE, not UTF-8", "convert it"]),
-    ("a.txt.gz", gzip.compress("text".encode("utf-32"), mtime=0), ["a.txt.gz", "perhaps UTF-32, not UTF-8"]),
+    (
+        "a.txt.gz",
+        gzip.compress("text".encode("utf-32"), mtime=0),
+        ["a.txt.gz", "perhaps UTF-32, not UTF-8"],
+    ),
     ("a.jsonl", b"", ["no train documents among the 0"]),
     ("a.jsonl", LINE, ["no train documents among the 1"]),
     ("a.jsonl.zst", zstandard.compress(LINE * 999)[:-3], ["a.jsonl.zst", "truncated"]),
