@@ -1185,10 +1185,9 @@ class TokenStream:
         index = int(np.searchsorted(self.ends, position % len(self), "right"))
         start = 4 * SHARD_HEADER_INTS + 2 * (position % len(self) - int(self.ends[index]))
         start += 2 * len(self.shards[index])
-        page = start % mmap.PAGESIZE
         mapped: Any = self.shards[index].base
         if hasattr(mmap, "MADV_WILLNEED"):  # not on Windows
-            mapped.madvise(mmap.MADV_WILLNEED, start - page, page + 2 * count)
+            mapped.madvise(mmap.MADV_WILLNEED, start & -mmap.PAGESIZE, mmap.PAGESIZE + 2 * count)
 
     def read(self, position: int, count: int, dtype: Any = np.int64) -> Tensor:
         """Returns `count` tokens from a position on."""
