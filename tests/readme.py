@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 import train_gpt
 
 README, PICTURE = ROOT / "README.md", ROOT / "records" / "results.png"
-CPU_ENTRY = ROOT / "records" / "track_non_record_16mb" / "2026-11-22_Python_on_a_CPU"
+CPU_ENTRY = ROOT / "records" / "track_non_record_16mb" / "2026-11-27_Python_on_a_CPU"
 
 COMMON = (
     "preset",
