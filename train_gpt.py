@@ -3399,16 +3399,16 @@ def pack_to_fit(
     base = choose_scales(stacks, h.scale_rule, ranks)
     matrices = [name for name, role in roles.items() if role == "matrix"]
 
-    def quantize(factor: float, stacks: Sequence[Stack], ranks: Ranks) -> dict[str, Tensor]:
+    def arrays_at(factor: float, stacks: Sequence[Stack], ranks: Ranks) -> dict[str, Tensor]:
         widened = {name: to_scales(base[name].float() * factor) for name in matrices}
         codes = quantize_stacks(stacks, base | widened, ranks)
         return artifact_arrays(model, codes, base | widened)
 
     def size(factor: float) -> float:
-        return entropy_size(quantize(factor, rounding, Ranks()))
+        return entropy_size(arrays_at(factor, rounding, Ranks()))
 
     def sample_codec() -> float:
-        arrays = quantize(smallest_factor(size, room), rounding, Ranks())
+        arrays = arrays_at(smallest_factor(size, room), rounding, Ranks())
         part = {name: array[::8] for name, array in arrays.items() if array.dtype == torch.int8}
         packed = CODECS[h.compressor].compress([x.cpu().numpy() for x in part.values()])
         return 8 * (len(packed) - entropy_size(part))
@@ -3420,7 +3420,7 @@ def pack_to_fit(
         margin = 0.0005 * max(packing - 1, 1) ** 2  # it grows, so that this ends
         target = (1 - margin) * room - added
         factor = ranks.broadcast_from_rank0(partial(smallest_factor, size, target))
-        arrays = quantize(factor, stacks, ranks)
+        arrays = arrays_at(factor, stacks, ranks)
         blob = ranks.broadcast_from_rank0(partial(pack_artifact, h, arrays, h.compressor))
         codes = torch.cat([arrays[f"{name}.codes"].flatten() for name in matrices])
         entropy = code_entropy(codes)
