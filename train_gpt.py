@@ -2238,7 +2238,7 @@ class Phase(NamedTuple):
     muon_momentum: float
     jepa_weight: float  # lambda of the JEPA losses; 0 leaves them out of the program
     stp_weight: float  # of the STP loss; 0 leaves it out of the program
-    loops: int  # repetitions of the looped layers
+    loops: int = 0  # repetitions of the looped layers
 
 
 def warmdown_left(progress: Progress, h: Hyperparameters) -> float:
