@@ -81,7 +81,6 @@ from torch.nn.attention import (
     restore_flash_attention_impl,
     sdpa_kernel,
 )
-from torch.nn.attention.varlen import varlen_attn
 
 # ---- Settings: what the run is told ----
 
@@ -920,7 +919,7 @@ def attend_sdpa(
         mask = same.tril().unsqueeze(1)  # [B, 1, T, T]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     y = F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1)
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1)
     )
     return y.transpose(1, 2)
 
@@ -936,6 +935,8 @@ def attend_documents(q: Tensor, k: Tensor, v: Tensor, window: int, offsets: Tens
 
     `offsets` are those of Documents.
     """
+    from torch.nn.attention.varlen import varlen_attn  # this takes a second, and loads the compiler
+
     shape, longest = q.shape, q.size(1)
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     reach = (window - 1, 0)  # positions before and after; -1 is no bound

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from conftest import choose, compile_counted, settings
 from test_evaluate import Recorder, make_pass
 from test_model import FEATURES, OFF, ON, random_model, some_ids
+from torch.nn.attention import varlen
 
 import train_gpt as tg
 
@@ -72,7 +73,7 @@ def varlen_by_definition(
 @pytest.mark.parametrize("cuts", [(40,), (1, 1, 20, 18), (530, 70)])
 def test_attention_and_gradients_equal_each_document_alone(back_end, window, cuts, monkeypatch):
     """A CPU's kernel reads 512 keys at once, which the last document of 70 does not see at all."""
-    monkeypatch.setattr(tg, "varlen_attn", varlen_by_definition)
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_by_definition)
     ids = torch.stack((ids_of(*cuts), ids_of(*cuts[::-1])))
     options = {"generator": torch.Generator().manual_seed(0), "dtype": torch.float64}
     qkv = [torch.randn(*ids.shape, heads, 4, **options).requires_grad_() for heads in (4, 2, 2)]
