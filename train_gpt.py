@@ -123,6 +123,7 @@ SP8192: dict[str, Any] = {
 }
 FRONTIER = SP8192 | {
     "parallel_start_layer": 8,
+    "doc_attention": True,
     "sparse_attn_gate_enabled": True,
     "sparse_attn_gate_scale": 0.5,
     "smear_gate_enabled": True,
@@ -999,6 +1000,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 # ---- Attention: the back ends, and one that works here ----
 
 Attend = Callable[..., Tensor]  # attend(q, k, v, *, window=0, documents=None), see attend_sdpa
+VARLEN_HAS_GROUPS = torch.__version__ >= "2.12"  # PyTorch's attention for documents
 MAX_ATTENTION_ERROR = 0.03  # of a back end in bf16, relative to float32; about 0.005 is rounding
 
 
@@ -1069,9 +1071,11 @@ def attend_documents(q: Tensor, k: Tensor, v: Tensor, window: int, offsets: Tens
     shape, longest = q.shape, q.size(1)
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     reach = (window - 1, 0)  # positions before and after; -1 is no bound
-    y: Any = varlen_attn(
-        q, k, v, offsets, offsets, longest, longest, window_size=reach, enable_gqa=True
-    )
+    options: dict[str, Any] = {"enable_gqa": True}
+    if not VARLEN_HAS_GROUPS:
+        group, options = q.size(1) // k.size(1), {}
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    y: Any = varlen_attn(q, k, v, offsets, offsets, longest, longest, window_size=reach, **options)
     return y.view(shape)
 
 
