@@ -184,8 +184,8 @@ def test_documents_that_move_compile_nothing_anew(byte_corpus, cpu):
 @pytest.mark.parametrize("kind", ["plain", "sliding 20", "one pass", "ttt 32"])
 def test_scores_stay_within_documents(kind, cpu):
     """A changed token changes scores of its own document only, unless the weights learn from it."""
-    h = settings(**APART, num_layers=2, eval_seq_len=32, ttt_chunk_tokens=64)
-    model = random_model(**APART, num_layers=2)
+    model = random_model(**APART)
+    h = tg.replace(model.h, eval_seq_len=32, ttt_chunk_tokens=64)
     start = {name: p.clone() for name, p in model.state_dict().items()}
     text = ids_of(50, 70, 80)
 
