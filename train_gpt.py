@@ -54,7 +54,7 @@ import time
 import traceback
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -2403,59 +2403,47 @@ CHECKPOINT, FINAL_MODEL = "checkpoint.safetensors", "final_model.safetensors"
 ORDER_SETTINGS = ("seed", "train_order", "train_batch_tokens")  # which text a step reads
 
 
-class TrainingClock:
-    """Seconds of training, by the slowest rank; the time from a count to a resume is left out."""
+class StepLog:
+    """Losses and seconds of the steps, their log lines, and the clock of training.
 
-    def __init__(self, device: Device, ranks: Ranks) -> None:
-        self.device, self.ranks = device, ranks
-        self.elapsed = 0.0
-        self.recent: deque[float] = deque(maxlen=20)  # seconds of the last steps
-        self.slowest = 0.0  # of the recent steps, over all ranks
+    The clock counts the seconds of the slowest rank; the time from a finish to a resume is left
+    out. On CUDA a step's loss is read when the next step has been launched, so that the GPU never
+    waits.
+    """
+
+    def __init__(self, device: Device, log: Log, ranks: Ranks, iterations: int, every: int) -> None:
+        self.device, self.log, self.ranks = device, log, ranks
+        self.iterations, self.every = iterations, every
+        self.losses: list[float] = []  # of the finished steps
+        self.seconds: list[float] = []  # that each of them took
+        self.running: deque[tuple[Any, list[str], Tensor]] = deque()
+        self.elapsed = 0.0  # seconds of training
+        self.slowest = 0.0  # seconds of the slowest recent step of all ranks
         self.mark = device.now()  # the moment up to which `elapsed` counts
 
     def resume(self) -> None:
         """Starts to count from now on."""
         self.mark = self.device.now()
 
-    def count(self) -> None:
-        """Counts the seconds until now, which are of no step; all ranks take the slowest one's."""
-        self.elapsed = self.seconds()
-        self.mark = time.perf_counter()
-        self.agree()
-
-    def seconds(self) -> float:
-        """Returns the seconds until now, by this rank."""
-        return self.elapsed + self.device.now() - self.mark
-
-    def count_step(self) -> None:
-        """Counts the seconds until now as those of a step."""
-        now = time.perf_counter()
-        self.recent.append(now - self.mark)
-        self.elapsed += now - self.mark
+    def count(self, now: float) -> float:
+        """Counts the seconds until a moment, and returns them."""
+        seconds = now - self.mark
+        self.elapsed += seconds
         self.mark = now
+        return seconds
 
     def agree(self, stop: bool = False) -> bool:
         """Takes the seconds of the slowest rank; returns whether any rank wants to stop."""
-        own, recent = self.elapsed, max(self.recent, default=0.0)
+        own, recent = self.elapsed, max(self.seconds[-20:], default=0.0)
         self.elapsed, self.slowest, stops = self.ranks.all_reduce_max(own, recent, stop)
         self.mark += self.elapsed - own
         return stops > 0
 
-
-class StepLog:
-    """Losses and times of the steps, and their log lines.
-
-    On CUDA a step's loss is read when the next step has been launched, so that the GPU never waits.
-    """
-
-    def __init__(
-        self, clock: TrainingClock, log: Log, ranks: Ranks, iterations: int, every: int
-    ) -> None:
-        self.clock, self.log, self.ranks = clock, log, ranks
-        self.iterations, self.every = iterations, every
-        self.losses: list[float] = []  # of the finished steps
-        self.times: list[float] = []  # seconds of training at their ends
-        self.running: deque[tuple[Any, list[str], Tensor]] = deque()
+    def finish(self) -> None:
+        """Waits for all launched steps, and counts the seconds until now."""
+        self.record_steps()
+        self.count(self.device.now())
+        self.agree()
 
     def launched(self, terms: Mapping[str, Tensor]) -> None:
         """Queues a launched step for the log, given this rank's share of each term of its loss."""
@@ -2464,15 +2452,15 @@ class StepLog:
         values = values.to("cpu", non_blocking=True)  # from a GPU, into pinned memory
         event = torch.cuda.current_stream().record_event() if is_cuda else None
         self.running.append((event, [*terms], values))
-        self.finish(keep=1 if is_cuda else 0)
+        self.record_steps(keep=1 if is_cuda else 0)
 
-    def finish(self, keep: int = 0) -> None:
-        """Waits for the oldest steps until `keep` are left, and logs them."""
+    def record_steps(self, keep: int = 0) -> None:
+        """Waits for the oldest steps until `keep` are left, and records them."""
         while len(self.running) > keep:
             event, names, values = self.running.popleft()
             if event is not None:
                 event.synchronize()
-            self.clock.count_step()
+            self.seconds.append(self.count(time.perf_counter()))
             self.record(dict(zip(names, values.tolist())))
 
     def record(self, terms: dict[str, float]) -> None:
@@ -2482,11 +2470,10 @@ class StepLog:
         """
         loss = terms["train_loss"]
         self.losses.append(loss)
-        self.times.append(self.clock.elapsed)
         step = len(self.losses)
         if step <= 10 or (self.every and step % self.every == 0):
             self.write(**terms)
-        left = self.clock.elapsed / step * (self.iterations - step)
+        left = self.elapsed / step * (self.iterations - step)
         self.log.progress(f"step {step}/{self.iterations}  loss {loss:.4f}  {left:.0f} s left")
         total, bad = sum(terms.values()), [k for k, v in terms.items() if not math.isfinite(v)]
         if bad:
@@ -2497,11 +2484,11 @@ class StepLog:
 
     def write(self, **values: float) -> None:
         """Logs values of the last finished step."""
-        step, ms = len(self.losses), 1000 * self.clock.elapsed
+        step, ms = len(self.losses), 1000 * self.elapsed
         terms = " ".join(f"{name}:{value:.4f}" for name, value in values.items())
         times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
         self.log(f"step:{step}/{self.iterations} {terms} {times}")
-        self.log.event("step", step=step, seconds=self.clock.elapsed, **values)
+        self.log.event("step", step=step, seconds=self.elapsed, **values)
 
 
 class StopSignal:
@@ -2564,7 +2551,7 @@ def auxiliary_inputs(
 
 
 class Trainer:
-    """Model, optimizers, average and clock of a run, and its loop.
+    """Model, optimizers, average and step log of a run, and its loop.
 
     Stops, validations and checkpoints are decided on all-reduced values only, so that ranks agree.
     In a step these tensors travel between the ranks, in order: seconds and the stop flag (agree,
@@ -2592,8 +2579,7 @@ class Trainer:
         window = h.window_tokens
         self.validation = ScoringPass(device.compile(model.forward_logits), window, window)
         self.optimizers, self.average = Optimizers(model, h, ranks), WeightAverage(model, h)
-        self.clock = TrainingClock(device, ranks)
-        self.step_log = StepLog(self.clock, log, ranks, h.iterations, h.train_log_every)
+        self.step_log = StepLog(device, log, ranks, h.iterations, h.train_log_every)
         self.step = 0  # steps launched
 
     def train(self, resume_from: Mapping[str, Tensor] | None = None) -> None:
@@ -2616,11 +2602,11 @@ class Trainer:
                     text |= {"step": self.step, "shards": self.batches.stream.fingerprint()}
                     stated = model_settings(self.h) | text
                     save_tensors(log, FINAL_MODEL, self.average.weights, stated)
-                stopped = self.clock.agree(stop_signal.received)  # rank 0 has written its files
+                stopped = self.step_log.agree(stop_signal.received)  # rank 0 has written its files
         if stopped:
             raise KeyboardInterrupt
         if self.step < self.h.iterations:
-            at = f"train_time:{1000 * self.clock.elapsed:.0f}ms step:{self.step}"
+            at = f"train_time:{1000 * self.step_log.elapsed:.0f}ms step:{self.step}"
             log(f"stopping_early: wallclock_cap {at}/{self.h.iterations}")
         self.validate()
 
@@ -2645,25 +2631,24 @@ class Trainer:
 
     def loop(self, stop_signal: StopSignal) -> None:
         """Takes steps until the run ends or, after a checkpoint, a signal has come to some rank."""
-        h, clock, step_log = self.h, self.clock, self.step_log
-        clock.resume()
+        h, step_log = self.h, self.step_log
+        step_log.resume()
         interval = int(h.checkpoint_every.removesuffix("s")) or math.inf
-        saved = (self.step, clock.elapsed)  # steps and seconds at the last checkpoint
+        saved = (self.step, step_log.elapsed)  # steps and seconds at the last checkpoint
         while True:
-            stop = clock.agree(stop_signal.received)
-            steps, seconds = self.step - saved[0], clock.elapsed - saved[1]
+            stop = step_log.agree(stop_signal.received)
+            steps, seconds = self.step - saved[0], step_log.elapsed - saved[1]
             if stop or (seconds if h.checkpoint_every.endswith("s") else steps) >= interval:
-                saved = (self.step, clock.elapsed)
+                saved = (self.step, step_log.elapsed)
                 self.save_checkpoint()
             if stop:
                 return
             # When the steps in flight and one more would end, each as slow as the slowest.
-            next_end = clock.elapsed + (len(step_log.running) + 1) * clock.slowest
+            next_end = step_log.elapsed + (len(step_log.running) + 1) * step_log.slowest
             done = self.step >= h.iterations or next_end >= self.deadline
             validates = h.val_loss_every > 0 and self.step % h.val_loss_every == 0
             if done or validates:
                 step_log.finish()
-                clock.count()
             if done:
                 return
             if validates:
@@ -2672,8 +2657,8 @@ class Trainer:
                     self.validate()
                 finally:
                     stop_signal.immediate = False
-                clock.resume()
-            progress = Progress(self.step, h.iterations, clock.elapsed, self.deadline)
+                step_log.resume()
+            progress = Progress(self.step, h.iterations, step_log.elapsed, self.deadline)
             phase = schedule(progress, h)
             step_log.launched(self.take_step(phase, *self.batches.batch(self.step)))
             self.average.update(self.step, phase.lr_scale)
@@ -2715,10 +2700,9 @@ class Trainer:
     def save_checkpoint(self) -> None:
         """Writes a checkpoint; the time that this takes counts as training."""
         self.step_log.finish()
-        self.clock.count()
         stated = {"step": self.step, "shards": self.batches.stream.fingerprint()}
         save_tensors(self.log, CHECKPOINT, self.tensors(), asdict(self.h) | stated)
-        self.clock.count()
+        self.step_log.finish()
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the tensors of a checkpoint by name.
@@ -2731,9 +2715,9 @@ class Trainer:
         tensors |= {f"average/{name}": p for name, p in self.average.weights.items()}
         tensors |= self.optimizers.state()
         progress = {
-            "elapsed": self.clock.elapsed,
+            "elapsed": self.step_log.elapsed,
             "losses": self.step_log.losses,
-            "times": self.step_log.times,
+            "times": np.cumsum(self.step_log.seconds),
             "averaged": self.average.count,
         }
         for name, values in progress.items():
@@ -2743,14 +2727,9 @@ class Trainer:
     def restore(self, saved: Mapping[str, Tensor]) -> None:
         """Continues from the tensors of a checkpoint. Raises DataError if they do not fit."""
         with raise_data_error(f"RESUME={self.h.resume}: not a training state of this model"):
-            self.clock.elapsed = saved["progress/elapsed"].item()
+            self.step_log.elapsed = saved["progress/elapsed"].item()
             self.step_log.losses = saved["progress/losses"].tolist()
-            self.step_log.times = saved["progress/times"].tolist()
-            check(
-                len(self.step_log.times) == len(self.step_log.losses),
-                "times and losses differ in number",
-            )
-            self.clock.recent.extend(np.diff(self.step_log.times, prepend=0.0).tolist())
+            self.step_log.seconds = np.diff(saved["progress/times"], prepend=0.0).tolist()
             self.average.count = int(saved["progress/averaged"].item())
             for name, tensor in self.tensors().items():
                 if not name.startswith("progress/"):
@@ -2758,7 +2737,7 @@ class Trainer:
                     check(stored.shape == tensor.shape, f"{name} has shape {[*stored.shape]}")
                     tensor.copy_(stored)
         self.step = len(self.step_log.losses)
-        self.log(f"resume: step {self.step}, {self.clock.elapsed:.1f} s trained")
+        self.log(f"resume: step {self.step}, {self.step_log.elapsed:.1f} s trained")
 
 
 # ---- Quantize: from float32 weights to integer codes ----
@@ -2953,22 +2932,14 @@ def artifact_arrays(
 
 
 @torch.inference_mode()
-def collect_hessians(
-    model: GPT,
-    batches: Sequence[Tensor],
-    ranks: Ranks,
-    seconds_left: Callable[[], float] = lambda: math.inf,
-    slowest: float = 0.0,
-) -> tuple[dict[str, Tensor], int]:
+def collect_hessians(model: GPT, batches: Iterable[Tensor], ranks: Ranks) -> dict[str, Tensor]:
     """Returns X^T X, float32 [in, in], of all inputs X of each matrix, by the weight's name.
 
     With GPTQ_EMBED=1 the table of the output head counts as a matrix. Batches are ids [B, T], each
-    divided among the ranks. Stops before a batch that could take longer than seconds_left(): as
-    long as the slowest so far, at first `slowest` seconds. Second: the number of batches read; with
-    none there are no Hessians.
+    divided among the ranks.
     """
     roles, hooks, sums = parameter_roles(model), [], {}
-    device, used = model.tok_emb.weight.device, 0
+    device = model.tok_emb.weight.device
 
     def add(total: Tensor, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].flatten(0, -2).float()
@@ -2986,20 +2957,15 @@ def collect_hessians(
         hooks.append(module.register_forward_pre_hook(partial(add, sums[weight])))
     try:
         for ids in batches:
-            left = seconds_left()
-            if slowest > left:
-                break
             own = ids[ranks.rank :: ranks.world_size]
             if len(own):
                 states = model.states(own.to(device))
                 if head in sums:
                     add(sums[head], model, (states,))
-            slowest, used = max(slowest, left - seconds_left()), used + 1
     finally:
         for hook in hooks:
             hook.remove()
-    used = int(ranks.all_reduce_max(used)[0])
-    return {name: ranks.all_reduce_(total) for name, total in sums.items() if used}, used
+    return {name: ranks.all_reduce_(total) for name, total in sums.items()}
 
 
 def random_sequences(count: int, seq_len: int, vocab_size: int, seed: int) -> Tensor:
@@ -3562,8 +3528,7 @@ class Run:
             }
             self.check_training(str(path), saved._replace(settings=order))
         self.write_program()
-        model, clock = self.load_model(saved.weights), TrainingClock(self.device, self.ranks)
-        self.quantize_and_score(model, clock, saved.step)
+        self.quantize_and_score(self.load_model(saved.weights), 0.0, saved.step)
 
     def train(self) -> None:
         """Trains a model, averages, calibrates, quantizes and packs it, and scores the artifact."""
@@ -3581,14 +3546,14 @@ class Run:
         finally:
             self.result |= {"steps": trainer.step, "train_losses": trainer.step_log.losses}
         kind = trainer.average.copy_to_model(log)
-        step_ms = np.diff(trainer.step_log.times, prepend=0.0) * 1000
+        step_ms = np.multiply(trainer.step_log.seconds, 1000)
         percentiles = (50, 99) if trainer.step else ()
         self.result |= {
             "step_ms": {f"p{n}": float(np.percentile(step_ms, n)) for n in percentiles},
             "peak_memory_mib": torch.cuda.max_memory_allocated() >> 20,  # 0 on a CPU
             "weights": kind,
         }
-        self.quantize_and_score(model, trainer.clock, trainer.step)
+        self.quantize_and_score(model, trainer.step_log.elapsed, trainer.step)
 
     def choose_folder(self) -> Path:
         """Returns the run's folder, the same on all ranks, and creates nothing.
@@ -3721,13 +3686,13 @@ class Run:
             )
         return changed
 
-    def quantize_and_score(self, model: GPT, clock: TrainingClock, step: int) -> None:
+    def quantize_and_score(self, model: GPT, train_seconds: float, step: int) -> None:
         """Calibrates, quantizes and packs a model after `step` steps; scores the artifact."""
         h, log, val = self.h, self.log, self.data.val
         path, ends = (log.folder or Path()) / ARTIFACT, [self.device.now()]
         code, scores = len(self.twin), self.result.setdefault("scores", {})
         model.eval()
-        hessians = self.calibrate(model, clock, step)
+        hessians = self.calibrate(model, self.h.training_seconds - train_seconds, step)
         ends.append(self.device.now())
         blob = pack_to_fit(model, hessians, h, BYTES_LIMIT - code, self.ranks, log)
         if not log.silent:
@@ -3744,8 +3709,10 @@ class Run:
         ends.append(self.device.now())
         self.score_artifact(path, scores)
         ends.append(self.device.now())
-        stages = zip(("calibrate", "pack", "diagnose", "eval"), np.diff(ends).tolist())
-        seconds = {"train": clock.elapsed, **dict(stages)}
+        stages = ("train", "calibrate", "pack", "diagnose", "eval")
+        seconds = dict(zip(stages, (train_seconds, *np.diff(ends).tolist())))
+        if h.calibrates_on_text:  # reading training text counts as training
+            seconds["train"] += seconds["calibrate"]
         log("seconds: " + " ".join(f"{name}:{value:.1f}" for name, value in seconds.items()))
         verdicts = self.check_limits(seconds, code + len(blob))
         self.result |= {
@@ -3791,30 +3758,32 @@ class Run:
             )
         return reserve
 
-    def calibrate(self, model: GPT, clock: TrainingClock, step: int) -> dict[str, Tensor]:
-        """Returns the Hessians for GPTQ; none with GPTQ_ENABLED=0, or if the time is over.
+    def calibrate(self, model: GPT, seconds_left: float, step: int) -> dict[str, Tensor]:
+        """Returns the Hessians for GPTQ by name; a matrix without one is rounded.
 
-        Reading training text counts as training.
+        Reads no batch of training text that could end after `seconds_left`: one may take as long as
+        the slowest so far.
         """
-        h = self.h
-        if not h.gptq_enabled:
+        if not self.h.gptq_enabled:
             return {}
-        batches = self.calibration_batches(step)
-        if h.calibrates_on_text:
-            clock.resume()
-            left = lambda: h.training_seconds - clock.seconds()  # noqa: E731
-            hessians, used = collect_hessians(
-                model, batches, self.ranks, left, self.calibration_batch_seconds
-            )
-            clock.count()
-            if used < len(batches):
-                self.log(f"gptq: the time allowed {used} of {len(batches)} calibration batches")
-        else:
-            hessians, _ = collect_hessians(model, batches, self.ranks)
-        for name in [name for name, x in hessians.items() if not x.sum().isfinite()]:
-            self.log(f"gptq: {name} is rounded: the inputs that calibrate it are not finite")
-            del hessians[name]
-        return hessians
+        batches, now = self.calibration_batches(step), self.device.now
+        deadline = now() + seconds_left if self.h.calibrates_on_text else math.inf
+
+        def in_time() -> Iterator[Tensor]:
+            slowest = self.calibration_batch_seconds
+            for n, ids in enumerate(batches):
+                began = now()
+                if began + slowest > deadline:
+                    self.log(f"gptq: the time allowed {n} of {len(batches)} calibration batches")
+                    return
+                yield ids
+                slowest = max(slowest, now() - began)
+
+        hessians = collect_hessians(model, in_time(), self.ranks)
+        usable = {name: x for name, x in hessians.items() if 0 < x.trace() < math.inf}
+        for name in hessians.keys() - usable.keys():
+            self.log(f"gptq: {name} is rounded: no finite inputs calibrate it")
+        return usable
 
     def score(self, scoring_pass: ScoringPass) -> Score:
         """Returns the score of a pass over the validation text."""

@@ -55,7 +55,7 @@ def record() -> None:
         digest = hashlib.sha256()
         for p in (*trainer.average.params.values(), *trainer.average.weights.values()):
             digest.update(p.numpy().tobytes())
-        clock, steps = trainer.clock.elapsed, len(trainer.step_log.times)
+        clock, steps = trainer.step_log.elapsed, len(trainer.step_log.seconds)
         Path(f"end{rank()}").write_text(f"{digest.hexdigest()} {clock} {steps}")
 
     before_call("Optimizers.step", first_step)

@@ -207,7 +207,6 @@ def damaged(whole: bytes, final: bytes) -> dict[str, tuple[bytes | None, str]]:
         kept = {name: t for name, t in saved.items() if not name.startswith(without)}
         return save({**kept, **tensors}, settings)
 
-    shorter = saved["progress/times"][:1].clone()
     return {
         "absent": (None, unreadable),
         "cut": (whole[: len(whole) // 2], unreadable),
@@ -224,7 +223,6 @@ def damaged(whole: bytes, final: bytes) -> dict[str, tuple[bytes | None, str]]:
             changed(**{"model/tok_emb.weight": torch.ones(3, 3)}),
             f"{no_state}: ValueError('model/tok_emb.weight has shape [3, 3]')",
         ),
-        "fewer times than losses": (changed(**{"progress/times": shorter}), no_state),
     }
 
 

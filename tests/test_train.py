@@ -73,7 +73,7 @@ def test_training_ends_at_a_gradient_that_is_not_finite_with_finite_weights(byte
 
 
 def test_the_message_names_the_terms_that_are_not_finite(cpu):
-    log = tg.StepLog(tg.TrainingClock(cpu, tg.Ranks()), tg.Log(silent=True), tg.Ranks(), 9, 0)
+    log = tg.StepLog(cpu, tg.Log(silent=True), tg.Ranks(), 9, 0)
     log.record({"train_loss": 5.1, "stp": 0.2})
     with pytest.raises(tg.DivergenceError, match=r"step 2: the loss is inf: stp or its gradient"):
         log.record({"train_loss": 5.1, "stp": math.inf})
@@ -148,7 +148,7 @@ def test_training_stops_before_the_cap(byte_corpus: Path, cpu, capsys, fake_time
     run = trained(settings(data_path=byte_corpus, **ONE_PASS, **limits), cpu, attend)
     assert "stopping_early: wallclock_cap" in capsys.readouterr().out
     assert run.step == len(run.step_log.losses) == steps  # before the first step nothing is known
-    assert run.clock.elapsed < cap or steps == 1
+    assert run.step_log.elapsed < cap or steps == 1
 
 
 @pytest.mark.parametrize(("iterations", "validated"), [(5, [0, 2, 4, 5]), (4, [0, 2, 4])])
@@ -158,7 +158,7 @@ def test_validation_is_at_its_steps_and_outside_the_clock(
     attend = slow_attention(fake_time, lambda trains: 1.0 if trains else 100.0)
     every = {"iterations": iterations, "val_loss_every": 2, "train_log_every": 0}
     run = trained(settings(data_path=byte_corpus, **ONE_PASS, **every), cpu, attend)
-    assert run.clock.elapsed == iterations
+    assert run.step_log.elapsed == iterations
     lines = capsys.readouterr().out.splitlines()
     steps = [line.split()[0] for line in lines if "val_bpb" in line and "step_avg" in line]
     assert steps == [f"step:{step}/{iterations}" for step in validated]
@@ -169,7 +169,7 @@ class LateStepLog(tg.StepLog):
 
     def launched(self, terms: dict[str, torch.Tensor]) -> None:
         self.running.append((None, list(terms), torch.stack(list(terms.values()))))
-        self.finish(keep=1)
+        self.record_steps(keep=1)
 
 
 def test_steps_that_are_known_late_are_logged_and_have_time(
@@ -179,7 +179,7 @@ def test_steps_that_are_known_late_are_logged_and_have_time(
     attend = slow_attention(fake_time, lambda trains: 1.0 if trains else 0.0)
     limits = {"iterations": 1000, "max_wallclock_seconds": 10, "val_loss_every": 3}
     run = make_trainer(settings(data_path=byte_corpus, **ONE_PASS, **limits), cpu, attend)
-    run.step_log = LateStepLog(run.clock, run.log, tg.Ranks(), 1000, 1)
+    run.step_log = LateStepLog(cpu, run.log, tg.Ranks(), 1000, 1)
     run.train()
     # The slowest step took 2 s. After 6 s one step still runs: it and one more could end at 10 s.
     assert run.step == len(run.step_log.losses) == 6
