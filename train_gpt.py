@@ -54,7 +54,7 @@ import time
 import traceback
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -2491,44 +2491,15 @@ class StepLog:
         self.log.event("step", step=step, seconds=self.elapsed, **values)
 
 
-class StopSignal:
-    """Notes SIGINT and SIGTERM inside its block, so that a training step is always finished."""
-
-    def __init__(self) -> None:
-        self.received = self.immediate = False
-
-    def __enter__(self) -> "StopSignal":
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        self.before = {number: signal.signal(number, self.receive) for number in numbers}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def receive(self, *_: object) -> None:
-        """Handles a signal; where it is to be immediate, in a validation, it ends the run."""
-        self.received = True
-        if self.immediate:
-            self.immediate = False  # a second signal must not interrupt the saving
-            raise KeyboardInterrupt
-
-
-def save_tensors(
-    log: Log, name: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
-) -> None:
-    """Writes tensors and settings into the run's folder, on rank 0.
-
-    If the file cannot be written the log says so; a file from before stays whole.
-    """
-    if log.silent or log.folder is None:
-        return
-    path = log.folder / name
+@contextmanager
+def handle_signals(handler: Callable[..., None]) -> Iterator[None]:
+    """Has SIGINT and SIGTERM call a handler inside a block."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        write_tensors(path, tensors, settings)
-        log(f"Serialized model: {path.stat().st_size} bytes in {name}")
-    except OSError as error:
-        log(f"warning: {path} could not be written: {error}")
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
 
 
 def auxiliary_inputs(
@@ -2581,6 +2552,7 @@ class Trainer:
         self.optimizers, self.average = Optimizers(model, h, ranks), WeightAverage(model, h)
         self.step_log = StepLog(device, log, ranks, h.iterations, h.train_log_every)
         self.step = 0  # steps launched
+        self.stop_asked = self.validating = False
 
     def train(self, resume_from: Mapping[str, Tensor] | None = None) -> None:
         """Trains until ITERATIONS, or until one more step could pass the deadline.
@@ -2594,15 +2566,13 @@ class Trainer:
             self.warm_up()
             if resume_from is not None:
                 self.restore(resume_from)
-            with StopSignal() as stop_signal:
+            with handle_signals(self.receive_signal):
                 try:
-                    self.loop(stop_signal)
+                    self.loop()
                 finally:
-                    text = {name: getattr(self.h, name) for name in ORDER_SETTINGS}
-                    text |= {"step": self.step, "shards": self.batches.stream.fingerprint()}
-                    stated = model_settings(self.h) | text
-                    save_tensors(log, FINAL_MODEL, self.average.weights, stated)
-                stopped = self.step_log.agree(stop_signal.received)  # rank 0 has written its files
+                    self.validating = False  # no signal interrupts the saving
+                    self.save(FINAL_MODEL, self.average.weights)
+                stopped = self.step_log.agree(self.stop_asked)  # rank 0 has written its files
         if stopped:
             raise KeyboardInterrupt
         if self.step < self.h.iterations:
@@ -2629,14 +2599,20 @@ class Trainer:
         for state in self.optimizers.state().values():
             state.zero_()
 
-    def loop(self, stop_signal: StopSignal) -> None:
+    def receive_signal(self, *_: object) -> None:
+        """Notes a signal, so that a step is always finished; in a validation it ends the run."""
+        self.stop_asked = True
+        if self.validating:
+            raise KeyboardInterrupt
+
+    def loop(self) -> None:
         """Takes steps until the run ends or, after a checkpoint, a signal has come to some rank."""
         h, step_log = self.h, self.step_log
         step_log.resume()
         interval = int(h.checkpoint_every.removesuffix("s")) or math.inf
         saved = (self.step, step_log.elapsed)  # steps and seconds at the last checkpoint
         while True:
-            stop = step_log.agree(stop_signal.received)
+            stop = step_log.agree(self.stop_asked)
             steps, seconds = self.step - saved[0], step_log.elapsed - saved[1]
             if stop or (seconds if h.checkpoint_every.endswith("s") else steps) >= interval:
                 saved = (self.step, step_log.elapsed)
@@ -2652,11 +2628,9 @@ class Trainer:
             if done:
                 return
             if validates:
-                stop_signal.immediate = True
-                try:
-                    self.validate()
-                finally:
-                    stop_signal.immediate = False
+                self.validating = True
+                self.validate()
+                self.validating = False
                 step_log.resume()
             progress = Progress(self.step, h.iterations, step_log.elapsed, self.deadline)
             phase = schedule(progress, h)
@@ -2700,9 +2674,23 @@ class Trainer:
     def save_checkpoint(self) -> None:
         """Writes a checkpoint; the time that this takes counts as training."""
         self.step_log.finish()
-        stated = {"step": self.step, "shards": self.batches.stream.fingerprint()}
-        save_tensors(self.log, CHECKPOINT, self.tensors(), asdict(self.h) | stated)
+        self.save(CHECKPOINT, self.tensors())
         self.step_log.finish()
+
+    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Writes tensors into the run's folder, on rank 0, with the settings and what was read.
+
+        If the file cannot be written the log says so; a file from before stays whole.
+        """
+        if self.log.silent or self.log.folder is None:
+            return
+        path = self.log.folder / name
+        text = {"step": self.step, "shards": self.batches.stream.fingerprint()}
+        try:
+            write_tensors(path, tensors, asdict(self.h) | text)
+            self.log(f"Serialized model: {path.stat().st_size} bytes in {name}")
+        except OSError as error:
+            self.log(f"warning: {path} could not be written: {error}")
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the tensors of a checkpoint by name.
@@ -3523,10 +3511,7 @@ class Run:
         self.open_folder()
         self.prepare(trains=self.h.calibrates_on_text)
         if self.h.calibrates_on_text:  # on the text after the last step
-            order = {
-                name: saved.settings[name] for name in ORDER_SETTINGS if name in saved.settings
-            }
-            self.check_training(str(path), saved._replace(settings=order))
+            self.check_training(str(path), saved, ORDER_SETTINGS)
         self.write_program()
         self.quantize_and_score(self.load_model(saved.weights), 0.0, saved.step)
 
@@ -3665,18 +3650,20 @@ class Run:
             raise DataError(f"RESUME={path}: it has weights only; name a {CHECKPOINT}")
         if saved.step > h.iterations:
             raise DataError(f"RESUME={path}: it has {saved.step} steps; raise ITERATIONS to more")
-        changed = self.check_training(f"RESUME={path}", saved)
+        changed = self.check_training(f"RESUME={path}", saved, asdict(h).keys() - FREE_ON_RESUME)
         self.result["resumed"] = {"step": saved.step, "changed": changed}
         return saved.tensors
 
-    def check_training(self, what: str, saved: SavedModel) -> dict[str, Any]:
+    def check_training(
+        self, what: str, saved: SavedModel, names: Collection[str]
+    ) -> dict[str, Any]:
         """Returns the settings under which the saved model was trained, where they differ.
 
-        Raises DataError if one may not differ, or if the training shards do.
+        Raises DataError if one of `names` differs, or if the training shards do.
         """
         own, train = asdict(self.h), self.data.train
         changed = {name: value for name, value in saved.settings.items() if value != own[name]}
-        fixed = {name: value for name, value in changed.items() if name not in FREE_ON_RESUME}
+        fixed = {name: value for name, value in changed.items() if name in names}
         if fixed:
             raise DataError(f"{what}: it was trained with {env_form(fixed)}; set the same")
         if train and saved.shards not in (None, train.stream.fingerprint()):

@@ -473,7 +473,7 @@ def test_a_run_without_a_screen_writes_its_files(names, env, tmp_path):
     [
         ("load_data", signal.SIGINT, set()),
         ("score", signal.SIGTERM, {FINAL}),  # in a validation before the first step
-        pytest.param("save_tensors", signal.SIGTERM, {FINAL}, marks=pytest.mark.slow),
+        pytest.param("Trainer.save", signal.SIGTERM, {FINAL}, marks=pytest.mark.slow),
         ("choose_scales", signal.SIGTERM, {FINAL}),
         pytest.param(
             "Run.score_artifact", signal.SIGTERM, {FINAL, ARTIFACT}, marks=pytest.mark.slow
