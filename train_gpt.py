@@ -686,30 +686,25 @@ class Ranks:
         largest = torch.tensor(values, dtype=torch.float64)
         return self.all_reduce_(largest, dist.ReduceOp.MAX).tolist()
 
-    def map_over_ranks(
-        self, function: Callable[..., Sequence[Tensor]], *stacks: Tensor | None
-    ) -> tuple[Tensor, ...]:
+    def map_over_ranks(self, function: Callable[..., Tensor], *stacks: Tensor) -> Tensor:
         """Applies `function` to stacks [n, ...] with the n items divided among the ranks.
 
-        Returns the outputs [n, ...] on every rank, by all-gather. A stack that is None stays None.
+        Returns the output [n, ...] on every rank, by all-gather.
         """
-        n, device = next((len(s), s.device) for s in stacks if s is not None)
         if self.world_size == 1:
-            return tuple(function(*stacks))
+            return function(*stacks)
+        n = len(stacks[0])
         share = -(-n // self.world_size)
         # The last ranks repeat the last item, so that all shares have one shape.
         first = self.rank * share
-        mine = torch.arange(first, first + share, device=device).clamp(max=n - 1)
-        own = [stack if stack is None else stack[mine] for stack in stacks]
+        mine = torch.arange(first, first + share, device=stacks[0].device).clamp(max=n - 1)
+        output = function(*(stack[mine] for stack in stacks))
+        raw = output.contiguous().view(torch.uint8)  # collectives do not take every dtype
+        whole = raw.new_empty(self.world_size * len(raw), *raw.shape[1:])
         # all_gather_single is the name from torch 2.13 on.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        gathered = []
-        for output in function(*own):
-            raw = output.contiguous().view(torch.uint8)  # collectives do not take every dtype
-            whole = raw.new_empty(self.world_size * len(raw), *raw.shape[1:])
-            gather(whole, raw)
-            gathered.append(whole[:n].view(output.dtype))
-        return tuple(gathered)
+        gather(whole, raw)
+        return whole[:n].view(output.dtype)
 
 
 def join_ranks(env: Mapping[str, str], on_lost: Callable[[], None]) -> Ranks:
@@ -2295,9 +2290,7 @@ class Muon:
             gradient = torch.stack([p.grad for p in stack])  # type: ignore[misc]
             buffer.mul_(momentum).add_(gradient)
             update = gradient.add_(buffer, alpha=momentum).to(self.dtype)
-            (update,) = self.ranks.map_over_ranks(
-                lambda x: [newton_schulz(x, self.ns_steps)], update
-            )
+            update = self.ranks.map_over_ranks(partial(newton_schulz, steps=self.ns_steps), update)
             rows, cols = stack[0].shape
             torch._foreach_mul_(stack, 1 - lr * self.weight_decay)
             update = update.float().mul_(-lr * max(1, rows / cols) ** 0.5)
@@ -2742,9 +2735,7 @@ class Quantized(NamedTuple):
     errors: Tensor  # [n, rows], squared errors, which a search for scales compares
 
 
-def quantize_rounding(
-    limit: int, weight: Tensor, scales: Tensor, hessian: Tensor | None
-) -> Quantized:
+def quantize_rounding(limit: int, weight: Tensor, scales: Tensor, _: Tensor) -> Quantized:
     """Quantizes matrices [n, rows, cols] to nearest; does not use the Hessian.
 
     `scales` is float16 [n, rows]; codes are from -limit to limit.
@@ -2766,14 +2757,13 @@ def inverse_cholesky(hessian: Tensor) -> Tensor:
     return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
 
 
-def quantize_gptq(limit: int, weight: Tensor, scales: Tensor, hessian: Tensor | None) -> Quantized:
+def quantize_gptq(limit: int, weight: Tensor, scales: Tensor, hessian: Tensor) -> Quantized:
     """Quantizes matrices [n, rows, cols] by full GPTQ (arXiv 2210.17323).
 
     `hessian` [n, cols, cols] is X^T X of the inputs X. Columns are taken by falling diagonal; the
     error of each is spread over those after it, so that the output changes least. The errors of the
     rows are weighted by the Hessian too.
     """
-    assert hessian is not None
     cols = weight.size(2)
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     order = diagonal.argsort(dim=1, descending=True).unsqueeze(1)
@@ -2798,8 +2788,8 @@ def quantize_gptq(limit: int, weight: Tensor, scales: Tensor, hessian: Tensor | 
 
 
 # A quantizer maps the largest code, weights [n, rows, cols], scales [n, rows], and Hessians
-# [n, cols, cols] or None to a Quantized stack.
-Quantizer = Callable[[int, Tensor, Tensor, Tensor | None], Quantized]
+# [n, cols, cols] to a Quantized stack.
+Quantizer = Callable[[int, Tensor, Tensor, Tensor], Quantized]
 QUANTIZERS: dict[str, Quantizer] = {"rounding": quantize_rounding, "gptq": quantize_gptq}
 
 
@@ -2808,9 +2798,7 @@ def to_scales(values: Tensor) -> Tensor:
     return values.clamp(MIN_SCALE, MAX_SCALE).half()
 
 
-def search_scales(
-    quantizer: Quantizer, limit: int, weight: Tensor, hessian: Tensor | None
-) -> tuple[Tensor]:
+def search_scales(quantizer: Quantizer, limit: int, weight: Tensor, hessian: Tensor) -> Tensor:
     """Returns scales [n, rows] of weights [n, rows, cols]: each row's clip ratio of least error."""
     n, rows = weight.shape[:2]
     peak = weight.abs().amax(-1)
@@ -2818,7 +2806,12 @@ def search_scales(
     # Rows do not depend on each other, so that one call can try all ratios.
     errors = quantizer(limit, weight.repeat(1, len(CLIP_RATIOS), 1), scales, hessian).errors
     best = errors.view(n, -1, rows).argmin(1, keepdim=True)
-    return (scales.view(n, -1, rows).take_along_dim(best, 1).squeeze(1),)
+    return scales.view(n, -1, rows).take_along_dim(best, 1).squeeze(1)
+
+
+def std_scales(clip_sigmas: float, limit: int, weight: Tensor, _: Tensor) -> Tensor:
+    """Returns scales [n, rows] of weights [n, rows, cols]: k standard deviations at the limit."""
+    return to_scales(weight.std(-1) * clip_sigmas / limit)
 
 
 def check_finite(weights: Mapping[str, Tensor]) -> None:
@@ -2846,76 +2839,62 @@ def artifact_layout(model: GPT) -> dict[str, Tensor]:
 
 
 class Stack(NamedTuple):
-    """Weights of one shape that are quantized together."""
+    """Weights of one shape and role that are quantized together."""
 
     names: list[str]
-    clip_sigmas: float
+    role: Role
     limit: int  # the largest code
     quantizer: Quantizer
     weight: Tensor  # [n, rows, cols]
-    hessian: Tensor | None  # [n, cols, cols]
+    hessian: Tensor  # [n, cols, cols]; for rounding [n, 0, cols]
+    scales: Tensor  # float16 [n, rows]
+
+    def quantize(self, weight: Tensor, scales: Tensor, hessian: Tensor) -> Tensor:
+        """Returns the codes, int8, of some of the weights."""
+        return self.quantizer(self.limit, weight, scales, hessian).codes
 
 
-def weight_stacks(model: GPT, hessians: Mapping[str, Tensor]) -> list[Stack]:
-    """Returns all weights that are stored as codes; those with a Hessian are for GPTQ."""
+def weight_stacks(model: GPT, hessians: Mapping[str, Tensor], ranks: Ranks) -> list[Stack]:
+    """Returns all weights that are stored as codes; those with a Hessian are for GPTQ.
+
+    SCALE_RULE chooses their scales.
+    """
     h, roles, weights = model.h, parameter_roles(model), dict(model.named_parameters())
-    groups: dict[tuple[torch.Size, Role, str], list[str]] = {}
+    groups: dict[tuple[torch.Size, Role, Quantizer], list[str]] = {}
     for name, p in weights.items():
         role = ROLES[roles[name]]
         if role.bits:
-            quantizer = "gptq" if name in hessians else "rounding"
+            quantizer = QUANTIZERS["gptq" if name in hessians else "rounding"]
             groups.setdefault((p.shape, role, quantizer), []).append(name)
     stacks = []
     for (_, role, quantizer), names in groups.items():
-        sigmas, limit = getattr(h, role.clip_sigmas), 2 ** (getattr(h, role.bits) - 1) - 1
+        limit = 2 ** (getattr(h, role.bits) - 1) - 1
         weight = torch.stack([weights[name].detach() for name in names])
-        hessian = torch.stack([hessians[n] for n in names]) if quantizer == "gptq" else None
-        stacks.append(Stack(names, sigmas, limit, QUANTIZERS[quantizer], weight, hessian))
+        own = [hessians[name] for name in names if name in hessians]
+        hessian = torch.stack(own) if own else weight[:, :0]
+        find = partial(search_scales, quantizer, limit)
+        if h.scale_rule == "std":
+            find = partial(std_scales, getattr(h, role.clip_sigmas), limit)
+        scales = ranks.map_over_ranks(find, weight, hessian)
+        stacks.append(Stack(names, role, limit, quantizer, weight, hessian, scales))
     return stacks
 
 
-def std_scales(clip_sigmas: float, limit: int, weight: Tensor, _: Tensor | None) -> tuple[Tensor]:
-    """Returns scales [n, rows] of weights [n, rows, cols]: k standard deviations at the limit."""
-    return (to_scales(weight.std(-1) * clip_sigmas / limit),)
-
-
-def choose_scales(stacks: Sequence[Stack], rule: str, ranks: Ranks) -> dict[str, Tensor]:
-    """Returns scales, float16 [rows], of all weights by name; `rule` is SCALE_RULE."""
-    scales: dict[str, Tensor] = {}
-    for stack in stacks:
-        if rule == "std":
-            find = partial(std_scales, stack.clip_sigmas, stack.limit)
-        else:
-            find = partial(search_scales, stack.quantizer, stack.limit)
-        (chosen,) = ranks.map_over_ranks(find, stack.weight, stack.hessian)
-        scales |= zip(stack.names, chosen)
-    return scales
-
-
-def quantize_stacks(
-    stacks: Sequence[Stack], scales: Mapping[str, Tensor], ranks: Ranks
-) -> dict[str, Tensor]:
-    """Returns codes, int8 [rows, cols], of all weights by name.
-
-    The weights of a stack are divided among the ranks.
-    """
-    codes: dict[str, Tensor] = {}
-    for stack in stacks:
-        own = torch.stack([scales[name] for name in stack.names])
-        quantize = partial(stack.quantizer, stack.limit)
-        codes |= zip(
-            stack.names, ranks.map_over_ranks(quantize, stack.weight, own, stack.hessian)[0]
-        )
-    return codes
-
-
 def artifact_arrays(
-    model: GPT, codes: Mapping[str, Tensor], scales: Mapping[str, Tensor]
+    model: GPT, stacks: Sequence[Stack], factor: float, ranks: Ranks
 ) -> dict[str, Tensor]:
-    """Returns the arrays of an artifact by name: codes, their scales, and the rest in float16."""
+    """Returns the arrays of an artifact by name: codes, their scales, and the rest in float16.
+
+    The scales of matrices are multiplied by the factor. The ranks divide the weights of a stack.
+    """
     arrays = {name: p.detach().half() for name, p in model.named_parameters()}
-    arrays |= {f"{name}.codes": array for name, array in codes.items()}
-    arrays |= {f"{name}.scales": array for name, array in scales.items()}
+    for stack in stacks:
+        scales = stack.scales
+        if stack.role == ROLES["matrix"]:
+            scales = to_scales(scales.float() * factor)
+        codes = ranks.map_over_ranks(stack.quantize, stack.weight, scales, stack.hessian)
+        for name, of_weight, of_rows in zip(stack.names, codes, scales):
+            arrays |= {f"{name}.codes": of_weight, f"{name}.scales": of_rows}
     return {name: arrays[name] for name in artifact_layout(model)}
 
 
@@ -3348,21 +3327,15 @@ def pack_to_fit(
     measured on every eighth row at first, then known from each packing: one or two suffice.
     """
     check_finite(dict(model.named_parameters()))
-    stacks, roles = weight_stacks(model, hessians), parameter_roles(model)
+    stacks = weight_stacks(model, hessians, ranks)
     rounding = [stack._replace(quantizer=quantize_rounding) for stack in stacks]
-    base = choose_scales(stacks, h.scale_rule, ranks)
-    matrices = [name for name, role in roles.items() if role == "matrix"]
-
-    def arrays_at(factor: float, stacks: Sequence[Stack], ranks: Ranks) -> dict[str, Tensor]:
-        widened = {name: to_scales(base[name].float() * factor) for name in matrices}
-        codes = quantize_stacks(stacks, base | widened, ranks)
-        return artifact_arrays(model, codes, base | widened)
+    matrices = [name for name, role in parameter_roles(model).items() if role == "matrix"]
 
     def size(factor: float) -> float:
-        return entropy_size(arrays_at(factor, rounding, Ranks()))
+        return entropy_size(artifact_arrays(model, rounding, factor, Ranks()))
 
     def sample_codec() -> float:
-        arrays = arrays_at(smallest_factor(size, room), rounding, Ranks())
+        arrays = artifact_arrays(model, rounding, smallest_factor(size, room), Ranks())
         part = {name: array[::8] for name, array in arrays.items() if array.dtype == torch.int8}
         packed = CODECS[h.compressor].compress([x.cpu().numpy() for x in part.values()])
         return 8 * (len(packed) - entropy_size(part))
@@ -3374,7 +3347,7 @@ def pack_to_fit(
         margin = 0.0005 * max(packing - 1, 1) ** 2  # it grows, so that this ends
         target = (1 - margin) * room - added
         factor = ranks.broadcast_from_rank0(partial(smallest_factor, size, target))
-        arrays = arrays_at(factor, stacks, ranks)
+        arrays = artifact_arrays(model, stacks, factor, ranks)
         blob = ranks.broadcast_from_rank0(partial(pack_artifact, h, arrays, h.compressor))
         codes = torch.cat([arrays[f"{name}.codes"].flatten() for name in matrices])
         entropy = code_entropy(codes)

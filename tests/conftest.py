@@ -126,7 +126,8 @@ def quantize_matrices(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales of matrices [n, rows, cols], with a search for scales."""
     quantize, limit = tg.QUANTIZERS[quantizer], 2 ** (bits - 1) - 1
-    (scales,) = tg.search_scales(quantize, limit, weight, hessian)
+    hessian = weight[:, :0] if hessian is None else hessian
+    scales = tg.search_scales(quantize, limit, weight, hessian)
     scales = tg.to_scales(scales.float() * factor)
     return quantize(limit, weight, scales, hessian).codes, scales
 

@@ -211,10 +211,8 @@ def random_data(h: tg.Hyperparameters, val_tokens: int = 0) -> tg.Data:
 
 def quantize_model(model: tg.GPT, hessians: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Returns the arrays of a model's artifact."""
-    stacks = tg.weight_stacks(model, hessians)
-    scales = tg.choose_scales(stacks, model.h.scale_rule, tg.Ranks())
-    codes = tg.quantize_stacks(stacks, scales, tg.Ranks())
-    return tg.artifact_arrays(model, codes, scales)
+    ranks = tg.Ranks()
+    return tg.artifact_arrays(model, tg.weight_stacks(model, hessians, ranks), 1.0, ranks)
 
 
 def calibration_batches(h: tg.Hyperparameters) -> Sequence[torch.Tensor]:
