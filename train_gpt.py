@@ -806,15 +806,18 @@ class Device:
         }
 
 
-def start_device(compile_mode: str, gpus_hidden: bool = False) -> tuple[Device, list[str]]:
+def start_device(compile_mode: str) -> tuple[Device, list[str]]:
     """Returns the device of this rank, and notes for the log.
 
     bf16 needs a GPU of compute capability 8; older ones emulate it slowly, so they take float32.
-    Raises SettingsError if there is a GPU that torch cannot use, unless `gpus_hidden` on purpose.
+    Raises SettingsError if there is a GPU that torch cannot use, unless CUDA_VISIBLE_DEVICES hides
+    it.
     """
     if not torch.cuda.is_available():
         nodes = sorted(GPU_NODES.glob("nvidia[0-9]*"))
-        if nodes and not gpus_hidden:
+        # CUDA reads the list up to the first word that names no GPU.
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+        if nodes and re.match(r"\s*(\d|GPU-|MIG-)", visible):
             raise SettingsError(
                 f"{nodes[0]}: this machine has a GPU that torch {torch.__version__} cannot use; "
                 "install the build of torch that fits its driver, or set CUDA_VISIBLE_DEVICES= to "
@@ -3437,36 +3440,12 @@ class Run:
 
     def __init__(self, env: Mapping[str, str], log: Log, result: dict[str, Any]) -> None:
         self.log, self.result = log, result
-        # CUDA reads the list up to the first word that names no GPU.
-        visible = env.get("CUDA_VISIBLE_DEVICES", "0")
-        self.gpus_hidden = not re.match(r"\s*(\d|GPU-|MIG-)", visible)
         self.calibration_batch_seconds = 0.0  # of one batch, by the slowest rank
         h = Hyperparameters.from_env(env)
         self.notes = settings_notes(h, env)
         lost = {"status": "failed", "reason": "another rank is gone, or silent"}
         self.ranks = join_ranks(env, lambda: os._exit(conclude(log, result | lost)))
         self.h = self.ranks.broadcast_from_rank0(lambda: h)  # whatever other nodes were told
-
-    def command(self, args: argparse.Namespace) -> None:
-        """Runs what the command line asks for."""
-        if args.check:
-            self.check()
-        elif args.eval:
-            self.evaluate(args.eval)
-        elif args.quantize:
-            self.quantize(args.quantize)
-        else:
-            self.train()
-
-    def check(self) -> None:
-        """Checks that a run could start; trains nothing and writes nothing."""
-        check_settings(self.h, self.ranks.world_size)
-        folder = self.choose_folder()
-        self.prepare()
-        self.read_resume(folder)
-        if self.h.calibrates_on_text:
-            self.calibration_seconds(self.initial_model())
-        self.log(f"check:ok code:{len(self.twin)} bytes folder:{folder}")
 
     def evaluate(self, path: Path) -> None:
         """Scores an artifact again; the model's settings are its own."""
@@ -3488,15 +3467,21 @@ class Run:
         self.write_program()
         self.quantize_and_score(self.load_model(saved.weights), 0.0, saved.step)
 
-    def train(self) -> None:
-        """Trains a model, averages, calibrates, quantizes and packs it, and scores the artifact."""
+    def train(self, only_checks: bool = False) -> None:
+        """Trains a model, averages, calibrates, quantizes and packs it, and scores the artifact.
+
+        With `only_checks` it returns where training would begin, and writes nothing.
+        """
         h, log = self.h, self.log
         check_settings(h, self.ranks.world_size)
-        folder = self.open_folder()
+        folder = self.open_folder(creates=not only_checks)
         self.prepare()
         resume_from = self.read_resume(folder)
         model = self.initial_model()
         deadline = h.training_seconds - self.calibration_seconds(model)
+        if only_checks:
+            log(f"check:ok code:{len(self.twin)} bytes folder:{folder}")
+            return
         self.write_program()
         trainer = Trainer(model, self.data, h, self.ranks, self.device, log, deadline)
         try:
@@ -3513,14 +3498,15 @@ class Run:
         }
         self.quantize_and_score(model, trainer.step_log.elapsed, trainer.step)
 
-    def choose_folder(self) -> Path:
-        """Returns the run's folder, the same on all ranks, and creates nothing.
+    def open_folder(self, creates: bool = True) -> Path:
+        """Returns the run's folder, the same on all ranks.
 
-        Raises SettingsError if the folder has another run or cannot be written, or if its disk has
-        no room for the run's files, with two checkpoints. A run has begun once its folder holds the
+        If it `creates` the folder, the log and the result go there from here on. Raises
+        SettingsError if the folder has another run or cannot be written, or if its disk has no room
+        for the run's files, with two checkpoints. A run has begun once its folder holds the
         program; RESUME=auto continues it.
         """
-        h = self.h
+        h, log = self.h, self.log
 
         def choose() -> Path:
             run_id = h.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-s{h.seed}-{os.getpid()}"
@@ -3542,22 +3528,19 @@ class Run:
                 fault = f"its disk has {free} bytes free, {needed} are needed"
             if fault:
                 raise SettingsError(f"RUN_DIR={folder}: {fault}; choose another RUN_ID or RUN_DIR")
+            if creates:
+                folder.mkdir(parents=True, exist_ok=True)
+                mode = "a" if (folder / LOG).exists() else "x"  # of two runs, one creates it
+                (folder / LOG).open(mode).close()
+                if not (folder / PROGRAM).exists():  # a result of a run that never began
+                    (folder / RESULT).unlink(missing_ok=True)
             return folder
 
-        return self.ranks.broadcast_from_rank0(choose)
-
-    def open_folder(self) -> Path:
-        """Creates and returns the run's folder; from here on the log and the result go there."""
-        folder, log = self.choose_folder(), self.log
-        if not log.silent:
-            folder.mkdir(parents=True, exist_ok=True)
-            mode = "a" if (folder / LOG).exists() else "x"  # of two runs, one creates it
-            (folder / LOG).open(mode).close()
-            if not (folder / PROGRAM).exists():  # a result of a run that never began
-                (folder / RESULT).unlink(missing_ok=True)
-        log.folder = folder
-        log(f"{folder}/{LOG}")
-        self.result["settings"] = asdict(self.h)
+        folder = self.ranks.broadcast_from_rank0(choose)
+        if creates:
+            log.folder = folder
+            log(f"{folder}/{LOG}")
+            self.result["settings"] = asdict(h)
         return folder
 
     def prepare(self, trains: bool = True, writes: bool = True) -> None:
@@ -3568,7 +3551,7 @@ class Run:
             require("safetensors", "a checkpoint")
         self.source, self.twin = read_program()
         self.data = load_data(h, ranks, log, trains)
-        device, device_notes = start_device(h.compile, gpus_hidden=self.gpus_hidden)
+        device, device_notes = start_device(h.compile)
         # An artifact may state any TRAIN_SEQ_LEN; scoring uses its window.
         scored = replace(h, train_seq_len=max(h.window_tokens, 2), jepa_chunk_size=0)
         probed = h if writes else scored
@@ -3849,7 +3832,12 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
     result: dict[str, Any] = {"status": "ok"}
     try:
         run = Run(env, log, result)
-        run.command(args)
+        if args.eval:
+            run.evaluate(args.eval)
+        elif args.quantize:
+            run.quantize(args.quantize)
+        else:
+            run.train(only_checks=args.check)
         result["status"] = run.ranks.broadcast_from_rank0(lambda: result["status"])
     except BaseException as error:
         if dist.is_initialized():

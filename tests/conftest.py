@@ -82,7 +82,7 @@ def back_ends() -> Iterator[None]:
 
 def choose(h: tg.Hyperparameters) -> tuple[tg.Device, list[str]]:
     """What a single rank chooses: the device, and all notes for the log."""
-    device, notes = tg.start_device(h.compile, gpus_hidden=True)
+    device, notes = tg.start_device(h.compile)
     device, more = tg.choose_attention(h, device, tg.Ranks())
     return device, notes + more
 

@@ -227,6 +227,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch):
 def no_gpu(monkeypatch, back_ends) -> None:
     """A machine without one, whatever is here."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -324,14 +325,14 @@ def test_a_gpu_that_torch_cannot_use_is_an_error_unless_it_is_hidden(
     for node in (name, "nvidiactl", "nvidia-uvm"):
         (tmp_path / node).touch()
     monkeypatch.setattr(tg, "GPU_NODES", tmp_path)
-    run = tg.Run(
-        {"CUDA_VISIBLE_DEVICES": value} if value is not None else {}, tg.Log(silent=True), {}
-    )
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    if value is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
     if hidden:
-        assert not tg.start_device("auto", run.gpus_hidden)[0].is_cuda
+        assert not tg.start_device("auto")[0].is_cuda
         return
     with pytest.raises(tg.SettingsError, match=f"{tmp_path / name}: this machine has a GPU that"):
-        tg.start_device("auto", run.gpus_hidden)
+        tg.start_device("auto")
 
 
 @pytest.mark.fault(29)
