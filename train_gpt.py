@@ -1120,11 +1120,11 @@ def shard_header(count: int) -> bytes:
 
 
 def read_shard(path: Path) -> np.ndarray:
-    """Returns the tokens of a shard, uint16 [count], mapped from disk. Raises DataError."""
-    try:
-        header, size = np.fromfile(path, "<i4", SHARD_HEADER_INTS), path.stat().st_size
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; make or download it again") from None
+    """Returns the tokens of a shard, uint16 [count], mapped from disk.
+
+    Raises DataError if it is damaged, OSError if it cannot be read.
+    """
+    header, size = np.fromfile(path, "<i4", SHARD_HEADER_INTS), path.stat().st_size
     magic, version, count = (*header.tolist(), 0, 0, 0)[:3]
     needed = 4 * SHARD_HEADER_INTS + 2 * count
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION) or count <= 0 or size != needed:
@@ -1213,18 +1213,11 @@ class TrainingBatches:
     its own rows only.
     """
 
-    def __init__(
-        self,
-        stream: TokenStream,
-        batch_tokens: int,
-        seq_len: int,
-        ranks: Ranks,
-        order: str = "shuffled",
-        seed: int = 0,
-    ) -> None:
-        self.stream, self.seq_len, self.ranks, self.seed = stream, seq_len, ranks, seed
-        self.rows = batch_tokens // seq_len  # of a step, over all ranks
-        self.is_shuffled = order == "shuffled"
+    def __init__(self, stream: TokenStream, h: Hyperparameters, ranks: Ranks) -> None:
+        seq_len = h.train_seq_len
+        self.stream, self.seq_len, self.ranks, self.seed = stream, seq_len, ranks, h.seed
+        self.rows = h.train_batch_tokens // seq_len  # of a step, over all ranks
+        self.is_shuffled = h.train_order == "shuffled"
         lengths = np.array([len(shard) for shard in stream.shards])
         windows = (lengths - 1) // seq_len  # of each shard; the last target is the token after
         self.window_ends = np.cumsum(windows)
@@ -1283,10 +1276,6 @@ class ByteTable(NamedTuple):
         """Returns the bytes, int16, of each target that follows its previous token."""
         return self.size[target] - self.space[target] * (self.size[previous] == 0)
 
-    def to(self, device: torch.device) -> "ByteTable":
-        """Returns the table on a device."""
-        return ByteTable(self.size.to(device), self.space.to(device))
-
     @classmethod
     def of_bytes(cls) -> "ByteTable":
         """Returns the table of the byte vocabulary."""
@@ -1341,7 +1330,8 @@ class Validation(NamedTuple):
 
     def to(self, device: torch.device) -> "Validation":
         """Returns the text on a device."""
-        return self._replace(tokens=self.tokens.to(device), table=self.table.to(device))
+        table = ByteTable(*(tensor.to(device) for tensor in self.table))
+        return self._replace(tokens=self.tokens.to(device), table=table)
 
 
 class Data(NamedTuple):
@@ -1379,11 +1369,6 @@ def load_tokenizer(h: Hyperparameters, log: Log) -> Any:
     if pieces != h.vocab_size:
         raise DataError(
             f"TOKENIZER_PATH={path}: it has {pieces} pieces, VOCAB_SIZE={h.vocab_size}; change one"
-        )
-    if tokenizer.bos_id() != BOS_ID:
-        raise DataError(
-            f"TOKENIZER_PATH={path}: its BOS id is {tokenizer.bos_id()}; the shards begin each "
-            f"document with id {BOS_ID}, so train a tokenizer with --bos_id={BOS_ID}"
         )
     log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={path}")
     return tokenizer
@@ -1423,9 +1408,8 @@ def load_byte_table(h: Hyperparameters, folder: Path, tokens: Tensor, log: Log) 
     return table
 
 
-def load_validation(h: Hyperparameters, stream: TokenStream, ranks: Ranks, log: Log) -> Validation:
-    """Returns the validation text; every token id and the byte table are checked."""
-    stream.check(log, ranks)
+def load_validation(h: Hyperparameters, stream: TokenStream, log: Log) -> Validation:
+    """Returns the validation text; its byte table is verified."""
     tokens = stream.read(0, len(stream), np.int32)
     folder = stream.pattern.parent
     if len(tokens) <= h.window_tokens:
@@ -1465,19 +1449,16 @@ def load_data(h: Hyperparameters, ranks: Ranks, log: Log, trains: bool = True) -
 
     Raises DataError.
     """
-    folder = data_folder(h)
-    val_stream = TokenStream(folder, "val", h.vocab_size)
-    val = load_validation(h, val_stream, ranks, log)
-    refuse_duplicates(val_stream)
+    folder, splits = data_folder(h), ("val", "train") if trains else ("val",)
+    streams = [TokenStream(folder, split, h.vocab_size) for split in splits]
+    refuse_duplicates(*streams)
+    for stream in streams:
+        stream.check(log, ranks)
+    val = load_validation(h, streams[0], log)
     if not trains:
         return Data(val, None)
-    train_stream = TokenStream(folder, "train", h.vocab_size)
-    train_stream.check(log, ranks)
-    refuse_duplicates(val_stream, train_stream)
-    batches = TrainingBatches(
-        train_stream, h.train_batch_tokens, h.train_seq_len, ranks, h.train_order, h.seed
-    )
-    shards, windows = len(train_stream.paths), batches.count
+    batches = TrainingBatches(streams[1], h, ranks)
+    shards, windows = len(batches.stream.paths), batches.count
     log(f"train_loader:dataset:{folder.name} train_shards:{shards} windows:{windows}")
     return Data(val, batches)
 
