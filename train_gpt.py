@@ -32,6 +32,7 @@ d width of a head, V vocabulary size, L layers.
 
 import argparse
 import base64
+import bisect
 import ctypes
 import difflib
 import hashlib
@@ -2679,12 +2680,9 @@ class Trainer:
         tensors = {f"model/{name}": p for name, p in self.average.params.items()}
         tensors |= {f"average/{name}": p for name, p in self.average.weights.items()}
         tensors |= self.optimizers.state()
-        progress = {
-            "elapsed": self.step_log.elapsed,
-            "losses": self.step_log.losses,
-            "times": np.cumsum(self.step_log.seconds),
-            "averaged": self.average.count,
-        }
+        log = self.step_log
+        progress = {"elapsed": log.elapsed, "losses": log.losses, "averaged": self.average.count}
+        progress["times"] = np.cumsum(log.seconds)
         for name, values in progress.items():
             tensors[f"progress/{name}"] = torch.as_tensor(values, dtype=torch.float64)
         return tensors
@@ -3188,7 +3186,6 @@ def unpack_artifact(
     body = blob[HEADER.size :]
     payload = body[description_size:]
     description = json.loads(bytes(body[:description_size]))
-    check(set(description) == {"codec", "settings"}, "its description is incomplete")
     check(description["codec"] in CODECS, f"its codec is unknown: {description['codec']!r:.40}")
     odd = sorted(model_settings(h).keys() ^ description["settings"].keys())
     check(not odd, f"its settings are missing or unknown: {odd}; {remedy}")
@@ -3244,23 +3241,17 @@ def load_checkpoint(path: Path, h: Hyperparameters) -> SavedModel:
     """Returns a checkpoint or saved weights. Raises DataError."""
     with raise_data_error(f"{path}: cannot be read as a checkpoint"):
         tensors, stored = read_tensors(path)
-        stored.pop("gptq_reserve_seconds", None)  # a setting until 2026-11-26
         unknown = sorted(stored.keys() - asdict(h).keys() - {"step", "shards"})
         if unknown and "progress/losses" not in tensors:  # metadata of another program
             stored, unknown = {}, []
         check(not unknown, f"it states unknown {unknown}; use the program of its run's folder")
-        step = stored.pop("step", len(tensors.get("progress/losses", ())))
-        check(type(step) is int and step >= 0, f"its step is {step!r:.40}")
-        shards = stored.pop("shards", None)
-        if "progress/losses" in tensors:  # from before there was a choice
-            stored.setdefault("train_order", "sequential")
+        step, shards = int(stored.pop("step", 0)), stored.pop("shards", None)
         h = replace(h, **{name: stored[name] for name in model_settings(h) if name in stored})
-        prefix = "average/" if any(name.startswith("average/") for name in tensors) else ""
-        wrappers = rf"^{prefix}((module|_orig_mod)\.)*"  # of DistributedDataParallel and compile
+        averages = {name: x for name, x in tensors.items() if name.startswith("average/")}
+        wrappers = r"^(average/)?((module|_orig_mod)\.)*"  # of DistributedDataParallel and compile
         weights = {
             re.sub(wrappers, "", name): tensor.float() if tensor.is_floating_point() else tensor
-            for name, tensor in tensors.items()
-            if name.startswith(prefix)
+            for name, tensor in (averages or tensors).items()
         }
         with torch.device("meta"):
             model = GPT(h)
@@ -3284,16 +3275,11 @@ def entropy_size(arrays: Mapping[str, Tensor]) -> float:
 
 def smallest_factor(size: Callable[[float], float], room: float) -> float:
     """Returns the smallest factor with size(factor) <= room, from 1 to MAX_SCALE_FACTOR."""
-    low, high = 0.0, math.log(MAX_SCALE_FACTOR)
     if size(1.0) <= room:
         return 1.0
-    for _ in range(16):
-        middle = (low + high) / 2
-        if size(math.exp(middle)) <= room:
-            high = middle
-        else:
-            low = middle
-    return math.exp(high)
+    factors = np.geomspace(1, MAX_SCALE_FACTOR, 1 << 16)
+    fits = bisect.bisect_left(factors[:-1], True, key=lambda factor: size(factor) <= room)
+    return float(factors[fits])
 
 
 def pack_to_fit(
@@ -3365,9 +3351,7 @@ def packed_source(source: bytes) -> bytes:
     """Returns the packed twin of a program's source; line ends become LF first."""
     source = source.replace(b"\r\n", b"\n")
     check(len(source) <= TWIN_DICTIONARY, f"the source has more than {TWIN_DICTIONARY} bytes")
-    filters = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0, "lc": 4}
-    filters["dict_size"] = TWIN_DICTIONARY
-    packed = lzma.compress(source, lzma.FORMAT_RAW, filters=[filters])
+    packed = lzma_compress(source, dict_size=TWIN_DICTIONARY, pb=0, lc=4)
     return (TWIN_TEMPLATE % base64.b85encode(packed).decode()).encode()
 
 
@@ -3381,8 +3365,7 @@ def unpacked_source(twin: bytes) -> bytes | None:
         return None
     try:
         packed = base64.b85decode(twin[len(head) : -len(tail)])
-        filters = [{"id": lzma.FILTER_LZMA2, "dict_size": TWIN_DICTIONARY}]
-        decoder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=filters)
+        decoder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=lzma_filters(TWIN_DICTIONARY))
         source = decoder.decompress(packed, max_length=TWIN_DICTIONARY)
     except (ValueError, lzma.LZMAError) as error:
         raise ValueError(f"the packed source cannot be decoded: {error}") from None
@@ -3438,8 +3421,7 @@ class Run:
     def quantize(self, path: Path) -> None:
         """Packs and scores saved weights again, in a folder of its own."""
         path = file_in(path, FINAL_MODEL)
-        load = lambda: load_checkpoint(path, self.h)  # noqa: E731
-        saved = self.ranks.broadcast_from_rank0(load)
+        saved = self.ranks.broadcast_from_rank0(lambda: load_checkpoint(path, self.h))
         self.h = replace(saved.h, resume="")  # its own folder is never continued
         self.open_folder()
         self.prepare(trains=self.h.calibrates_on_text)
