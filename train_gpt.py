@@ -717,22 +717,19 @@ def join_ranks(env: Mapping[str, str], on_lost: Callable[[], None]) -> Ranks:
     """
     if (env.get("WORLD_SIZE", "1"), env.get("RANK", "0")) == ("1", "0"):
         return Ranks()
-    gpus, local_rank = torch.cuda.device_count(), parse_value(env.get("LOCAL_RANK", "0"), int)
-    if not isinstance(local_rank, int):
-        raise SettingsError(f"LOCAL_RANK={local_rank!r}: must be a whole number, set by torchrun")
-    if gpus:
-        if local_rank >= gpus:
-            raise SettingsError(
-                f"LOCAL_RANK={local_rank}: this machine has {gpus} GPUs; lower --nproc_per_node"
-            )
-        torch.cuda.set_device(local_rank)
+    gpus = torch.cuda.device_count()
     try:
+        local_rank = int(env.get("LOCAL_RANK", "0"))
+        if gpus:
+            if local_rank >= gpus:
+                raise ValueError(f"this machine has {gpus} GPUs; lower --nproc_per_node")
+            torch.cuda.set_device(local_rank)
         store, rank, world_size = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
         store.set_timeout(timedelta(minutes=10))  # for later: ranks compile at different speeds
         backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     except (ValueError, RuntimeError) as error:  # no variable, no such host, a rank is missing
-        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         given = env_form({name: env[name] for name in names if name in env})
         raise SettingsError(f"{given}: {error}; launch several processes with torchrun") from None
     heartbeat = dist.new_group(backend="gloo", timeout=timedelta(seconds=30))
@@ -2509,17 +2506,11 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        model: GPT,
-        data: Data,
-        h: Hyperparameters,
-        ranks: Ranks,
-        device: Device,
-        log: Log,
-        deadline: float = math.inf,
+        self, model: GPT, data: Data, ranks: Ranks, device: Device, log: Log, deadline: float
     ) -> None:
         assert data.train is not None
-        self.model, self.val, self.batches, self.h = model.train(), data.val, data.train, h
+        self.model, self.val, self.batches = model.train(), data.val, data.train
+        self.h = h = model.h
         self.ranks, self.device, self.log = ranks, device, log
         self.deadline = deadline  # in seconds of training
         self.rows = h.train_batch_tokens // h.train_seq_len // ranks.world_size
@@ -2594,7 +2585,9 @@ class Trainer:
             steps, seconds = self.step - saved[0], step_log.elapsed - saved[1]
             if stop or (seconds if h.checkpoint_every.endswith("s") else steps) >= interval:
                 saved = (self.step, step_log.elapsed)
-                self.save_checkpoint()
+                step_log.finish()
+                self.save(CHECKPOINT, self.tensors())
+                step_log.finish()  # the time that this takes counts as training
             if stop:
                 return
             # When the steps in flight and one more would end, each as slow as the slowest.
@@ -2648,12 +2641,6 @@ class Trainer:
         result = score(self.validation, self.val, self.ranks, self.device, self.log, tokens)
         self.step_log.write(val_loss=result.val_loss, val_bpb=result.val_bpb)
         self.model.train()
-
-    def save_checkpoint(self) -> None:
-        """Writes a checkpoint; the time that this takes counts as training."""
-        self.step_log.finish()
-        self.save(CHECKPOINT, self.tensors())
-        self.step_log.finish()
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Writes tensors into the run's folder, on rank 0, with the settings and what was read.
@@ -3177,7 +3164,6 @@ def unpack_artifact(
     compared with what the settings need, and the checksum with the content, before anything is
     decompressed.
     """
-    check(len(blob) >= HEADER.size, "it is shorter than a header")
     magic, description_size, _ = HEADER.unpack_from(blob)
     check(magic[:8] == MAGIC[:8], "it is not an artifact of this program")
     remedy = "score it by the train_gpt.py of its own run"
@@ -3283,19 +3269,15 @@ def smallest_factor(size: Callable[[float], float], room: float) -> float:
 
 
 def pack_to_fit(
-    model: GPT,
-    hessians: Mapping[str, Tensor],
-    h: Hyperparameters,
-    room: int,
-    ranks: Ranks,
-    log: Log,
+    model: GPT, hessians: Mapping[str, Tensor], room: int, ranks: Ranks, log: Log
 ) -> bytes:
     """Returns an artifact of at most `room` bytes, unless a scale factor of 50 does not suffice.
 
     If it would be too large the scales of all matrices are multiplied by one factor, found by
-    bisection on the order-0 entropy of rounded codes. What the codec adds to the entropy is
-    measured on every eighth row at first, then known from each packing: one or two suffice.
+    bisection on the order-0 entropy of rounded codes. What the codec adds to the entropy is known
+    from the packing before, so that two suffice.
     """
+    h = model.h
     check_finite(dict(model.named_parameters()))
     stacks = weight_stacks(model, hessians, ranks)
     rounding = [stack._replace(quantizer=quantize_rounding) for stack in stacks]
@@ -3304,14 +3286,7 @@ def pack_to_fit(
     def size(factor: float) -> float:
         return entropy_size(artifact_arrays(model, rounding, factor, Ranks()))
 
-    def sample_codec() -> float:
-        arrays = artifact_arrays(model, rounding, smallest_factor(size, room), Ranks())
-        part = {name: array[::8] for name, array in arrays.items() if array.dtype == torch.int8}
-        packed = CODECS[h.compressor].compress([x.cpu().numpy() for x in part.values()])
-        return 8 * (len(packed) - entropy_size(part))
-
-    added = ranks.broadcast_from_rank0(sample_codec)
-    packing = 0
+    added, packing = 0.0, 0
     while True:
         packing += 1
         margin = 0.0005 * max(packing - 1, 1) ** 2  # it grows, so that this ends
@@ -3404,7 +3379,7 @@ class Run:
 
     def __init__(self, env: Mapping[str, str], log: Log, result: dict[str, Any]) -> None:
         self.log, self.result = log, result
-        self.calibration_batch_seconds = 0.0  # of one batch, by the slowest rank
+
         h = Hyperparameters.from_env(env)
         self.notes = settings_notes(h, env)
         lost = {"status": "failed", "reason": "another rank is gone, or silent"}
@@ -3446,7 +3421,7 @@ class Run:
             log(f"check:ok code:{len(self.twin)} bytes folder:{folder}")
             return
         self.write_program()
-        trainer = Trainer(model, self.data, h, self.ranks, self.device, log, deadline)
+        trainer = Trainer(model, self.data, self.ranks, self.device, log, deadline)
         try:
             trainer.train(resume_from)
         finally:
@@ -3476,8 +3451,6 @@ class Run:
             folder = Path(h.run_dir or f"logs/{run_id}")
             existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
             has_begun = (folder / PROGRAM).exists() or not (folder / RESULT).exists()
-            names = (ARTIFACT, CHECKPOINT, FINAL_MODEL, LOG, PROGRAM, READABLE, RESULT)
-            blocked = [name for name in names if (folder / name).is_dir()]
             with torch.device("meta"):
                 needed = BYTES_LIMIT + 40 * sum(p.numel() for p in GPT(h).parameters())
             free, fault = shutil.disk_usage(existing).free, ""
@@ -3485,8 +3458,7 @@ class Run:
                 fault = f"{existing} is not a folder that can be written"
             elif (folder / LOG).exists() and has_begun and h.resume != "auto":
                 fault = "another run is there"
-            elif blocked:
-                fault = f"{blocked[0]} is a folder there"
+
             elif free < needed:
                 fault = f"its disk has {free} bytes free, {needed} are needed"
             if fault:
@@ -3558,9 +3530,8 @@ class Run:
         path = file_in(folder if h.resume == "auto" else Path(h.resume), CHECKPOINT)
 
         def read() -> SavedModel | None:
-            if not h.resume or (h.resume == "auto" and not path.exists()):
-                return None
-            return load_checkpoint(path, h)
+            is_new = not h.resume or (h.resume == "auto" and not path.exists())
+            return None if is_new else load_checkpoint(path, h)
 
         saved = self.ranks.broadcast_from_rank0(read)
         if saved is None:
@@ -3600,7 +3571,7 @@ class Run:
         model.eval()
         hessians = self.calibrate(model, self.h.training_seconds - train_seconds, step)
         ends.append(self.device.now())
-        blob = pack_to_fit(model, hessians, h, BYTES_LIMIT - code, self.ranks, log)
+        blob = pack_to_fit(model, hessians, BYTES_LIMIT - code, self.ranks, log)
         if not log.silent:
             write_atomically(path, blob)
         ends.append(self.device.now())
@@ -3654,7 +3625,7 @@ class Run:
             start = device.now()
             collect_hessians(model, batches[:1], self.ranks)
             (seconds,) = self.ranks.all_reduce_max(device.now() - start)
-        self.calibration_batch_seconds = seconds
+
         reserve = 1.5 * seconds * sum(map(len, batches)) / len(batches[0])
         self.log(f"gptq: {reserve:.1f} s are kept for {len(batches)} calibration batches")
         if reserve >= self.h.max_wallclock_seconds:
@@ -3676,7 +3647,7 @@ class Run:
         deadline = now() + seconds_left if self.h.calibrates_on_text else math.inf
 
         def in_time() -> Iterator[Tensor]:
-            slowest = self.calibration_batch_seconds
+            slowest = 0.0
             for n, ids in enumerate(batches):
                 began = now()
                 if began + slowest > deadline:

@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many as in the processes tha
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -93,10 +94,10 @@ def load(h: tg.Hyperparameters, trains: bool = True) -> tg.Data:
 
 
 def trainer(
-    model: tg.GPT, data: tg.Data, h: tg.Hyperparameters, device: tg.Device, **options: object
+    model: tg.GPT, data: tg.Data, device: tg.Device, deadline: float = math.inf
 ) -> tg.Trainer:
     """A trainer of a single rank; its log has no folder."""
-    return tg.Trainer(model, data, h, tg.Ranks(), device, tg.Log(), **options)
+    return tg.Trainer(model, data, tg.Ranks(), device, tg.Log(), deadline)
 
 
 def score(

@@ -85,7 +85,7 @@ def made(request) -> Made:
 def training(h: tg.Hyperparameters) -> tg.Trainer:
     """A trainer of a model; it has no data."""
     device = tg.Device(torch.device("cpu"), torch.float32, compiled=False)
-    return trainer(randomize(tg.GPT(h)), tg.Data(None, object()), h, device)
+    return trainer(randomize(tg.GPT(h)), tg.Data(None, object()), device)
 
 
 @pytest.fixture(scope="module")

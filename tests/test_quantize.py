@@ -119,7 +119,7 @@ def test_diverged_weights_are_not_quantized():
     model = tg.GPT(settings())
     model.blocks[1].mlp.up.weight.data[3, 4] = math.nan
     with pytest.raises(tg.DivergenceError, match=r"1\.mlp\.up\.weight is not finite float32"):
-        tg.pack_to_fit(model, {}, model.h, 10**6, tg.Ranks(), tg.Log())
+        tg.pack_to_fit(model, {}, 10**6, tg.Ranks(), tg.Log())
 
 
 # ---- Codecs ----

@@ -21,7 +21,7 @@ def make_trainer(
 ) -> tg.Trainer:
     """A trainer of a tiny model of seed 0, with the settings' own deadline."""
     torch.manual_seed(0)
-    return trainer(tg.GPT(h, attend), load(h), h, device, deadline=h.training_seconds)
+    return trainer(tg.GPT(h, attend), load(h), device, h.training_seconds)
 
 
 def trained(
