@@ -56,7 +56,7 @@ import traceback
 import zlib
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
@@ -2375,7 +2375,7 @@ class WeightAverage:
 # ---- Training: clock, checkpoints, one step, the loop ----
 
 CHECKPOINT, FINAL_MODEL = "checkpoint.safetensors", "final_model.safetensors"
-ORDER_SETTINGS = ("seed", "train_order", "train_batch_tokens")  # which text a step reads
+READING = ("seed", "train_order", "train_batch_tokens", "shards")  # the text that a step reads
 
 
 class StepLog:
@@ -2466,17 +2466,6 @@ class StepLog:
         self.log.event("step", step=step, seconds=self.elapsed, **values)
 
 
-@contextmanager
-def handle_signals(handler: Callable[..., None]) -> Iterator[None]:
-    """Has SIGINT and SIGTERM call a handler inside a block."""
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, former in before.items():
-            signal.signal(number, former)
-
-
 def auxiliary_inputs(
     phase: Phase, h: Hyperparameters, step: int, rows: slice, device: Device
 ) -> Auxiliary:
@@ -2535,9 +2524,13 @@ class Trainer:
             self.warm_up()
             if resume_from is not None:
                 self.restore(resume_from)
-            with handle_signals(self.receive_signal):
+            with ExitStack() as at_end:
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    former = signal.signal(number, self.receive_signal)
+                    at_end.callback(signal.signal, number, former)
                 try:
                     self.loop()
+                    self.step_log.finish()
                 finally:
                     self.validating = False  # no signal interrupts the saving
                     self.save(FINAL_MODEL, self.average.weights)
@@ -2554,12 +2547,10 @@ class Trainer:
 
         An eager CPU has nothing to compile.
         """
-        if not (self.device.is_cuda or self.device.compiled):
-            return
-        h = self.h
+        h, compiles = self.h, self.device.is_cuda or self.device.compiled
         phases = [phase._replace(lr_scale=0.0) for phase in programs(h)]  # moves no weight
         generator = torch.Generator().manual_seed(h.seed)
-        count = max(h.warmup_steps, len(phases)) if h.warmup_steps else 0
+        count = max(h.warmup_steps, len(phases)) if h.warmup_steps and compiles else 0
         for step in range(count):
             shape = (2, self.rows, h.train_seq_len)
             inputs, targets = torch.randint(h.vocab_size, shape, generator=generator)
@@ -2592,13 +2583,10 @@ class Trainer:
                 return
             # When the steps in flight and one more would end, each as slow as the slowest.
             next_end = step_log.elapsed + (len(step_log.running) + 1) * step_log.slowest
-            done = self.step >= h.iterations or next_end >= self.deadline
-            validates = h.val_loss_every > 0 and self.step % h.val_loss_every == 0
-            if done or validates:
-                step_log.finish()
-            if done:
+            if self.step >= h.iterations or next_end >= self.deadline:
                 return
-            if validates:
+            if h.val_loss_every > 0 and self.step % h.val_loss_every == 0:
+                step_log.finish()
                 self.validating = True
                 self.validate()
                 self.validating = False
@@ -3105,12 +3093,10 @@ def range_decompress(data: bytes | memoryview, arrays: Sequence[np.ndarray]) -> 
     """Decodes into the arrays what range_compress has returned. Raises ValueError."""
     words, checksum = struct.unpack_from("<II", data)
     ways, start = bytes(data[8 : 8 + len(arrays)]), 8 + len(arrays)
-    check(len(data) >= start + 4 * words, f"its codes have less than {words} words")
     counts = np.zeros((len(LEVELS), 256), np.int64)
     coder = RangeCoder(counts, np.frombuffer(data, "<u4", words, start).astype(np.uint32))
     for array, way in zip(arrays, ways):
         if way != AS_REST:
-            check(array.dtype == np.int8, "its floats are coded as codes")
             coder.code(array.T if way == BY_ROW else array)
     rest = [array for array, way in zip(arrays, ways) if way == AS_REST]
     REST.decompress(data[start + 4 * words :], rest)
@@ -3165,9 +3151,8 @@ def unpack_artifact(
     decompressed.
     """
     magic, description_size, _ = HEADER.unpack_from(blob)
-    check(magic[:8] == MAGIC[:8], "it is not an artifact of this program")
     remedy = "score it by the train_gpt.py of its own run"
-    check(magic == MAGIC, f"its version is {magic[8]}, not {MAGIC[8]}; {remedy}")
+    check(magic == MAGIC, f"it begins with {magic!r}, not {MAGIC!r}; {remedy}")
     check(description_size <= MAX_DESCRIPTION, f"its description has {description_size} bytes")
     body = blob[HEADER.size :]
     payload = body[description_size:]
@@ -3218,9 +3203,8 @@ class SavedModel(NamedTuple):
     h: Hyperparameters  # model settings as stored, all others as given
     weights: dict[str, Tensor]  # of a checkpoint, its average
     tensors: dict[str, Tensor]  # all
-    settings: dict[str, Any]  # those that the file states
+    settings: dict[str, Any]  # those that the file states, and shards, their fingerprint
     step: int  # steps trained; 0 if the file does not say
-    shards: int | None  # fingerprint of the training shards, if the file has it
 
 
 def load_checkpoint(path: Path, h: Hyperparameters) -> SavedModel:
@@ -3231,7 +3215,7 @@ def load_checkpoint(path: Path, h: Hyperparameters) -> SavedModel:
         if unknown and "progress/losses" not in tensors:  # metadata of another program
             stored, unknown = {}, []
         check(not unknown, f"it states unknown {unknown}; use the program of its run's folder")
-        step, shards = int(stored.pop("step", 0)), stored.pop("shards", None)
+        step = int(stored.pop("step", 0))
         h = replace(h, **{name: stored[name] for name in model_settings(h) if name in stored})
         averages = {name: x for name, x in tensors.items() if name.startswith("average/")}
         wrappers = r"^(average/)?((module|_orig_mod)\.)*"  # of DistributedDataParallel and compile
@@ -3244,7 +3228,7 @@ def load_checkpoint(path: Path, h: Hyperparameters) -> SavedModel:
         model.load_state_dict(weights, assign=True)  # names and shapes must fit
         weights = model.state_dict()  # a scalar may be stored as [1]
         check_finite(weights)
-        return SavedModel(h, weights, tensors, stored, step, shards)
+        return SavedModel(h, weights, tensors, stored, step)
 
 
 def code_entropy(codes: Tensor) -> float:
@@ -3261,8 +3245,6 @@ def entropy_size(arrays: Mapping[str, Tensor]) -> float:
 
 def smallest_factor(size: Callable[[float], float], room: float) -> float:
     """Returns the smallest factor with size(factor) <= room, from 1 to MAX_SCALE_FACTOR."""
-    if size(1.0) <= room:
-        return 1.0
     factors = np.geomspace(1, MAX_SCALE_FACTOR, 1 << 16)
     fits = bisect.bisect_left(factors[:-1], True, key=lambda factor: size(factor) <= room)
     return float(factors[fits])
@@ -3401,7 +3383,7 @@ class Run:
         self.open_folder()
         self.prepare(trains=self.h.calibrates_on_text)
         if self.h.calibrates_on_text:  # on the text after the last step
-            self.check_training(str(path), saved, ORDER_SETTINGS)
+            self.check_training(str(path), saved, READING)
         self.write_program()
         self.quantize_and_score(self.load_model(saved.weights), 0.0, saved.step)
 
@@ -3540,26 +3522,25 @@ class Run:
             raise DataError(f"RESUME={path}: it has weights only; name a {CHECKPOINT}")
         if saved.step > h.iterations:
             raise DataError(f"RESUME={path}: it has {saved.step} steps; raise ITERATIONS to more")
-        changed = self.check_training(f"RESUME={path}", saved, asdict(h).keys() - FREE_ON_RESUME)
+        fixed = saved.settings.keys() - FREE_ON_RESUME
+        changed = self.check_training(f"RESUME={path}", saved, fixed)
         self.result["resumed"] = {"step": saved.step, "changed": changed}
         return saved.tensors
 
     def check_training(
         self, what: str, saved: SavedModel, names: Collection[str]
     ) -> dict[str, Any]:
-        """Returns the settings under which the saved model was trained, where they differ.
+        """Returns what the saved model was trained with, where that differs from this run.
 
-        Raises DataError if one of `names` differs, or if the training shards do.
+        Raises DataError if one of `names` differs: settings, or shards, their fingerprint.
         """
-        own, train = asdict(self.h), self.data.train
+        assert self.data.train is not None
+        own = asdict(self.h) | {"shards": self.data.train.stream.fingerprint()}
         changed = {name: value for name, value in saved.settings.items() if value != own[name]}
         fixed = {name: value for name, value in changed.items() if name in names}
         if fixed:
-            raise DataError(f"{what}: it was trained with {env_form(fixed)}; set the same")
-        if train and saved.shards not in (None, train.stream.fingerprint()):
             raise DataError(
-                f"{what}: it was trained on other shards than {train.stream.pattern}; set "
-                "DATA_PATH to the same"
+                f"{what}: it was trained with {env_form(fixed)}; set the same (SHARDS by DATA_PATH)"
             )
         return changed
 
