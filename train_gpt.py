@@ -3664,7 +3664,6 @@ class Run:
 
     def __init__(self, env: Mapping[str, str], log: Log, result: dict[str, Any]) -> None:
         self.log, self.result = log, result
-
         h = Hyperparameters.from_env(env)
         self.notes = settings_notes(h, env)
         lost = {"status": "failed", "reason": "another rank is gone, or silent"}
@@ -3743,7 +3742,6 @@ class Run:
                 fault = f"{existing} is not a folder that can be written"
             elif (folder / LOG).exists() and has_begun and h.resume != "auto":
                 fault = "another run is there"
-
             elif free < needed:
                 fault = f"its disk has {free} bytes free, {needed} are needed"
             if fault:
@@ -3909,7 +3907,6 @@ class Run:
             start = device.now()
             collect_hessians(model, batches[:1], self.ranks)
             (seconds,) = self.ranks.all_reduce_max(device.now() - start)
-
         reserve = 1.5 * seconds * sum(map(len, batches)) / len(batches[0])
         self.log(f"gptq: {reserve:.1f} s are kept for {len(batches)} calibration batches")
         if reserve >= self.h.max_wallclock_seconds:
@@ -3942,7 +3939,7 @@ class Run:
 
         hessians = collect_hessians(model, in_time(), self.ranks)
         usable = {name: x for name, x in hessians.items() if 0 < x.trace() < math.inf}
-        for name in hessians.keys() - usable.keys():
+        for name in sorted(hessians.keys() - usable.keys()):
             self.log(f"gptq: {name} is rounded: no finite inputs calibrate it")
         return usable
 
