@@ -298,6 +298,9 @@ class ModelSettings:
     bos_mask: bool = setting(
         True, "SmearGate and BigramHash stop at BOS; 0 crosses documents as published."
     )
+    doc_attention: bool = setting(
+        False, "Attention does not cross BOS, in training and in scoring; the JEPA head still does."
+    )
     ve_enabled: bool = setting(True, "Add a second token embedding to the values of some layers.")
     ve_dim: int = setting(128, "Width of the value embedding's table.", low=2, high=65_536)
     ve_layers: str = setting(
@@ -991,31 +994,104 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 # ---- Attention: the back ends, and one that works here ----
 
-Attend = Callable[..., Tensor]  # attend(q, k, v, *, window=0), see attend_sdpa
+Attend = Callable[..., Tensor]  # attend(q, k, v, *, window=0, documents=None), see attend_sdpa
 MAX_ATTENTION_ERROR = 0.03  # of a back end in bf16, relative to float32; about 0.005 is rounding
 
 
-def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, *, window: int = 0) -> Tensor:
+class Documents(NamedTuple):
+    """Which document each position of a batch [B, T] belongs to, in the two forms kernels need.
+
+    The shapes follow from B and T alone, so a compiled program fits every batch. The part of a
+    sequence after its BOS number 16 + T / 64 counts as one document.
+    """
+
+    numbers: Tensor  # int64 [B, T], BOS tokens so far in the sequence
+    offsets: Tensor  # int32 [n], where documents start in B x T positions; filled up with B x T
+
+    @classmethod
+    def of_ids(cls, ids: Tensor, training: bool) -> "Documents":
+        """Returns the documents of ids [B, T].
+
+        Each entry of `offsets` costs time in the kernels even if it is not used. In training there
+        are few: the BOS tokens of a batch after the first 64 + B x T / 256 separate nothing there.
+        """
+        rows, length = ids.shape
+        most = 16 + length // 64
+        numbers = (ids == BOS_ID).cumsum(1).clamp(max=most)
+        capacity = 64 + ids.numel() // 256 if training else rows * most
+        starts = numbers.diff(dim=1) > 0
+        starts &= starts.flatten().cumsum(0).view_as(starts) <= capacity
+        position = F.pad(starts, (1, 0), value=True).flatten().cumsum(0)  # in the list of starts
+        wanted = torch.arange(1, rows + capacity + 2, device=ids.device)
+        return cls(numbers, torch.searchsorted(position, wanted, out_int32=True))
+
+
+def attend_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, *, window: int = 0, documents: Documents | None = None
+) -> Tensor:
     """Returns causal grouped-query attention by PyTorch. Shapes: q [B, T, H, d], k, v [B, T, K, d].
 
-    With a window each position attends to the last `window` positions, itself included.
+    With a window each position attends to the last `window` positions, itself included; with
+    documents, to positions of its document.
     """
+    if documents is not None and q.is_cuda and flash_is_enabled():
+        return attend_documents(q, k, v, window, documents.offsets)
     if 0 < window < q.size(1):
-        return attend_window(q, k, v, window)
+        return attend_window(q, k, v, window, documents)
+    mask = None
+    if documents is not None:
+        same = documents.numbers.unsqueeze(2) == documents.numbers.unsqueeze(1)
+        mask = same.tril().unsqueeze(1)  # [B, 1, T, T]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
+    y = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1)
+    )
     return y.transpose(1, 2)
 
 
-def attend_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+@torch.compiler.assume_constant_result
+def flash_is_enabled() -> bool:
+    """Returns whether select_attention has chosen FlashAttention; a constant of the program."""
+    return torch.backends.cuda.flash_sdp_enabled()
+
+
+def attend_documents(q: Tensor, k: Tensor, v: Tensor, window: int, offsets: Tensor) -> Tensor:
+    """Returns attend_sdpa within documents by FlashAttention's kernel for sequences of any length.
+
+    `offsets` are those of Documents.
+    """
+    from torch.nn.attention.varlen import varlen_attn  # this takes a second, and loads the compiler
+
+    shape, longest = q.shape, q.size(1)
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    reach = (window - 1, 0)  # positions before and after; -1 is no bound
+    y: Any = varlen_attn(
+        q, k, v, offsets, offsets, longest, longest, window_size=reach, enable_gqa=True
+    )
+    return y.view(shape)
+
+
+def attend_window(
+    q: Tensor, k: Tensor, v: Tensor, window: int, documents: Documents | None
+) -> Tensor:
     """Returns causal attention to the last `window` positions, for T > window.
 
     The first `window` positions are plain causal attention. The others are cut into blocks of S
-    queries; each block attends to the window + S keys that end with it, under one mask for all.
+    queries; each block attends to the window + S keys that end with it, under one mask for all
+    if there are no documents.
     """
-    first = attend_sdpa(q[:, :window], k[:, :window], v[:, :window])
     rest = q.size(1) - window
     block = -(-window // 8)
+    mask = torch.ones(block, window + block, dtype=torch.bool, device=q.device)
+    mask = mask.tril(window).triu(1)  # query s sees keys s + 1 to s + window
+    if documents is not None:
+        numbers = F.pad(documents.numbers, (0, -rest % block))
+        of_queries = numbers[:, window:].unfold(1, block, block)  # [B, N, S]
+        of_keys = numbers.unfold(1, window + block, block)  # [B, N, window + S]
+        same = of_queries.unsqueeze(3) == of_keys.unsqueeze(2)
+        mask = mask & same.flatten(0, 1).unsqueeze(1)  # [B N, 1, S, window + S]
+        documents = documents._replace(numbers=documents.numbers[:, :window])
+    first = attend_sdpa(q[:, :window], k[:, :window], v[:, :window], documents=documents)
     padding = (0, 0, 0, 0, 0, -rest % block)
     q = F.pad(q[:, window:], padding)  # [B, N S, H, d]
     k, v = F.pad(k, padding), F.pad(v, padding)  # [B, window + N S, K, d]
@@ -1024,8 +1100,6 @@ def attend_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     q = q.unfold(1, block, block)  # [B, N, H, d, S]
     k, v = (x.unfold(1, window + block, block) for x in (k, v))  # [B, N, H, d, window + S]
     q, k, v = (x.transpose(3, 4).flatten(0, 1) for x in (q, k, v))  # [B N, H, S or window + S, d]
-    mask = torch.ones(block, window + block, dtype=torch.bool, device=q.device)
-    mask = mask.tril(window).triu(1)  # query s sees keys s + 1 to s + window
     backends = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(backends):
         y = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)  # [B N, S, H, d]
@@ -1072,11 +1146,17 @@ def probe_attention(device: Device, h: Hyperparameters, rows: int) -> str:
         qkv = torch.randn((rows, length, sum(heads), h.head_dim), **options).requires_grad_()
         weights = torch.randn((rows, length, h.num_heads, h.head_dim), **options)
         weights[0, compared:] = 0
-        y = device.compile(attend_sdpa)(*qkv.split(heads, dim=2))
+        ids = (torch.arange(length, device=device.device) % 300).expand(
+            rows, -1
+        )  # BOS at 1, 301, ...
+        documents = Documents.of_ids(ids, training=True) if h.doc_attention else None
+        y = device.compile(attend_sdpa)(*qkv.split(heads, dim=2), documents=documents)
         (gradient,) = torch.autograd.grad(y, qkv, weights)
         first = qkv[:1, :compared].detach().float().requires_grad_()
         with sdpa_kernel(SDPBackend.MATH):
-            expected = attend_sdpa(*first.split(heads, dim=2))
+            if documents is not None:
+                documents = Documents.of_ids(ids[:1, :compared], training=True)
+            expected = attend_sdpa(*first.split(heads, dim=2), documents=documents)
             needed = torch.autograd.grad(expected, first, weights[:1, :compared].float())[0]
     except Exception as error:  # the next back end may run
         return f"{error!r:.200}"
@@ -1097,6 +1177,8 @@ def choose_attention(h: Hyperparameters, device: Device, ranks: Ranks) -> tuple[
     """
     hopper = device.is_cuda and torch.cuda.get_device_capability(device.device)[0] == 9
     names = ["fa3", "cudnn", "flash", "math"] if hopper else ["flash", "cudnn", "math"]
+    if h.doc_attention:
+        names.remove("cudnn")  # PyTorch has no kernel of cuDNN for documents
     if h.attn != "auto":
         names = [h.attn]
     passed = min(h.micro_batch_tokens, h.train_batch_tokens // ranks.world_size)
@@ -1710,6 +1792,7 @@ class Context(NamedTuple):
     rotation: Tensor  # [2, T, 1, n/2], see rotary_angles
     value_embeds: dict[int, Tensor]  # by layer: [B, T, K d], added to the values
     window: int  # positions that attention reaches back; 0 for all
+    documents: Documents | None  # which attention keeps apart; None: it crosses BOS
 
 
 Lanes = tuple[Tensor, ...]  # the residual streams of a forward pass, one or two, each [B, T, D]
@@ -1752,7 +1835,7 @@ class CausalSelfAttention(nn.Module):
         k = rotate(rms_norm(k), context.rotation)
         # Before attention: after it, the compiler would store v in float32 for the backward pass.
         unit = F.normalize(v.float(), dim=-1) if self.xsa else None
-        y = self.attend(q, k, v, window=context.window)
+        y = self.attend(q, k, v, window=context.window, documents=context.documents)
         if unit is not None:
             y = subtract_self_value(y, unit)
         if self.gate is not None:
@@ -2101,7 +2184,8 @@ class GPT(nn.Module):
         value_embeds = {}
         if self.value_embedding is not None:
             value_embeds = self.value_embedding(ids, self.dtype)
-        return Context(x0, rotation, value_embeds, window)
+        documents = Documents.of_ids(ids, self.training) if h.doc_attention else None
+        return Context(x0, rotation, value_embeds, window, documents)
 
     def add_skip(self, x: Tensor, skip: Tensor, visit: int) -> Tensor:
         """Returns a stream x [B, T, D] with the skip of a decoder visit added or blended in."""

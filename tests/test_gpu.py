@@ -65,6 +65,34 @@ def test_each_back_end_over_a_window_is_masked_attention(attn, compiled, sequenc
     assert (got - want).norm() / want.norm() < 0.02
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("attn", ["fa3", "flash", "math"])
+@pytest.mark.parametrize("window", [0, 100])
+def test_each_back_end_keeps_documents_apart(attn, window, training):
+    """The kernel of FlashAttention for documents against the mask, with gradients, compiled."""
+    torch.compiler.reset()
+    try:
+        device, _ = choose(tg.Hyperparameters(attn=attn, doc_attention=True))
+    except tg.SettingsError as error:
+        pytest.skip(str(error)[:200])
+    assert device.attention == attn
+    ids = torch.randint(0, 200, (8, 512), device=GPU)  # one id in 200 is BOS
+    options = {"window": window, "documents": tg.Documents.of_ids(ids, training)}
+    qkv = [torch.randn(8, 512, heads, 64, device=GPU) for heads in (8, 4, 4)]
+    results = []
+    for dtype, attend in (
+        (torch.bfloat16, device.compile(tg.attend_sdpa)),
+        (torch.float32, tg.attend_sdpa),
+    ):
+        parts = [x.to(dtype).requires_grad_() for x in qkv]
+        if dtype == torch.float32:
+            tg.select_attention("math")
+        y = attend(*parts, **options)
+        results.append((y, *torch.autograd.grad(y.float().square().sum(), parts)))
+    for got, want in zip(*results, strict=True):
+        assert (got.float() - want).norm() / want.norm() < 0.02
+
+
 def test_bf16_compiled_agrees_with_float32_on_the_cpu():
     h = settings(compile=1, model_dim=128, num_heads=2, num_kv_heads=1, rope_dims=16)
     torch.manual_seed(0)

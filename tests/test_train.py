@@ -7,6 +7,7 @@ import time
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,9 +55,9 @@ def test_training_alone_may_round_the_inputs_of_products(byte_corpus: Path, cpu)
     """Validation is of full precision, and what follows training has that of before."""
     found = set()
 
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, window: int) -> torch.Tensor:
+    def attend(*qkv: torch.Tensor, **options: Any) -> torch.Tensor:
         found.add((torch.is_grad_enabled(), torch.get_float32_matmul_precision()))
-        return tg.attend_sdpa(q, k, v, window=window)
+        return tg.attend_sdpa(*qkv, **options)
 
     trained(settings(data_path=byte_corpus, iterations=2, val_loss_every=1), cpu, attend)
     assert found == {(True, "medium"), (False, "highest")}
@@ -128,9 +129,9 @@ def fake_time(monkeypatch) -> FakeTime:
 def slow_attention(clock: FakeTime, seconds: Callable[[bool], float]) -> tg.Attend:
     """Attention that takes so many seconds, given whether it is part of a training step."""
 
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, window: int) -> torch.Tensor:
+    def attend(*qkv: torch.Tensor, **options: Any) -> torch.Tensor:
         clock.now += seconds(torch.is_grad_enabled())
-        return tg.attend_sdpa(q, k, v, window=window)
+        return tg.attend_sdpa(*qkv, **options)
 
     return attend
 
