@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 
 import pytest
@@ -158,7 +159,7 @@ def test_a_step_never_waits_for_the_gpu(byte_corpus, eight_ranks, auxiliary):
     device, _ = choose(h)
     data = tg.load_data(h, eight_ranks, tg.Log(silent=True))
     model = tg.GPT(h, tg.attend_sdpa, device.dtype).to(device.device)
-    trainer = tg.Trainer(model, data, h, eight_ranks, device, tg.Log(silent=True))
+    trainer = tg.Trainer(model, data, eight_ranks, device, tg.Log(silent=True), math.inf)
     phase, batch = tg.programs(h)[-1], trainer.batches.batch(0)
     trainer.take_step(phase, *batch)  # the first step allocates
     torch.cuda.set_sync_debug_mode("error")
