@@ -3602,11 +3602,14 @@ def load_checkpoint(path: Path, h: Hyperparameters) -> SavedModel:
     """Returns a checkpoint or saved weights. Raises DataError."""
     with raise_data_error(f"{path}: cannot be read as a checkpoint"):
         tensors, stored = read_tensors(path)
+        stored.pop("gptq_reserve_seconds", None)  # a setting until 2026-11-26
         unknown = sorted(stored.keys() - asdict(h).keys() - {"step", "shards"})
         if unknown and "progress/losses" not in tensors:  # metadata of another program
             stored, unknown = {}, []
         check(not unknown, f"it states unknown {unknown}; use the program of its run's folder")
-        step = int(stored.pop("step", 0))
+        step = int(stored.pop("step", len(tensors.get("progress/losses", ()))))
+        if "progress/losses" in tensors:  # from before there was a choice
+            stored.setdefault("train_order", "sequential")
         h = replace(h, **{name: stored[name] for name in model_settings(h) if name in stored})
         averages = {name: x for name, x in tensors.items() if name.startswith("average/")}
         wrappers = r"^(average/)?((module|_orig_mod)\.)*"  # of DistributedDataParallel and compile

@@ -210,6 +210,19 @@ def test_resume_on_other_shards_is_refused(argv, run, env, byte_corpus, tmp_path
     assert re.search(says, capsys.readouterr().out)
 
 
+def test_a_checkpoint_that_states_no_order_was_trained_in_sequence(run, env, tmp_path, capsys):
+    tensors, settings = tg.read_tensors(run / tg.CHECKPOINT)
+    added = ("train_order", "step", "shards", "scale_rule", "matrix_bits", "gptq_embed")
+    older = {k: v for k, v in settings.items() if k not in added} | {"gptq_reserve_seconds": 14.0}
+    tg.write_tensors(tmp_path / "older", tensors, older)
+    env |= {"RESUME": str(tmp_path / "older"), "ITERATIONS": "5"}
+    assert tg.main([], env) == 2
+    assert "it was trained with TRAIN_ORDER=sequential" in capsys.readouterr().out
+    assert tg.main([], {**env, "TRAIN_ORDER": "sequential"}) == 0
+    result = result_of(Path(env["RUN_DIR"]))
+    assert (result["resumed"]["step"], result["steps"]) == (3, 5)
+
+
 def test_a_longer_resume_is_allowed_and_recorded(run, env):
     longer = {"ITERATIONS": "6", "EVAL_STRIDE": "16", "MICRO_BATCH_TOKENS": "256"}
     assert tg.main([], {**env, "RESUME": str(run), **longer}) == 0
