@@ -100,6 +100,45 @@ BYTE_RULES: dict[str, Any] = {
     "rope_train_seq_len": 4096,
 }
 
+# What PR #1493 and #1855 share.
+SP8192: dict[str, Any] = {
+    "vocab_size": 8192,
+    "mlp_mult": 4.0,
+    "rope_train_seq_len": 2048,
+    "smear_gate": False,
+    "bigram_vocab_size": 0,
+    "ve_enabled": False,
+    "skip_gates_enabled": True,
+    "num_loops": 2,
+    "scalar_lr": 0.02,
+    "tied_embed_lr": 0.03,
+    "adam_wd": 0.02,
+    "embed_wd": 0.085,
+    "muon_wd": 0.095,
+    "muon_row_normalize": True,
+    "ema_decay": 0.9965,
+    "gptq_calib": "train",
+    "gptq_embed": True,
+    "scale_rule": "std",
+}
+FRONTIER = SP8192 | {
+    "parallel_start_layer": 8,
+    "sparse_attn_gate_enabled": True,
+    "sparse_attn_gate_scale": 0.5,
+    "smear_gate_enabled": True,
+    "qk_gain_init": 5.0,
+    "matrix_lr": 0.026,
+    "beta2": 0.99,
+    "muon_momentum": 0.97,
+    "muon_coefficients": "polar_express",
+    "warmdown_frac": 0.85,
+    "min_lr": 0.1,
+    "gptq_calib_tokens": 1_572_864,
+    "embed_bits": 7,
+    "embed_clip_sigmas": 14.0,
+    "compressor": "range",
+    "eval_window": 2048,
+}
 PRESETS: dict[str, dict[str, Any]] = {
     # A first run: the embedded corpus, a few minutes on two cores.
     "cpu": {
@@ -142,21 +181,36 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # PR #1124: batched Muon and GPTQ, the defaults.
     "v9": {},
+    # PR #1493: 8,192 tokens, repeated layers, parallel residuals, test-time training.
+    "sp8192": SP8192
+    | {
+        "parallel_residual_start": 7,
+        "qk_gain_init": 5.25,
+        "matrix_lr": 0.022,
+        "warmdown_frac": 0.72,
+        "gptq_calib_tokens": 6_291_456,
+        "compressor": "brotli",
+        "ttt_enabled": True,
+        "ttt_lr": 0.005,
+    },
+    # The best that we know: PR #1855 without its CaseOps, LQER and kernels.
+    "frontier": FRONTIER,
+    # A single GPU and ten minutes: the same at an eighth of the batch, with the default tokenizer.
+    # Not measured on a GPU yet.
+    "gpu1": FRONTIER | {"vocab_size": 1024, "train_batch_tokens": 98_304},
 }
 
 
 # Settings of published scripts that this program does not have; the log warns of them.
 UNSUPPORTED_SETTINGS = frozenset(
     """
-    WARMDOWN_FRAC VAL_BATCH_TOKENS SKIP_GATES_ENABLED NUM_LOOPS MIN_LR GPTQ_CALIBRATION_BATCHES
-    EMBED_WD MUON_ROW_NORMALIZE MUON_BETA2 LOOP_START LOOP_END ENABLE_LOOPING_AT TTT_LORA_RANK
-    TTT_LORA_LR TTT_EVAL_SEQ_LEN TTT_CHUNK_SIZE TTT_BATCH_SIZE TTT_WEIGHT_DECAY TTT_OPTIMIZER
-    TTT_GRAD_STEPS TTT_MOMENTUM TTT_FREEZE_BLOCKS TTT_GRAD_CLIP TTT_BATCH_SEQS PARALLEL_START_LAYER
-    PARALLEL_FINAL_LANE VAL_DOC_FRACTION VAL_MAX_TOKENS ROPE_YARN PHASED_TTT_ENABLED GLOBAL_TTT_LR
-    MLP_CLIP_SIGMAS ATTN_CLIP_SIGMAS SLIDING_WINDOW_ENABLED QAT_ENABLED GATE_WINDOW
-    GATED_ATTN_ENABLED GATED_ATTENTION SPARSE_ATTN_GATE_ENABLED ATTN_OUT_GATE_ENABLED
-    CASEOPS_ENABLED MTP_NUM_HEADS MTP_LOSS_WEIGHT EMBEDDING_DIM LQER_ENABLED MLP_HIDDEN DTG_ENABLED
-    VALUE_RESIDUAL QUANT_BITS ZSTD_LEVEL GPTQ_RESERVE_SECONDS JEPA_SIGREG JEPA_BACKBONE_GRAD
+    VAL_BATCH_TOKENS GPTQ_CALIBRATION_BATCHES MUON_BETA2 TTT_LORA_RANK TTT_LORA_LR TTT_EVAL_SEQ_LEN
+    TTT_CHUNK_SIZE TTT_BATCH_SIZE TTT_WEIGHT_DECAY TTT_OPTIMIZER TTT_GRAD_STEPS TTT_MOMENTUM
+    TTT_FREEZE_BLOCKS TTT_GRAD_CLIP TTT_BATCH_SEQS VAL_DOC_FRACTION VAL_MAX_TOKENS ROPE_YARN
+    PHASED_TTT_ENABLED GLOBAL_TTT_LR MLP_CLIP_SIGMAS ATTN_CLIP_SIGMAS SLIDING_WINDOW_ENABLED
+    QAT_ENABLED GATED_ATTN_ENABLED GATED_ATTENTION ATTN_OUT_GATE_ENABLED CASEOPS_ENABLED
+    MTP_NUM_HEADS MTP_LOSS_WEIGHT EMBEDDING_DIM LQER_ENABLED MLP_HIDDEN DTG_ENABLED VALUE_RESIDUAL
+    QUANT_BITS ZSTD_LEVEL GPTQ_RESERVE_SECONDS JEPA_SIGREG JEPA_BACKBONE_GRAD
     """.split()
 )
 
@@ -208,7 +262,34 @@ class ModelSettings:
     xsa_last_n: int = setting(11, "Number of last layers with exclusive self-attention (XSA).")
     ln_scale: bool = setting(True, "Multiply the norms of a layer by 1 / sqrt(layer + 1).")
     unet_skips: bool = setting(True, "Add outputs of the first half of the layers to the second.")
-    smear_gate: bool = setting(True, "Blend each embedding with that of the previous position.")
+    skip_gates_enabled: bool = setting(
+        False, "Blend the U-Net skips in by a learned sigmoid gate instead of adding them."
+    )
+    num_loops: int = setting(
+        0, "How often a pass repeats the layers LOOP_START to LOOP_END (depth recurrence).", high=64
+    )
+    loop_start: int = setting(3, "First layer that NUM_LOOPS repeats.")
+    loop_end: int = setting(5, "Last layer that NUM_LOOPS repeats.")
+    parallel_residual_start: int = setting(
+        -1, "First layer whose attention and MLP read the same input; -1 for none.", low=-1
+    )
+    parallel_start_layer: int = setting(
+        0, "First layer with two residual lanes, one for attention, one for the MLP; 0 for none."
+    )
+    parallel_final_lane: str = setting(
+        "mean", "Lane that the output head reads.", choices=("mean", "attn", "mlp")
+    )
+    sparse_attn_gate_enabled: bool = setting(
+        False, "Gate the output of each head by the first GATE_WINDOW dimensions of its input."
+    )
+    sparse_attn_gate_scale: float = setting(1.0, "Factor of that gate's input to its sigmoid.")
+    gate_window: int = setting(12, "Dimensions that gates of tokens and heads read.", low=1)
+    smear_gate: bool = setting(
+        True, "Blend each embedding with that of the previous position, by a gate per channel."
+    )
+    smear_gate_enabled: bool = setting(
+        False, "Add the previous position's embedding by a gate per token; needs SMEAR_GATE=0."
+    )
     bigram_vocab_size: int = setting(
         2048, "Rows in the table of hashed token pairs (BigramHash); 0 disables it.", high=1 << 24
     )
@@ -309,6 +390,10 @@ class Hyperparameters(ModelSettings):
         0.005, "Standard deviation of the token embedding where it is also the head."
     )
     qk_gain_init: float = setting(1.5, "Initial gain of the queries, per head.", low=-1e18)
+    # Depth recurrence
+    enable_looping_at: float = setting(
+        0.35, "Fraction of the run at which NUM_LOOPS begins to apply.", high=1
+    )
     # Auxiliary losses
     jepa_lambda_max: float = setting(
         0.001, "Peak weight of the JEPA losses; 0 leaves the latents random."
@@ -344,11 +429,22 @@ class Hyperparameters(ModelSettings):
     beta2: float = setting(0.95, "AdamW: decay of the second moment.", high=0.99999)
     adam_eps: float = setting(1e-8, "AdamW: epsilon.")
     adam_wd: float = setting(0.04, "AdamW: weight decay; the head and the JEPA head have none.")
+    embed_wd: float = setting(
+        -1.0, "AdamW: weight decay of embedding tables; -1 takes ADAM_WD.", low=-1
+    )
     muon_wd: float = setting(0.04, "Muon: weight decay.")
     muon_momentum: float = setting(0.99, "Muon: momentum after its warm-up.", high=0.9999)
     muon_momentum_warmup_start: float = setting(0.92, "Muon: momentum at step 0.", high=0.9999)
     muon_momentum_warmup_steps: int = setting(1500, "Muon: steps of the momentum's linear rise.")
     muon_backend_steps: int = setting(5, "Muon: Newton-Schulz iterations.", low=1)
+    muon_coefficients: str = setting(
+        "quintic",
+        "Muon: coefficients of Newton-Schulz, one set for all iterations, or Polar Express.",
+        choices=("quintic", "polar_express"),
+    )
+    muon_row_normalize: bool = setting(
+        False, "Muon: divide each row of the update by its norm before Newton-Schulz (MuonEq-R)."
+    )
     grad_clip_norm: float = setting(0.3, "Largest norm of the gradient; 0 does not clip.")
     ema_enabled: bool = setting(True, "Keep an exponential moving average (EMA) of the weights.")
     ema_decay: float = setting(
@@ -374,6 +470,12 @@ class Hyperparameters(ModelSettings):
     )
     warmdown_max_fraction: float = setting(
         0.6, "Largest part of the run that the warm-down takes.", high=1
+    )
+    warmdown_frac: float = setting(
+        0.0, "Last fraction of the run that is the warm-down; 0 takes WARMDOWN_ITERS.", high=1
+    )
+    min_lr: float = setting(
+        0.0, "Fraction of the learning rates at which the warm-down ends.", high=1
     )
     val_loss_every: int = setting(4000, "Steps between validations; 0 validates at the end only.")
     train_log_every: int = setting(500, "Steps between log lines; 0 logs the first ten steps only.")
@@ -456,6 +558,11 @@ class Hyperparameters(ModelSettings):
         return self.max_wallclock_seconds or math.inf
 
     @property
+    def embedding_wd(self) -> float:
+        """Weight decay of embedding tables."""
+        return self.adam_wd if self.embed_wd < 0 else self.embed_wd
+
+    @property
     def calibrates_on_text(self) -> bool:
         """Whether GPTQ reads training text, which counts as training."""
         return self.gptq_enabled and self.gptq_calib == "train"
@@ -515,6 +622,22 @@ def model_rules(m: ModelSettings) -> list[str]:
             f"JEPA_CHUNK_SIZE={m.jepa_chunk_size}: two chunks must fit in "
             f"TRAIN_SEQ_LEN={m.train_seq_len}"
         )
+    if m.num_loops and not m.loop_start <= m.loop_end < m.num_layers:
+        faults.append(
+            f"LOOP_START={m.loop_start} LOOP_END={m.loop_end}: must be the first and the last "
+            f"layer that NUM_LOOPS repeats, below NUM_LAYERS={m.num_layers}"
+        )
+    # Encoder visits and repeated layers have one lane.
+    first = max(m.num_layers // 2, m.loop_end + 1 if m.num_loops else 1)
+    if m.parallel_start_layer and not first <= m.parallel_start_layer < m.num_layers:
+        faults.append(
+            f"PARALLEL_START_LAYER={m.parallel_start_layer}: must be 0, or from {first} to "
+            f"{m.num_layers - 1}: behind the layers that NUM_LOOPS repeats, in the second half"
+        )
+    if m.smear_gate and m.smear_gate_enabled:
+        faults.append("SMEAR_GATE_ENABLED=1: needs SMEAR_GATE=0, the other form of the gate")
+    if m.gate_window > m.model_dim and (m.smear_gate_enabled or m.sparse_attn_gate_enabled):
+        faults.append(f"GATE_WINDOW={m.gate_window}: must be at most MODEL_DIM={m.model_dim}")
     if m.bigram_vocab_size == 1:
         faults.append("BIGRAM_VOCAB_SIZE=1: must be 0 (disabled) or at least 2")
     if unknown:
@@ -1501,8 +1624,8 @@ class Role(NamedTuple):
 # rates and stored bits of a parameter follow from it. A Linear is a "matrix" unless told otherwise.
 ROLES = {
     "matrix": Role("muon", "matrix_lr", "muon_wd", "matrix_bits", "matrix_clip_sigmas"),
-    "embed": Role("adamw", "tied_embed_lr", "adam_wd", "embed_bits", "embed_clip_sigmas"),
-    "untied_embed": Role("adamw", "embed_lr", "adam_wd", "embed_bits", "embed_clip_sigmas"),
+    "embed": Role("adamw", "tied_embed_lr", "embedding_wd", "embed_bits", "embed_clip_sigmas"),
+    "untied_embed": Role("adamw", "embed_lr", "embedding_wd", "embed_bits", "embed_clip_sigmas"),
     "head": Role("adamw", "head_lr", "", "embed_bits", "embed_clip_sigmas"),
     "scalar": Role("adamw", "scalar_lr", "adam_wd", ""),
     "aux": Role("adamw", "jepa_lr", "", "embed_bits", "embed_clip_sigmas"),
@@ -1606,13 +1729,14 @@ class Context(NamedTuple):
     window: int  # positions that attention reaches back; 0 for all
 
 
-# The residual streams of a forward pass, each [B, T, D]. A Block has one; a block with parallel
-# lanes, which this program does not have yet, maps two to two.
-Lanes = tuple[Tensor, ...]
+Lanes = tuple[Tensor, ...]  # the residual streams of a forward pass, one or two, each [B, T, D]
 
 
 class CausalSelfAttention(nn.Module):
-    """Grouped-query attention with partial RoPE and, in the last layers, XSA."""
+    """Grouped-query attention with partial RoPE and, in the last layers, XSA.
+
+    The sparse gate multiplies each head's output by sigmoid(scale * w x[:n]) (PR #1787).
+    """
 
     role = "scalar"  # of q_gain
     INPUT_LAYERS = "c_q", "c_k", "c_v"  # one product with the module's input
@@ -1627,6 +1751,9 @@ class CausalSelfAttention(nn.Module):
         self.proj = Linear(h.model_dim, h.model_dim, gain=0)
         self.q_gain = nn.Parameter(torch.full((h.num_heads, 1), h.qk_gain_init))
         self.xsa = layer >= h.num_layers - h.xsa_last_n
+        self.gate, self.gate_scale = None, h.sparse_attn_gate_scale
+        if h.sparse_attn_gate_enabled:
+            self.gate = Linear(h.gate_window, h.num_heads, gain=0, role="scalar")
 
     def forward(self, x: Tensor, scale: Tensor, context: Context) -> Tensor:
         """Maps x [B, T, D] to attention's output [B, T, D], times `scale` [D]."""
@@ -1645,6 +1772,9 @@ class CausalSelfAttention(nn.Module):
         y = self.attend(q, k, v, window=context.window)
         if unit is not None:
             y = subtract_self_value(y, unit)
+        if self.gate is not None:
+            gate = self.gate(x[..., : self.gate.in_features])
+            y = y * (self.gate_scale * gate).sigmoid().unsqueeze(-1)
         return self.proj(y.flatten(2), scale)
 
 
@@ -1663,6 +1793,12 @@ class MLP(nn.Module):
         return self.down(F.leaky_relu(self.up(x), self.negative_slope).square(), scale)
 
 
+def previous_embeddings(x: Tensor, ids: Tensor, bos_mask: bool) -> Tensor:
+    """Returns x [B, T, D] one position later, zero at position 0 and, if masked, at each BOS."""
+    starts = (ids[..., None] == BOS_ID) & bos_mask
+    return F.pad(x[:, :-1], (0, 0, 1, 0)).masked_fill(starts, 0)
+
+
 class SmearGate(nn.Module):
     """Blends each position's embedding with the previous one's: lerp(x[t], x[t-1], sigmoid(g)).
 
@@ -1677,10 +1813,29 @@ class SmearGate(nn.Module):
         self.bos_mask = h.bos_mask
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        """Maps x [B, T, D] of ids [B, T]; nothing precedes position 0 or a masked BOS."""
-        starts = (ids[..., None] == BOS_ID) & self.bos_mask
-        previous = F.pad(x[:, :-1], (0, 0, 1, 0)).masked_fill(starts, 0)
+        """Maps normalized embeddings x [B, T, D] of ids [B, T] to blended ones."""
+        previous = previous_embeddings(x, ids, self.bos_mask)
         return torch.lerp(x, previous, self.gate.sigmoid().to(x.dtype))
+
+
+class TokenSmearGate(nn.Module):
+    """Adds the previous position's embedding: x[t] + scale * sigmoid(w x[t, :n]) * x[t-1].
+
+    As in modded-nanogpt (PR #1667), with the mask of PR #1851.
+    """
+
+    role = "scalar"
+
+    def __init__(self, h: Hyperparameters) -> None:
+        super().__init__()
+        self.gate = Linear(h.gate_window, 1, gain=0, role="scalar")
+        self.scale = nn.Parameter(torch.zeros(1))
+        self.bos_mask = h.bos_mask
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        """Maps embeddings x [B, T, D] of ids [B, T], before their norm, to blended ones."""
+        gate = self.scale.to(x.dtype) * self.gate(x[..., : self.gate.in_features]).sigmoid()
+        return x + gate * previous_embeddings(x, ids, self.bos_mask)
 
 
 class BigramHash(nn.Module):
@@ -1729,6 +1884,7 @@ class Block(nn.Module):
     """A layer: blends in the first embedding, then adds attention and the MLP to the stream."""
 
     role = "scalar"
+    lanes = 1  # that it reads and returns
 
     def __init__(self, h: Hyperparameters, layer: int, attend: Attend) -> None:
         super().__init__()
@@ -1739,14 +1895,61 @@ class Block(nn.Module):
         self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, h.model_dim))
         self.norm_scale = (layer + 1) ** -0.5 if h.ln_scale else 1.0
 
+    def restart(self, x: Tensor, context: Context) -> Tensor:
+        """Returns the stream x [B, T, D] blended with the first embeddings."""
+        keep, restart = self.resid_mix.to(x.dtype)
+        return keep * x + restart * context.x0
+
+    def attention(self, x: Tensor, context: Context) -> Tensor:
+        """Returns what attention adds to a stream x [B, T, D]."""
+        return self.attn(rms_norm(x) * self.norm_scale, self.attn_scale, context)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """Returns what the MLP adds to a stream x [B, T, D]."""
+        return self.mlp(rms_norm(x) * self.norm_scale, self.mlp_scale)
+
     def forward(self, lanes: Lanes, context: Context) -> Lanes:
         """Maps the one lane [B, T, D] to the one lane after this layer."""
-        x = lanes[0]
-        keep, restart = self.resid_mix.to(x.dtype)
-        x = keep * x + restart * context.x0
-        x = x + self.attn(rms_norm(x) * self.norm_scale, self.attn_scale, context)
-        x = x + self.mlp(rms_norm(x) * self.norm_scale, self.mlp_scale)
-        return (x,)
+        x = self.restart(lanes[0], context)
+        x = x + self.attention(x, context)
+        return (x + self.feed_forward(x),)
+
+
+class ParallelBlock(Block):
+    """A layer whose attention and MLP read the same input, as in GPT-J (PR #1412)."""
+
+    def forward(self, lanes: Lanes, context: Context) -> Lanes:
+        """Maps the one lane [B, T, D] to the one lane after this layer."""
+        x = self.restart(lanes[0], context)
+        return (x + self.attention(x, context) + self.feed_forward(x),)
+
+
+class TwoLaneBlock(Block):
+    """A layer whose attention reads the first lane and whose MLP reads the second (PR #1529).
+
+    Both outputs are added to both lanes, with learned weights.
+    """
+
+    lanes = 2
+
+    def __init__(self, h: Hyperparameters, layer: int, attend: Attend) -> None:
+        super().__init__(h, layer, attend)
+        # By lane: the weights of the lane itself, of attention and of the MLP.
+        self.lane_mix = nn.Parameter(torch.tensor([[1.1, 1.0, 1.0]]).repeat(2, 1))
+
+    def forward(self, lanes: Lanes, context: Context) -> Lanes:
+        """Maps two lanes [B, T, D] to the two lanes after this layer."""
+        attention = self.attention(self.restart(lanes[0], context), context)
+        feed_forward = self.feed_forward(lanes[1])
+        mixes = zip(lanes, self.lane_mix.to(attention.dtype))
+        return tuple(keep * x + a * attention + m * feed_forward for x, (keep, a, m) in mixes)
+
+
+def block_class(h: Hyperparameters, layer: int) -> type[Block]:
+    """Returns the class of a layer's block."""
+    if 0 < h.parallel_start_layer <= layer:
+        return TwoLaneBlock
+    return ParallelBlock if 0 <= h.parallel_residual_start <= layer else Block
 
 
 class LayerPlan(NamedTuple):
@@ -1760,14 +1963,15 @@ class LayerPlan(NamedTuple):
     decoder: tuple[int, ...]
 
 
-def layer_plan(h: Hyperparameters) -> LayerPlan:
-    """Returns the plan that visits every block once; the decoder has the odd one.
+def layer_plan(h: Hyperparameters, loops: int) -> LayerPlan:
+    """Returns the plan that repeats the layers LOOP_START to LOOP_END `loops` times.
 
-    The model has one plan for the whole run. A plan that changes during the run needs a field of
-    Phase, an entry in programs() for the warm-up, and the plan as an argument of GPT.backbone.
+    Depth recurrence with shared weights (PR #1285, #1394). The decoder has the odd visit.
     """
-    half = h.num_layers // 2
-    return LayerPlan(tuple(range(half)), tuple(range(half, h.num_layers)))
+    visits = [*range(h.num_layers)]
+    visits[h.loop_start : h.loop_start] = loops * visits[h.loop_start : h.loop_end + 1]
+    half = len(visits) // 2
+    return LayerPlan(tuple(visits[:half]), tuple(visits[half:]))
 
 
 class Auxiliary(NamedTuple):
@@ -1876,15 +2080,20 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         self.h = h = h() if isinstance(h, type) else h
-        self.dtype, self.plan = dtype, layer_plan(h)
+        self.dtype = dtype
         std = h.tied_embed_init_std if h.tie_embeddings else 1.0
         self.tok_emb = Embedding(h, h.vocab_size, h.model_dim, std)
         self.bigram = BigramHash(h) if h.bigram_vocab_size else None
         self.smear = SmearGate(h) if h.smear_gate else None
+        self.token_smear = TokenSmearGate(h) if h.smear_gate_enabled else None
         self.value_embedding = ValueEmbedding(h) if h.ve_enabled else None
-        self.blocks = nn.ModuleList(Block(h, layer, attend) for layer in range(h.num_layers))
-        skips = min(len(self.plan.encoder), len(self.plan.decoder)) if h.unet_skips else 0
+        layers = range(h.num_layers)
+        self.blocks = nn.ModuleList(block_class(h, layer)(h, layer, attend) for layer in layers)
+        skips = len(layer_plan(h, h.num_loops).encoder) if h.unet_skips else 0
         self.skip_weights = nn.Parameter(torch.ones(skips, h.model_dim))
+        self.skip_gates = None
+        if h.skip_gates_enabled:
+            self.skip_gates = nn.Parameter(torch.zeros(skips, h.model_dim))
         self.jepa = JEPA(h) if h.jepa_chunk_size else None
         self.lm_head = None
         if not h.tie_embeddings:
@@ -1895,7 +2104,10 @@ class GPT(nn.Module):
         x = self.tok_emb(ids)
         if self.bigram is not None:
             x = x + self.bigram(ids, self.dtype)
-        x = rms_norm(x.to(self.dtype))
+        x = x.to(self.dtype)
+        if self.token_smear is not None:
+            x = self.token_smear(x, ids)
+        x = rms_norm(x)
         return x if self.smear is None else self.smear(x, ids)
 
     def context(self, x0: Tensor, ids: Tensor, window: int) -> Context:
@@ -1908,20 +2120,36 @@ class GPT(nn.Module):
             value_embeds = self.value_embedding(ids, self.dtype)
         return Context(x0, rotation, value_embeds, window)
 
-    def backbone(self, ids: Tensor, window: int = 0) -> Tensor:
-        """Returns the stream [B, T, D] after the last block, for ids [B, T]."""
+    def add_skip(self, x: Tensor, skip: Tensor, visit: int) -> Tensor:
+        """Returns a stream x [B, T, D] with the skip of a decoder visit added or blended in."""
+        skip = self.skip_weights[visit].to(x.dtype) * skip
+        if self.skip_gates is None:
+            return x + skip
+        return torch.lerp(skip, x, self.skip_gates[visit].sigmoid().to(x.dtype))
+
+    def backbone(self, ids: Tensor, window: int = 0, loops: int | None = None) -> Tensor:
+        """Returns the stream [B, T, D] after the last block, for ids [B, T].
+
+        `loops` is the number of repetitions of the looped layers; None takes NUM_LOOPS.
+        """
         x0 = self.embed(ids)
-        context, lanes = self.context(x0, ids, window), (x0,)
+        context = self.context(x0, ids, window)
+        lanes: Lanes = (x0,)
+        plan = layer_plan(self.h, self.h.num_loops if loops is None else loops)
         skips: list[Tensor] = []
-        for layer in self.plan.encoder:
+        for layer in plan.encoder:
             lanes = self.blocks[layer](lanes, context)
             skips.append(lanes[0])
-        for visit, layer in enumerate(self.plan.decoder):
-            if visit < len(self.skip_weights):
-                skip = self.skip_weights[visit].to(self.dtype) * skips.pop()
-                lanes = (lanes[0] + skip, *lanes[1:])
-            lanes = self.blocks[layer](lanes, context)
-        return lanes[0]
+        for visit, layer in enumerate(plan.decoder):
+            block: Any = self.blocks[layer]
+            if len(lanes) < block.lanes:
+                lanes = 2 * lanes
+            if skips and len(self.skip_weights):
+                lanes = (self.add_skip(lanes[0], skips.pop(), visit), *lanes[1:])
+            lanes = block(lanes, context)
+        if len(lanes) == 2 and self.h.parallel_final_lane == "mean":
+            return (lanes[0] + lanes[1]) / 2
+        return lanes[-1] if self.h.parallel_final_lane == "mlp" else lanes[0]
 
     def logits(self, states: Tensor) -> Tensor:
         """Returns soft-capped logits [..., V], float32, of normalized states [..., D]."""
@@ -1930,22 +2158,28 @@ class GPT(nn.Module):
         # Dividing the head is cheaper than dividing the logits; tanh_ saves a copy of them.
         return F.linear(states, (head / cap).to(states.dtype)).float().tanh_() * cap
 
-    def states(self, ids: Tensor, window: int = 0) -> Tensor:
+    def states(self, ids: Tensor, window: int = 0, loops: int | None = None) -> Tensor:
         """Returns the normalized states [B, T, D] that the output head reads, for ids [B, T]."""
-        x = self.backbone(ids, window)
+        x = self.backbone(ids, window, loops)
         if self.jepa is not None:
             x = self.jepa(x)[0]
         return rms_norm(x)
 
-    def forward_logits(self, ids: Tensor, last: int = 0, window: int = 0) -> Tensor:
+    def forward_logits(
+        self, ids: Tensor, last: int = 0, window: int = 0, loops: int | None = None
+    ) -> Tensor:
         """Returns logits [B, last, V] for the last positions of ids [B, T]; for all with last=0."""
-        return self.logits(self.states(ids, window)[:, -last:])
+        return self.logits(self.states(ids, window, loops)[:, -last:])
 
     def losses(
-        self, ids: Tensor, targets: Tensor, auxiliary: Auxiliary = NO_AUXILIARY
+        self,
+        ids: Tensor,
+        targets: Tensor,
+        auxiliary: Auxiliary = NO_AUXILIARY,
+        loops: int | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss to minimize, and its terms; cross-entropy is `train_loss`, in nats."""
-        x = self.backbone(ids)
+        x = self.backbone(ids, loops=loops)
         if self.jepa is not None:
             x, latents, predicted = self.jepa(x)
         states = rms_norm(x)
@@ -2004,18 +2238,22 @@ class Phase(NamedTuple):
     muon_momentum: float
     jepa_weight: float  # lambda of the JEPA losses; 0 leaves them out of the program
     stp_weight: float  # of the STP loss; 0 leaves it out of the program
+    loops: int = 0  # repetitions of the looped layers
 
 
-def lr_scale(progress: Progress, warmdown_iters: int, max_fraction: float) -> float:
-    """Returns 1, then a linear fall to 0 over the last `warmdown_iters` steps of the run.
+def warmdown_left(progress: Progress, h: Hyperparameters) -> float:
+    """Returns the part of the warm-down that is left: 1 before it, 0 at the end of the run.
 
-    The warm-down takes at most `max_fraction` of the run. Without this bound, as published, a slow
-    machine begins in it.
+    The warm-down is the last WARMDOWN_FRAC of the run, or its last WARMDOWN_ITERS steps. These take
+    at most WARMDOWN_MAX_FRACTION of the run. Without this bound, as published, a slow machine
+    begins in the warm-down.
     """
-    left = progress.steps_left
-    total = progress.step + left  # predicted steps of the run
-    warmdown = min(warmdown_iters, max_fraction * total)
-    return min(left / warmdown, 1.0) if warmdown else 1.0
+    left, warmdown = 1 - progress.fraction, h.warmdown_frac
+    if not warmdown:
+        left = progress.steps_left
+        total = progress.step + left  # predicted steps of the run
+        warmdown = min(h.warmdown_iters, h.warmdown_max_fraction * total)
+    return min(max(left, 0.0) / warmdown, 1.0) if warmdown else 1.0
 
 
 def muon_momentum(step: int, start: float, end: float, warmup_steps: int) -> float:
@@ -2040,7 +2278,7 @@ def schedule(progress: Progress, h: Hyperparameters) -> Phase:
         fractions = h.jepa_phase1_frac, h.jepa_phase2_frac
         weight = jepa_weight(progress.fraction, h.jepa_lambda_max, *fractions)
     return Phase(
-        lr_scale=lr_scale(progress, h.warmdown_iters, h.warmdown_max_fraction),
+        lr_scale=max(warmdown_left(progress, h), h.min_lr),
         muon_momentum=muon_momentum(
             progress.step,
             h.muon_momentum_warmup_start,
@@ -2049,15 +2287,16 @@ def schedule(progress: Progress, h: Hyperparameters) -> Phase:
         ),
         jepa_weight=weight,
         stp_weight=h.stp_lambda if h.stp_enabled else 0.0,
+        loops=h.num_loops if progress.fraction >= h.enable_looping_at else 0,
     )
 
 
 def programs(h: Hyperparameters) -> list[Phase]:
     """Returns one phase for each program that training compiles."""
-    phase = Phase(1.0, h.muon_momentum, 0.0, h.stp_lambda if h.stp_enabled else 0.0)
-    if h.jepa_chunk_size and h.jepa_lambda_max > 0:
-        return [phase, phase._replace(jepa_weight=h.jepa_lambda_max)]
-    return [phase]
+    stp_weight = h.stp_lambda if h.stp_enabled else 0.0
+    weights = {0.0, h.jepa_lambda_max if h.jepa_chunk_size else 0.0}
+    loops = {0 if h.enable_looping_at else h.num_loops, h.num_loops}
+    return [Phase(1.0, h.muon_momentum, w, stp_weight, n) for n in sorted(loops) for w in weights]
 
 
 # ---- Evaluate: from logits to bits per byte ----
@@ -2249,17 +2488,31 @@ def one_pass(model: GPT, window: int, device: Device) -> ScoringPass:
 # ---- Optimizers: Muon, AdamW, the average of the weights ----
 
 
-def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
-    """Returns about U V^T for each U S V^T of a stack [n, rows, cols] (Muon, Jordan et al. 2024).
+# Coefficients of Newton-Schulz by iteration; further iterations take the last ones.
+NEWTON_SCHULZ = {
+    "quintic": ((3.4445, -4.7750, 2.0315),),  # Muon, Jordan et al. 2024
+    "polar_express": (  # arXiv 2505.16932, as in PR #1344
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    ),
+}
+
+
+def newton_schulz(matrices: Tensor, steps: int, coefficients: str = "quintic") -> Tensor:
+    """Returns about U V^T for each U S V^T of a stack [n, rows, cols].
 
     Every matrix is scaled by its own norm; the quintic iteration moves all singular values that are
     not tiny to about 1.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
+    table = NEWTON_SCHULZ[coefficients]
     x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
-    for _ in range(steps):
+    for step in range(steps):
+        a, b, c = table[min(step, len(table) - 1)]
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
@@ -2276,9 +2529,12 @@ class Muon:
         ns_steps: int,
         dtype: torch.dtype,
         ranks: Ranks,
+        coefficients: str = "quintic",
+        row_normalize: bool = False,
     ) -> None:
-        self.lr, self.weight_decay, self.ns_steps = lr, weight_decay, ns_steps
+        self.lr, self.weight_decay, self.row_normalize = lr, weight_decay, row_normalize
         self.dtype, self.ranks = dtype, ranks
+        self.orthogonalize = partial(newton_schulz, steps=ns_steps, coefficients=coefficients)
         shapes = sorted({p.shape for p in matrices.values()})
         self.names = [[n for n, p in matrices.items() if p.shape == shape] for shape in shapes]
         self.stacks = [[matrices[name] for name in names] for names in self.names]
@@ -2288,16 +2544,18 @@ class Muon:
     def step(self, lr_scale: float | Tensor, momentum: float) -> None:
         """Decays the weights, then moves them by the orthogonalized update.
 
-        The update of a matrix [rows, cols] is multiplied by max(1, rows / cols) ** 0.5.
+        The rows of the update may be normalized before (MuonEq-R, PR #1285). The update of a matrix
+        [rows, cols] is multiplied by max(1, rows / cols) ** 0.5.
         """
         lr = self.lr * lr_scale
         for stack, buffer in zip(self.stacks, self.momenta):
             gradient = torch.stack([p.grad for p in stack])  # type: ignore[misc]
             buffer.mul_(momentum).add_(gradient)
-            update = gradient.add_(buffer, alpha=momentum).to(self.dtype)
-            (update,) = self.ranks.map_over_ranks(
-                lambda x: [newton_schulz(x, self.ns_steps)], update
-            )
+            update = gradient.add_(buffer, alpha=momentum)
+            if self.row_normalize:
+                update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+            update = update.to(self.dtype)
+            (update,) = self.ranks.map_over_ranks(lambda x: [self.orthogonalize(x)], update)
             rows, cols = stack[0].shape
             torch._foreach_mul_(stack, 1 - lr * self.weight_decay)
             update = update.float().mul_(-lr * max(1, rows / cols) ** 0.5)
@@ -2321,8 +2579,16 @@ class Optimizers:
             lr = getattr(h, role.learning_rate)
             decay = getattr(h, role.weight_decay) if role.weight_decay else 0.0
             if role.optimizer == "muon":
-                steps = h.muon_backend_steps
-                self.muon = Muon(by_role[name], lr, decay, steps, model.dtype, ranks)
+                self.muon = Muon(
+                    by_role[name],
+                    lr,
+                    decay,
+                    h.muon_backend_steps,
+                    model.dtype,
+                    ranks,
+                    h.muon_coefficients,
+                    h.muon_row_normalize,
+                )
             else:
                 params = [*by_role[name].values()]
                 groups.append({"params": params, "lr": 0.0, "base_lr": lr, "weight_decay": decay})
@@ -2589,8 +2855,7 @@ class Trainer:
         self.rows = h.train_batch_tokens // h.train_seq_len // ranks.world_size
         self.grad_accum = grad_accum_steps(self.rows, h.train_seq_len, h.micro_batch_tokens)
         self.loss_fn = device.compile(model.losses)
-        window = h.window_tokens
-        self.validation = ScoringPass(device.compile(model.forward_logits), window, window)
+        self.forward_logits = device.compile(model.forward_logits)
         self.optimizers, self.average = Optimizers(model, h, ranks), WeightAverage(model, h)
         self.clock = TrainingClock(device, ranks)
         self.step_log = StepLog(self.clock, log, ranks, h.iterations, h.train_log_every)
@@ -2622,7 +2887,7 @@ class Trainer:
         if self.step < self.h.iterations:
             at = f"train_time:{1000 * self.clock.elapsed:.0f}ms step:{self.step}"
             log(f"stopping_early: wallclock_cap {at}/{self.h.iterations}")
-        self.validate()
+        self.validate(self.h.num_loops)
 
     def warm_up(self) -> None:
         """Compiles every program by WARMUP_STEPS steps on random tokens, then undoes the steps.
@@ -2669,15 +2934,19 @@ class Trainer:
             if validates:
                 stop_signal.immediate = True
                 try:
-                    self.validate()
+                    self.validate(self.phase().loops)
                 finally:
                     stop_signal.immediate = False
                 clock.resume()
-            progress = Progress(self.step, h.iterations, clock.elapsed, self.deadline)
-            phase = schedule(progress, h)
+            phase = self.phase()
             step_log.launched(self.take_step(phase, *self.batches.batch(self.step)))
             self.average.update(self.step, phase.lr_scale)
             self.step += 1
+
+    def phase(self) -> Phase:
+        """Returns the values of the schedule for the next step."""
+        progress = Progress(self.step, self.h.iterations, self.clock.elapsed, self.deadline)
+        return schedule(progress, self.h)
 
     def take_step(self, phase: Phase, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Takes a step on this rank's inputs and targets [rows, T], which are on the CPU.
@@ -2694,7 +2963,7 @@ class Trainer:
             first = self.ranks.rank * self.rows + start
             auxiliary = auxiliary_inputs(phase, h, self.step, slice(first, first + rows), device)
             part = slice(start, start + rows)
-            loss, terms = self.loss_fn(inputs[part], targets[part], auxiliary)
+            loss, terms = self.loss_fn(inputs[part], targets[part], auxiliary, phase.loops)
             (loss * share).backward()
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach() * share
@@ -2704,11 +2973,12 @@ class Trainer:
         sums["train_loss"] = sums["train_loss"].where(norm.isfinite(), norm)
         return sums
 
-    def validate(self) -> None:
-        """Logs the plain score of the weights as they are."""
+    def validate(self, loops: int) -> None:
+        """Logs the plain score of the weights as they are, with repeated layers."""
         self.model.eval()
-        tokens = scoring_batch_tokens(self.h, self.device)
-        result = score(self.validation, self.val, self.ranks, self.device, self.log, tokens)
+        window, tokens = self.h.window_tokens, scoring_batch_tokens(self.h, self.device)
+        scoring_pass = ScoringPass(partial(self.forward_logits, loops=loops), window, window)
+        result = score(scoring_pass, self.val, self.ranks, self.device, self.log, tokens)
         self.step_log.write(val_loss=result.val_loss, val_bpb=result.val_bpb)
         self.model.train()
 

@@ -182,8 +182,8 @@ def collect(model: tg.GPT, batches) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_hessians_are_sums_over_all_inputs_of_the_matrices(dtype):
-    """In float32 even where the activations are bf16."""
-    model = random_model(dtype, jepa_chunk_size=4)
+    """In float32 even where the activations are bf16; a repeated layer has more inputs."""
+    model = random_model(dtype, jepa_chunk_size=4, num_loops=2)
     want, hooks, ids = {}, [], some_ids(8, 64)
     for name, module in model.blocks.named_modules(prefix="blocks"):
         if isinstance(module, torch.nn.Linear):
@@ -193,7 +193,7 @@ def test_hessians_are_sums_over_all_inputs_of_the_matrices(dtype):
 
             def keep(_, inputs, name=name):
                 x = inputs[0].detach().double().flatten(0, -2)
-                want[f"{name}.weight"] = x.T @ x
+                want[f"{name}.weight"] = want.get(f"{name}.weight", 0) + x.T @ x
 
             hooks.append(reader.register_forward_pre_hook(keep))
     model.backbone(ids)

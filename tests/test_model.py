@@ -23,6 +23,7 @@ BYTE_COMMAND = dict(
         "JEPA_SIGREG_WEIGHT=0.02 JEPA_LR=0.001"
     ).split()
 )
+PR_1394 = {"LOOP_START": "4", "PARALLEL_RESIDUAL_START": "-1"}
 BASELINE = {"NUM_LAYERS": "9", "MLP_MULT": "2", "BIGRAM_VOCAB_SIZE": "0", "VE_ENABLED": "0"}
 
 # Each feature of the model and its losses, off and on.
@@ -37,11 +38,17 @@ FEATURES: dict[str, tuple[int, int]] = {
     "tie_embeddings": (0, 1),
     "jepa_chunk_size": (0, 4),
     "stp_enabled": (0, 1),
+    "skip_gates_enabled": (0, 1),
+    "num_loops": (0, 2),
+    "parallel_residual_start": (-1, 1),
+    "parallel_start_layer": (0, 2),
+    "sparse_attn_gate_enabled": (0, 1),
 }
 OFF, ON = ({name: values[i] for name, values in FEATURES.items()} for i in (0, 1))
 ONE_ON = [OFF | {name: ON[name]} for name in FEATURES]
 ONE_OFF = [ON | {name: OFF[name]} for name in FEATURES]
-every_feature = pytest.mark.parametrize("features", [OFF, ON, *ONE_ON, *ONE_OFF])
+BY_TOKEN = [features | {"smear_gate": 0, "smear_gate_enabled": 1} for features in (OFF, ON)]
+every_feature = pytest.mark.parametrize("features", [OFF, ON, *ONE_ON, *ONE_OFF, *BY_TOKEN])
 
 
 def some_ids(*shape: int, seed: int = 4) -> torch.Tensor:
@@ -52,7 +59,7 @@ def some_ids(*shape: int, seed: int = 4) -> torch.Tensor:
 def random_model(dtype: torch.dtype = torch.float32, **changes: object) -> tg.GPT:
     """A tiny model with every parameter away from its start."""
     torch.manual_seed(0)
-    narrow = {"jepa_latent_dim": 8, "jepa_proj_hidden": 12}
+    narrow = {"jepa_latent_dim": 8, "jepa_proj_hidden": 12, "loop_start": 1, "loop_end": 1}
     return randomize(tg.GPT(settings(**narrow | changes), dtype=dtype)).eval()
 
 
@@ -78,6 +85,10 @@ def auxiliary(model: tg.GPT, phase: tg.Phase, step: int = 0) -> tg.Auxiliary:
         (BYTE_COMMAND, 24_625_001, 78),
         (BYTE_COMMAND | {"JEPA_CHUNK_SIZE": "0"}, 24_165_993, 78),
         ({"TIE_EMBEDDINGS": "0"}, 26_993_756 + 512 * 1024, 66),  # ours: a head of its own
+        ({"PRESET": "sp8192"}, 35_944_536, 66),  # PR #1493
+        ({"PRESET": "sp8192", **PR_1394}, 35_943_512, 66),
+        # PR #1855 has 48 more: scalars of two lanes in layers that have one.
+        ({"PRESET": "frontier"}, 35_945_671 - 48, 66),
     ],
 )
 def test_published_models_have_their_number_of_parameters(env, parameters, matrices):
@@ -134,10 +145,14 @@ def test_initial_weights():
 
 # ---- The forward pass ----
 
-# Features that the reference knows; TINY has all of them on.
+# Features that the reference knows and TINY has.
 REFERENCE_FEATURES = (
     "unet_skips smear_gate bos_mask ve_enabled ln_scale bigram_vocab_size xsa_last_n tie_embeddings"
 ).split()
+
+
+LANES = "mean", "attn", "mlp"
+FRONTIER = BY_TOKEN[1] | {"jepa_chunk_size": 0, "parallel_residual_start": 0}
 
 
 def reference_logits(
@@ -156,7 +171,11 @@ def reference_logits(
     kv_head = [i * h.num_kv_heads // h.num_heads for i in range(h.num_heads)]
     value_layers = [int(x) for x in h.ve_layers.split(",") if x] or range(layers)[-2:]
     value_layers = sorted(value_layers) if h.ve_enabled else []
-    half = layers // 2
+    start, end = h.loop_start, h.loop_end + 1
+    visits = [*range(layers)]
+    if h.num_loops:
+        visits = visits[:start] + visits[start:end] * (1 + h.num_loops) + visits[end:]
+    half = len(visits) // 2
 
     def norm(x):
         return x / (x.square().mean(-1, keepdim=True) + 1.2e-7).sqrt()
@@ -172,17 +191,30 @@ def reference_logits(
         pairs = [(36313 * token) ^ (27191 * ids[t - 1]) for t, token in enumerate(ids)]
         rows = [last if first else pair % last for first, pair in zip(fresh, pairs, strict=True)]
         x = x + w["bigram.scale"] * w["bigram.embed.weight"][rows] @ w["bigram.proj.weight"].T
+    if h.smear_gate_enabled:
+        gate = (
+            w["token_smear.scale"]
+            * (x[:, : h.gate_window] @ w["token_smear.gate.weight"].T).sigmoid()
+        )
+        x = x + gate * x.roll(1, 0).masked_fill(torch.tensor(fresh)[:, None], 0)
     x = norm(x)
     if h.smear_gate:
         gate = w["smear.gate"].sigmoid()
         x = (1 - gate) * x + gate * x.roll(1, 0).masked_fill(torch.tensor(fresh)[:, None], 0)
-    x0, outputs = x, []
-    for layer in range(layers):
+    x0, outputs, lanes = x, [], [x]
+    for visit, layer in enumerate(visits):
         b = {k.removeprefix(f"blocks.{layer}."): p for k, p in w.items()}
         scale = (layer + 1) ** -0.5 if h.ln_scale else 1.0
-        if h.unet_skips and half <= layer < 2 * half:
-            x = x + w["skip_weights"][layer - half] * outputs[2 * half - 1 - layer]
-        x = b["resid_mix"][0] * x + b["resid_mix"][1] * x0
+        if 0 < h.parallel_start_layer <= layer:
+            lanes = [lanes[0], lanes[-1]]
+        if h.unet_skips and half <= visit < 2 * half:
+            skip = w["skip_weights"][visit - half] * outputs[2 * half - 1 - visit]
+            if h.skip_gates_enabled:
+                gate = w["skip_gates"][visit - half].sigmoid()
+                lanes[0] = gate * lanes[0] + (1 - gate) * skip
+            else:
+                lanes[0] = lanes[0] + skip
+        x = b["resid_mix"][0] * lanes[0] + b["resid_mix"][1] * x0
         y = norm(x) * scale
         q, k, v = (y @ b[f"attn.c_{name}.weight"].T for name in "qkv")
         if layer in value_layers:
@@ -196,11 +228,23 @@ def reference_logits(
         y = torch.einsum("hts,shd->thd", share, v)
         if layer >= layers - h.xsa_last_n:
             y = y - (y * v).sum(-1, keepdim=True) / (v * v).sum(-1, keepdim=True) * v
-        x = x + b["attn_scale"] * (y.flatten(1) @ b["attn.proj.weight"].T)
-        u = norm(x) * scale @ b["mlp.up.weight"].T
+        if h.sparse_attn_gate_enabled:
+            gate = (norm(x) * scale)[:, : h.gate_window] @ b["attn.gate.weight"].T
+            y = y * (h.sparse_attn_gate_scale * gate).sigmoid()[..., None]
+        attention = b["attn_scale"] * (y.flatten(1) @ b["attn.proj.weight"].T)
+        parallel = 0 <= h.parallel_residual_start <= layer
+        read = lanes[1] if len(lanes) == 2 else x if parallel else x + attention
+        u = norm(read) * scale @ b["mlp.up.weight"].T
         u = torch.where(u > 0, u, h.negative_slope * u) ** 2
-        x = x + b["mlp_scale"] * (u @ b["mlp.down.weight"].T)
-        outputs.append(x)
+        mlp = b["mlp_scale"] * (u @ b["mlp.down.weight"].T)
+        if len(lanes) == 2:
+            mixes = zip(b["lane_mix"], lanes, strict=True)
+            lanes = [keep * lane + a * attention + m * mlp for (keep, a, m), lane in mixes]
+        else:
+            lanes = [x + attention + mlp]
+        outputs.append(lanes[0])
+    final = {"attn": lanes[0], "mlp": lanes[-1], "mean": sum(lanes) / len(lanes)}
+    x = final[h.parallel_final_lane]
     head = w["tok_emb.weight"] if h.tie_embeddings else w["lm_head.weight"]
     return h.logit_softcap * torch.tanh(norm(x) @ head.T / h.logit_softcap)
 
@@ -219,6 +263,15 @@ def reference_logits(
         {"logit_softcap": 5, "num_kv_heads": 4, "rope_train_seq_len": 8},
         {"eval_window": 9},
         {"eval_window": 9, "rope_train_seq_len": 4},
+        {"skip_gates_enabled": 1},
+        {"num_loops": 2},
+        {"num_loops": 1, "num_layers": 6, "loop_end": 3, "skip_gates_enabled": 1},
+        {"parallel_residual_start": 1},
+        {"sparse_attn_gate_enabled": 1, "sparse_attn_gate_scale": 0.5},
+        {"smear_gate": 0, "smear_gate_enabled": 1, "gate_window": 5},
+        *[{"parallel_start_layer": 2, "parallel_final_lane": name} for name in LANES],
+        FRONTIER,
+        FRONTIER | {"num_layers": 6, "parallel_start_layer": 4, "loop_end": 2},
     ],
 )
 def test_logits_and_gradients_equal_the_formulas_in_float64(changes):

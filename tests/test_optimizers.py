@@ -5,32 +5,41 @@ import math
 import pytest
 import torch
 from conftest import randomize, settings
+from torch.nn import functional as F
 
 import train_gpt as tg
 
+ITERATIONS = {
+    "quintic": 5 * [(3.4445, -4.7750, 2.0315)],
+    "polar_express": [
+        (8.15655, -22.48329, 15.87877),
+        (4.04293, -2.80892, 0.50002),
+        (3.89167, -2.77248, 0.50606),
+        (3.28575, -2.36813, 0.46449),
+        (2.34654, -1.70978, 0.42324),
+    ],
+}
 
-def polynomial(s: torch.Tensor) -> torch.Tensor:
-    """Five iterations of the quintic on singular values."""
-    for _ in range(5):
-        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-    return s
 
-
-def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
-    """What Newton-Schulz should give, by singular value decomposition in float64."""
+def orthogonalized(matrices: torch.Tensor, coefficients: str = "quintic") -> torch.Tensor:
+    """What five iterations should give, by singular value decomposition in float64."""
     u, s, vt = torch.linalg.svd(matrices.double(), full_matrices=False)
-    relative = s / matrices.double().norm(dim=(-2, -1), keepdim=True).squeeze(-1)
-    return u @ torch.diag_embed(polynomial(relative)) @ vt
+    s = s / matrices.double().norm(dim=(-2, -1), keepdim=True).squeeze(-1)
+    for a, b, c in ITERATIONS[coefficients]:
+        s = a * s + b * s**3 + c * s**5
+    return u @ torch.diag_embed(s) @ vt
 
 
+@pytest.mark.parametrize("coefficients", ITERATIONS)
 @pytest.mark.parametrize("shape", [(48, 48), (24, 48), (96, 32)])
-def test_newton_schulz_applies_the_polynomial_to_each_matrix_of_a_stack(shape):
+def test_newton_schulz_applies_the_polynomials_to_each_matrix_of_a_stack(shape, coefficients):
     stack = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0))
     stack[1] *= 1e-3  # the scale has no influence
     stack[3] = 0
-    got = tg.newton_schulz(stack, 5)
+    got = tg.newton_schulz(stack, 5, coefficients)
     assert not got[3].any()
-    torch.testing.assert_close(got[:3].double(), orthogonalized(stack[:3]), atol=2e-3, rtol=2e-3)
+    want = orthogonalized(stack[:3], coefficients)
+    torch.testing.assert_close(got[:3].double(), want, atol=2e-3, rtol=2e-3)
     singular = torch.linalg.svdvals(stack[:3]) / stack[:3].norm(dim=(1, 2))[:, None]
     ends = torch.linalg.svdvals(got[:3])[singular > 0.002]
     assert 0.66 < ends.min() < ends.max() < 1.22
@@ -47,13 +56,19 @@ ROLES = {
 }
 
 
-@pytest.mark.parametrize("tied", [1, 0])
-def test_a_step_of_every_role_equals_muon_and_adamw_in_float64(tied):
+@pytest.mark.parametrize(
+    ("tied", "coefficients", "row_normalize"),
+    [(1, "quintic", 0), (0, "quintic", 1), (1, "polar_express", 1)],
+)
+def test_a_step_of_every_role_equals_muon_and_adamw_in_float64(tied, coefficients, row_normalize):
     """Two steps at half the learning rates; every parameter takes part in exactly one way."""
     h = settings(
         tie_embeddings=tied, num_layers=2, jepa_chunk_size=4, grad_clip_norm=0, matrix_lr=0.02
     )
     h = tg.replace(h, beta1=0.8, beta2=0.9, adam_eps=1e-3, muon_wd=0.1, adam_wd=0.07)
+    h = tg.replace(h, muon_coefficients=coefficients, muon_row_normalize=bool(row_normalize))
+    table_decay = 0.07 if tied else 0.03  # ADAM_WD, or EMBED_WD
+    h = tg.replace(h, embed_wd=-1.0 if tied else table_decay)
     torch.manual_seed(0)
     model = randomize(tg.GPT(h))
     roles = tg.parameter_roles(model)
@@ -71,11 +86,15 @@ def test_a_step_of_every_role_equals_muon_and_adamw_in_float64(tied):
                 m.mul_(momentum).add_(g)
                 w.mul_(1 - lr * 0.1)
                 shape = max(1, w.size(0) / w.size(1)) ** 0.5
-                w.sub_(lr * shape * orthogonalized(g + momentum * m))
+                update = g + momentum * m
+                if row_normalize:
+                    update = F.normalize(update, dim=1)
+                w.sub_(lr * shape * orthogonalized(update, coefficients))
                 continue
             m.mul_(0.8).add_(0.2 * g)
             second[n].mul_(0.9).add_(0.1 * g * g)
-            w.mul_(1 - lr * 0.07 * decays)
+            decay = table_decay if "embed" in roles[n] else 0.07 * decays
+            w.mul_(1 - lr * decay)
             root = (second[n] / (1 - 0.9**step)).sqrt() + 1e-3
             w.sub_(lr * m / (1 - 0.8**step) / root)
         optimizers.step(tg.Phase(0.5, momentum, 0.0, 0.0))

@@ -39,6 +39,14 @@ SETTINGS = {
     "GPTQ_ENABLED": "1",
     "GPTQ_CALIB_TOKENS": "640",
     "RUN_DIR": "run",
+    # Repeated layers, two lanes, gates.
+    "NUM_LOOPS": "1",
+    "LOOP_START": "0",
+    "LOOP_END": "0",
+    "PARALLEL_START_LAYER": "1",
+    "SKIP_GATES_ENABLED": "1",
+    "SPARSE_ATTN_GATE_ENABLED": "1",
+    "MUON_ROW_NORMALIZE": "1",
 }
 # By default three ranks, which do not divide the work evenly.
 WORLDS = [3, *(pytest.param(world, marks=pytest.mark.slow) for world in (2, 4))]
@@ -51,7 +59,7 @@ def record() -> None:
         if call == 1:
             torch.save(optimizers.gradient, f"gradient{rank()}.pt")
 
-    def after_training(_: int, trainer: tg.Trainer) -> None:
+    def after_training(_: int, trainer: tg.Trainer, loops: int) -> None:
         digest = hashlib.sha256()
         for p in (*trainer.average.params.values(), *trainer.average.weights.values()):
             digest.update(p.numpy().tobytes())

@@ -27,10 +27,21 @@ SWITCHES = {
     # Averages the weights after steps 12, 14 and 16: the rate is below 0.8 from step 11 on.
     "SWA": {"SWA_ENABLED": "1", "SWA_START_FRAC": "0.8", "SWA_EVERY": "2"},
 }
+# The layers repeat from step 8 on.
+FRONTIER = dict(
+    pair.split("=")
+    for pair in (
+        "NUM_LOOPS=1 LOOP_START=0 LOOP_END=0 ENABLE_LOOPING_AT=0.5 PARALLEL_START_LAYER=1 "
+        "SKIP_GATES_ENABLED=1 SPARSE_ATTN_GATE_ENABLED=1 SMEAR_GATE=0 SMEAR_GATE_ENABLED=1 "
+        "MUON_ROW_NORMALIZE=1 MUON_COEFFICIENTS=polar_express WARMDOWN_FRAC=0.5 MIN_LR=0.1"
+    ).split()
+)
 ALL_ON = {name: value for switch in SWITCHES.values() for name, value in switch.items()}
 STOPS = [  # changes, the step of the signal, weights averaged by then, kind of the last weights
     pytest.param({"EMA_ENABLED": "0"}, 7, 0, "raw", id="all off"),
     pytest.param(ALL_ON, 14, 2, "swa", id="all on"),
+    pytest.param(FRONTIER, 7, 0, "ema", id="before the layers repeat"),
+    pytest.param(FRONTIER, 9, 0, "ema", id="after", marks=pytest.mark.slow),
     pytest.param(SWITCHES["SWA"], 7, 0, "swa", id="SWA", marks=pytest.mark.slow),
     *(
         pytest.param(SWITCHES[name], 7, 0, "ema", id=name, marks=pytest.mark.slow)

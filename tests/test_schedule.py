@@ -52,6 +52,7 @@ def test_progress_is_by_steps_or_seconds_whichever_is_further(progress, fraction
 SHORT = {"iterations": 300, "warmdown_iters": 150}
 CAPPED = {"max_wallclock_seconds": 600, "warmdown_iters": 100}
 SLOW = {"max_wallclock_seconds": 600, "warmdown_iters": 3500}
+FRACTION = {"max_wallclock_seconds": 600, "warmdown_frac": 0.5, "warmdown_iters": 9}
 BYTE_COMMAND = {"max_wallclock_seconds": 600, "iterations": 9000, "warmdown_iters": 3000}
 
 
@@ -72,6 +73,13 @@ BYTE_COMMAND = {"max_wallclock_seconds": 600, "iterations": 9000, "warmdown_iter
         # The byte command, 63.14 ms a step: ITERATIONS=9000 ends it first, and at 0.
         (BYTE_COMMAND, 6000, 378.84, 1.0),
         (BYTE_COMMAND, 9000, 568.3, 0.0),
+        # By fraction, of steps or seconds, down to a floor.
+        (FRACTION, 4000, 0.0, 1.0),
+        (FRACTION, 15_000, 0.0, 0.5),
+        (FRACTION, 100, 450.0, 0.5),
+        (FRACTION, 19_000, 0.0, 0.1),
+        (FRACTION | {"min_lr": 0.25}, 19_000, 0.0, 0.25),
+        (SHORT | {"min_lr": 0.25}, 299, 9.0, 0.25),
     ],
 )
 def test_the_learning_rate_falls_to_0_at_the_end_of_the_run(changes, step, seconds, scale):
@@ -116,23 +124,27 @@ def test_lambda_rises_over_half_the_run_by_steps_or_seconds(step, seconds, weigh
             "jepa_phase1_frac": st.sampled_from((0, 0.3)),
             "warmdown_iters": st.sampled_from((0, 15, 10**6)),
             "warmdown_max_fraction": st.sampled_from((0.6, 1)),
+            "warmdown_frac": st.sampled_from((0, 0.5)),
+            "min_lr": st.sampled_from((0, 0.1)),
+            "num_loops": st.sampled_from((0, 2)),
+            "enable_looping_at": st.sampled_from((0, 0.4)),
         }
     ),
     deadline=st.sampled_from((math.inf, 20.0, 100.0)),
 )
 def test_every_phase_of_a_run_has_exactly_one_program(changes, deadline):
-    """Whether a phase has auxiliary losses selects its program."""
-    h = settings(**changes)
+    """The repeated layers of a phase, and whether it has auxiliary losses, select its program."""
+    h = settings(**changes, loop_start=1, loop_end=1)
 
-    def losses(phase: tg.Phase) -> tuple[bool, bool]:
-        return phase.jepa_weight > 0, phase.stp_weight > 0
+    def program(phase: tg.Phase) -> tuple[int, bool, bool]:
+        return phase.loops, phase.jepa_weight > 0, phase.stp_weight > 0
 
-    compiled = [losses(phase) for phase in tg.programs(h)]
+    compiled = [program(phase) for phase in tg.programs(h)]
     phases = [tg.schedule(tg.Progress(n, 30, 0.9 * n, deadline), h) for n in range(30)]
     assert len({*compiled}) == len(compiled)
-    assert {losses(phase) for phase in phases} == {*compiled}
+    assert {program(phase) for phase in phases} == {*compiled}
     for phase in phases:
-        assert 0 <= phase.lr_scale <= 1
+        assert h.min_lr <= phase.lr_scale <= 1
         assert h.muon_momentum_warmup_start <= phase.muon_momentum <= h.muon_momentum
         assert 0 <= phase.jepa_weight <= h.jepa_lambda_max
         assert phase.stp_weight == (h.stp_lambda if h.stp_enabled else 0)
@@ -166,7 +178,8 @@ class CountingLog(tg.Log):
 def test_warm_up_compiles_every_program_and_the_run_no_other(byte_corpus):
     """Whatever the values of its phases, and after validations."""
     h = settings(data_path=byte_corpus, warmup_steps=2, iterations=8, num_layers=1, **JEPA)
-    h = tg.replace(h, stp_enabled=True, val_loss_every=4, warmdown_iters=6)
+    h = tg.replace(h, stp_enabled=True, val_loss_every=4, warmdown_iters=6, enable_looping_at=0.5)
+    h = tg.replace(h, num_loops=1, loop_start=0, loop_end=0)
     device = CountingDevice(torch.device("cpu"), torch.float32, compiled=True)
     log = CountingLog(device)
     torch.manual_seed(0)
@@ -175,7 +188,7 @@ def test_warm_up_compiles_every_program_and_the_run_no_other(byte_corpus):
     trainer.train()
     steps = [count for kind, count in log.counts if kind == "step"]
     warm_up = [count for kind, count in log.counts if kind == "warmup_step"]
-    assert len(tg.programs(h)) == 2
-    assert warm_up == [1, 2]
+    assert len(tg.programs(h)) == 4
+    assert warm_up == [1, 2, 3, 4]
     assert len(steps) >= 10
-    assert {*steps} == {2}
+    assert {*steps} == {4}

@@ -217,7 +217,7 @@ def test_a_batch_is_divided_by_all_ranks(world_size, near):
 
 @fault(19)
 def test_rules_and_near_misses_are_logged():
-    env = {"VOCAB_SIZE": "260", "NUM_LAYER": "9", "matrix_lr": "1", "LOOP_START": "3"}
+    env = {"VOCAB_SIZE": "260", "NUM_LAYER": "9", "matrix_lr": "1", "MTP_NUM_HEADS": "1"}
     env |= {"LATE_QAT_THRESHOLD": "0.15"}
     env |= {"EVAL_STRIDE": "2048", "HOME": "/root", "LANG": "C", "PATH": "/bin"}
     notes = tg.settings_notes(from_env(env), env)
@@ -228,7 +228,7 @@ def test_rules_and_near_misses_are_logged():
         "unless given",
         "warning: NUM_LAYER is not a setting; did you mean NUM_LAYERS?",
         "warning: matrix_lr is not a setting; did you mean MATRIX_LR?",
-        "warning: LOOP_START is a setting of published scripts that is not built here",
+        "warning: MTP_NUM_HEADS is a setting of published scripts that is not built here",
         "warning: EVAL_STRIDE=2048 is not below the window of 2048 tokens, so there is no sliding "
         "score",
     ]
