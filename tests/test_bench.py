@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from bench import __main__ as program
-from bench import harness, int6, parts, probe, reading, reference, step, tables
+from bench import forecast, harness, int6, parts, probe, reading, reference, step, tables
 from bench.harness import Row, Scale, Table
 from conftest import TINY, randomize, settings, trainer
 from safetensors.torch import save_file
@@ -211,6 +211,45 @@ def test_the_sizes_are_legal():
         for text in (*steps, scale.matrices, scale.ranks):
             scale.h(text)
         assert scale.val_tokens > scale.h(scale.settings).train_seq_len
+
+
+# ---- The forecast ----
+
+
+@pytest.mark.parametrize(("ratio", "start"), [(1.5, 0.35), (1.5, 0.0), (1.0, 0.35), (2.0, 1.0)])
+def test_the_steps_of_a_run_with_loops_take_the_mean_time(ratio, start):
+    before, after = forecast.step_times(121.7, ratio, start)
+    assert after == pytest.approx(ratio * before)
+    assert 1 / (start / before + (1 - start) / after) == pytest.approx(121.7)
+
+
+def test_the_forecast_of_an_artifact_has_every_weight_and_its_k(capsys):
+    changes = "SCALE_RULE=std MATRIX_CLIP_SIGMAS=9 EMBED_CLIP_SIGMAS=14 EMBED_BITS=7"
+    h = SCALE.h(f"{TINY_TEXT} {changes}")
+    model = harness.synthetic_weights(tg.GPT(h))
+    blob = tg.pack_to_fit(model, {}, h, 10**7, tg.Ranks(), tg.Log(silent=True))
+    arrays = tg.unpack_artifact(blob, h)[1]
+    parts = forecast.artifact_parts(model, arrays, h.compressor)
+    assert sum(part.weights for part in parts.values()) == sum(
+        p.numel() for p in model.parameters()
+    )
+    assert {role: part.bits for role, part in parts.items()} == {
+        "embed": 7,
+        "scalar": 16,
+        "matrix": 6,
+    }
+    assert parts["matrix"].sigmas == pytest.approx(9, rel=1e-3)
+    assert parts["embed"].sigmas == pytest.approx(14, rel=1e-3)
+    names = [n for n, role in tg.parameter_roles(model).items() if role == "matrix"]
+    bits = [8 * tg.code_entropy(arrays[f"{name}.codes"]) for name in names]
+    assert parts["matrix"].entropy == pytest.approx(sum(bits) / parts["matrix"].weights)
+    stored = sum(part.codes + part.scales for part in parts.values())
+    assert stored == pytest.approx(len(blob), rel=0.15)  # less the header; the roles are apart
+    # With a table of steps.
+    forecast.main([f"{TINY_TEXT} {changes} NUM_LOOPS=1 LOOP_START=1 LOOP_END=1"])
+    printed = capsys.readouterr().out
+    assert printed.count("Forecast") == 2
+    assert "PR #1855" in printed
 
 
 # ---- Reports ----

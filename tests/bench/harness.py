@@ -205,6 +205,21 @@ def random_model(h: tg.Hyperparameters, machine: Machine) -> tg.GPT:
     return model.to(machine.device.device)
 
 
+def synthetic_weights(model: tg.GPT, seed: int = 0) -> tg.GPT:
+    """Returns the model with normal matrices, the sizes of whose rows and columns differ.
+
+    Their standard deviations have log-std 0.3 and 0.2, as in trained matrices.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 2:
+                rows = (0.3 * torch.randn(p.size(0), 1, generator=draw)).exp()
+                cols = (0.2 * torch.randn(1, p.size(1), generator=draw)).exp()
+                p.copy_(torch.randn(p.shape, generator=draw) * rows * cols)
+    return model
+
+
 def random_data(h: tg.Hyperparameters, val_tokens: int = 0) -> tg.Data:
     """Returns random tokens: so many to score, and eight steps of a shard to train on."""
     draw = np.random.default_rng(0)
