@@ -82,7 +82,7 @@ def test_the_plain_loop_takes_the_steps_of_the_trainer(changes, machine):
     h = settings(iterations=10, muon_momentum_warmup_steps=6, num_layers=2, **changes)
     data = harness.random_data(h)
     model, plain = (harness.random_model(h, machine).train() for _ in range(2))
-    ours, loop = trainer(model, data, h, machine.device), reference.Loop(plain, h)
+    ours, loop = trainer(model, data, machine.device), reference.Loop(plain, h)
     assert ours.grad_accum == 2
     losses = []
     for n in range(h.iterations):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 
 import pytest
@@ -62,6 +63,34 @@ def test_each_back_end_over_a_window_is_masked_attention(attn, compiled, sequenc
         scores = (q.transpose(1, 2) @ k.mT / 8).masked_fill(~mask, -torch.inf)
         want = (scores.softmax(-1) @ v).transpose(1, 2)
     assert (got - want).norm() / want.norm() < 0.02
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("attn", ["fa3", "flash", "math"])
+@pytest.mark.parametrize("window", [0, 100])
+def test_each_back_end_keeps_documents_apart(attn, window, training):
+    """The kernel of FlashAttention for documents against the mask, with gradients, compiled."""
+    torch.compiler.reset()
+    try:
+        device, _ = choose(tg.Hyperparameters(attn=attn, doc_attention=True))
+    except tg.SettingsError as error:
+        pytest.skip(str(error)[:200])
+    assert device.attention == attn
+    ids = torch.randint(0, 200, (8, 512), device=GPU)  # one id in 200 is BOS
+    options = {"window": window, "documents": tg.Documents.of_ids(ids, training)}
+    qkv = [torch.randn(8, 512, heads, 64, device=GPU) for heads in (8, 4, 4)]
+    results = []
+    for dtype, attend in (
+        (torch.bfloat16, device.compile(tg.attend_sdpa)),
+        (torch.float32, tg.attend_sdpa),
+    ):
+        parts = [x.to(dtype).requires_grad_() for x in qkv]
+        if dtype == torch.float32:
+            tg.select_attention("math")
+        y = attend(*parts, **options)
+        results.append((y, *torch.autograd.grad(y.float().square().sum(), parts)))
+    for got, want in zip(*results, strict=True):
+        assert (got.float() - want).norm() / want.norm() < 0.02
 
 
 def test_bf16_compiled_agrees_with_float32_on_the_cpu():
@@ -130,7 +159,7 @@ def test_a_step_never_waits_for_the_gpu(byte_corpus, eight_ranks, auxiliary):
     device, _ = choose(h)
     data = tg.load_data(h, eight_ranks, tg.Log(silent=True))
     model = tg.GPT(h, tg.attend_sdpa, device.dtype).to(device.device)
-    trainer = tg.Trainer(model, data, h, eight_ranks, device, tg.Log(silent=True))
+    trainer = tg.Trainer(model, data, eight_ranks, device, tg.Log(silent=True), math.inf)
     phase, batch = tg.programs(h)[-1], trainer.batches.batch(0)
     trainer.take_step(phase, *batch)  # the first step allocates
     torch.cuda.set_sync_debug_mode("error")

@@ -57,16 +57,24 @@ ROLES = {
 
 
 @pytest.mark.parametrize(
-    ("tied", "coefficients", "row_normalize"),
-    [(1, "quintic", 0), (0, "quintic", 1), (1, "polar_express", 1)],
+    ("tied", "coefficients", "row_normalize", "slow"),
+    [
+        (1, "quintic", 0, 0),
+        (0, "quintic", 1, 0),
+        (1, "polar_express", 1, 0),
+        (1, "quintic", 0, 0.56),
+    ],
 )
-def test_a_step_of_every_role_equals_muon_and_adamw_in_float64(tied, coefficients, row_normalize):
+def test_a_step_of_every_role_equals_muon_and_adamw_in_float64(
+    tied, coefficients, row_normalize, slow
+):
     """Two steps at half the learning rates; every parameter takes part in exactly one way."""
     h = settings(
         tie_embeddings=tied, num_layers=2, jepa_chunk_size=4, grad_clip_norm=0, matrix_lr=0.02
     )
     h = tg.replace(h, beta1=0.8, beta2=0.9, adam_eps=1e-3, muon_wd=0.1, adam_wd=0.07)
     h = tg.replace(h, muon_coefficients=coefficients, muon_row_normalize=bool(row_normalize))
+    h = tg.replace(h, muon_slow_share=slow)
     table_decay = 0.07 if tied else 0.03  # ADAM_WD, or EMBED_WD
     h = tg.replace(h, embed_wd=-1.0 if tied else table_decay)
     torch.manual_seed(0)
@@ -83,10 +91,14 @@ def test_a_step_of_every_role_equals_muon_and_adamw_in_float64(tied, coefficient
             lr, decays = ROLES[roles[n]]
             lr *= 0.5
             if roles[n] == "matrix":
-                m.mul_(momentum).add_(g)
                 w.mul_(1 - lr * 0.1)
                 shape = max(1, w.size(0) / w.size(1)) ** 0.5
+                m.mul_(0.85 if slow else momentum).add_(g)
+                second[n].mul_(0.98).add_(g)
                 update = g + momentum * m
+                if slow:
+                    mixed = (1 - slow) * 0.15 * m + slow * 0.02 * second[n]
+                    update = (1 - momentum) * g + momentum * mixed
                 if row_normalize:
                     update = F.normalize(update, dim=1)
                 w.sub_(lr * shape * orthogonalized(update, coefficients))
@@ -162,6 +174,7 @@ def average_of(steps: int, **changes: object) -> tuple[str, float, list[float]]:
         model.weight.data.fill_(math.sin(t))
         average.update(t, 1 - t / steps)
         course.append(average.weights["weight"].item())
+    average.finish()
     return average.copy_to_model(tg.Log()), model.weight.item(), course
 
 
@@ -175,6 +188,12 @@ def test_the_ema_starts_with_a_smaller_decay():
     assert kind == "ema"
     assert found == pytest.approx(course, abs=1e-5)
     assert value == pytest.approx(want, abs=1e-5)
+
+
+def test_the_final_weights_may_have_a_share_of_the_last_ones():
+    whole = average_of(200, ema_decay=0.9)[1]
+    part = average_of(200, ema_decay=0.9, average_share=0.75)[1]
+    assert part == pytest.approx(0.75 * whole + 0.25 * math.sin(199), abs=1e-6)
 
 
 def test_without_averaging_the_last_weights_stay():

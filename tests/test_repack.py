@@ -1,6 +1,7 @@
 """A finished run used again: by --quantize, and by RESUME under other settings."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -205,20 +206,8 @@ def test_resume_on_other_shards_is_refused(argv, run, env, byte_corpus, tmp_path
     shard.write_bytes(tg.shard_header(len(tokens)) + tokens.tobytes())
     other = {**env, "DATA_PATH": str(tmp_path / "data"), "RESUME": str(run)}
     assert tg.main(argv, other) == 2
-    assert "it was trained on other shards than" in capsys.readouterr().out
-
-
-def test_a_checkpoint_that_states_no_order_was_trained_in_sequence(run, env, tmp_path, capsys):
-    tensors, settings = tg.read_tensors(run / tg.CHECKPOINT)
-    added = ("train_order", "step", "shards", "scale_rule", "matrix_bits", "gptq_embed")
-    older = {k: v for k, v in settings.items() if k not in added} | {"gptq_reserve_seconds": 14.0}
-    tg.write_tensors(tmp_path / "older", tensors, older)
-    env |= {"RESUME": str(tmp_path / "older"), "ITERATIONS": "5"}
-    assert tg.main([], env) == 2
-    assert "it was trained with TRAIN_ORDER=sequential" in capsys.readouterr().out
-    assert tg.main([], {**env, "TRAIN_ORDER": "sequential"}) == 0
-    result = result_of(Path(env["RUN_DIR"]))
-    assert (result["resumed"]["step"], result["steps"]) == (3, 5)
+    says = r"it was trained with SHARDS=\d+; set the same \(SHARDS by DATA_PATH\)"
+    assert re.search(says, capsys.readouterr().out)
 
 
 def test_a_longer_resume_is_allowed_and_recorded(run, env):

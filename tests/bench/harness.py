@@ -230,16 +230,14 @@ def random_data(h: tg.Hyperparameters, val_tokens: int = 0) -> tg.Data:
         stream = tg.TokenStream(path.parent, "train", h.vocab_size)  # mapped: outlives the folder
     size = (torch.arange(h.vocab_size) >= 4).short()
     val = torch.from_numpy(draw.integers(4, h.vocab_size, val_tokens + 1).astype("<i4"))
-    train = tg.TrainingBatches(stream, h.train_batch_tokens, h.train_seq_len, tg.Ranks())
+    train = tg.TrainingBatches(stream, h, tg.Ranks())
     return tg.Data(tg.Validation(val, tg.ByteTable(size, 0 * size), canonical=False), train)
 
 
 def quantize_model(model: tg.GPT, hessians: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Returns the arrays of a model's artifact."""
-    stacks = tg.weight_stacks(model, hessians)
-    scales = tg.choose_scales(stacks, model.h.scale_rule, tg.Ranks())
-    codes = tg.quantize_stacks(stacks, scales, tg.Ranks())
-    return tg.artifact_arrays(model, codes, scales)
+    ranks = tg.Ranks()
+    return tg.artifact_arrays(model, tg.weight_stacks(model, hessians, ranks), 1.0, ranks)
 
 
 def calibration_batches(h: tg.Hyperparameters) -> Sequence[torch.Tensor]:

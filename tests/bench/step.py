@@ -1,5 +1,6 @@
 """A training step: its stages, its speed against the device's matrix products and a plain loop."""
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -97,7 +98,7 @@ class Ours(Steps):
     def __init__(self, h: tg.Hyperparameters, machine: Machine, data: tg.Data) -> None:
         super().__init__(h, machine, data)
         log = tg.Log(silent=True)
-        self.trainer = tg.Trainer(self.model, data, h, tg.Ranks(), self.device, log)
+        self.trainer = tg.Trainer(self.model, data, tg.Ranks(), self.device, log, math.inf)
 
     def take(self, number: int) -> torch.Tensor:
         """Takes a step and updates the average."""
