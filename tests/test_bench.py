@@ -245,11 +245,20 @@ def test_the_forecast_of_an_artifact_has_every_weight_and_its_k(capsys):
     assert parts["matrix"].entropy == pytest.approx(sum(bits) / parts["matrix"].weights)
     stored = sum(part.codes + part.scales for part in parts.values())
     assert stored == pytest.approx(len(blob), rel=0.15)  # less the header; the roles are apart
-    # With a table of steps.
-    forecast.main([f"{TINY_TEXT} {changes} NUM_LOOPS=1 LOOP_START=1 LOOP_END=1"])
+    forecast.main([f"{TINY_TEXT} {changes}"])
     printed = capsys.readouterr().out
     assert printed.count("Forecast") == 2
-    assert "PR #1855" in printed
+    assert re.search(rf"embed .*14\.0.*{parts['embed'].codes:,}", printed)
+
+
+def test_the_forecast_of_steps_returns_the_published_ones():
+    """PR #1855 published 4,931 steps in 600 s, PR #1124 6,898."""
+    steps = {}
+    for name, (text, _) in forecast.PUBLISHED.items():
+        lines = forecast.step_table(SCALE.h(text))
+        (line,) = [line for line in lines if line.startswith(f"| {name} |")]
+        steps[name] = int(line.split("|")[5].replace(",", ""))
+    assert steps == {"PR #1124": 6897, "PR #1855": 4930}
 
 
 # ---- Reports ----

@@ -19,10 +19,9 @@ from .harness import assignments, synthetic_weights
 from .step import flops_per_token, visits
 from .tables import show
 
-CARDS = 8
-# Mean milliseconds of a step on 8xH100 as their authors published them, by preset. That of
-# frontier is PR #1855's, with its fused kernels and its own TRAIN_BATCH_TOKENS of 786,432.
-PUBLISHED_MS = {"v9": 86.99, "frontier": 121.7}
+CARDS, SECONDS = 8, 600
+# Settings of two records, and the mean seconds of their steps as their authors published them.
+PUBLISHED = {"PR #1124": ("PRESET=v9", 0.08699), "PR #1855": ("PRESET=frontier", 0.1217)}
 
 
 class Part(NamedTuple):
@@ -109,37 +108,39 @@ def step_times(mean: float, ratio: float, start: float) -> tuple[float, float]:
     return before, ratio * before
 
 
-def step_table(h: tg.Hyperparameters) -> list[str]:
-    """Returns the lines of a table: FLOPs of a step, and steps in the time of training."""
+def step_flops(h: tg.Hyperparameters) -> tuple[float, float]:
+    """Returns the FLOPs of a step before and after the loops switch on."""
     with torch.device("meta"):
         model = tg.GPT(h)
-    tokens, start = h.train_batch_tokens, h.enable_looping_at if h.num_loops else 1.0
-    without, repeated = (flops_per_token(model, loops) * tokens for loops in (0, h.num_loops))
-    ratio = repeated / without
-    v9 = tg.Hyperparameters.from_env({})
-    with torch.device("meta"):
-        v9_flops = flops_per_token(tg.GPT(v9), 0) * v9.train_batch_tokens
-    at_v9_rate = PUBLISHED_MS["v9"] * without / v9_flops
-    speeds = {"PR #1124's FLOPs a second": (at_v9_rate, ratio * at_v9_rate)}
-    if h.num_loops:
-        published = step_times(PUBLISHED_MS["frontier"], ratio, start)
-        speeds["PR #1855's mean step of 121.7 ms"] = published
-    counts = [len(visits(h, loops)) for loops in sorted({0, h.num_loops})]
+    before, after = (flops_per_token(model, loops) for loops in (0, h.num_loops))
+    return before * h.train_batch_tokens, after * h.train_batch_tokens
+
+
+def published_speed(settings: str, mean: float) -> float:
+    """Returns the FLOPs a second of a run whose steps took `mean` seconds on average."""
+    h = tg.Hyperparameters.from_env(assignments(settings))
+    before, after = step_flops(h)
+    return before / step_times(mean, after / before, h.enable_looping_at)[0]
+
+
+def step_table(h: tg.Hyperparameters) -> list[str]:
+    """Returns the lines of a table: FLOPs of a step, and steps in the time of training."""
+    before, after = step_flops(h)
+    start = h.enable_looping_at if h.num_loops else 1.0
+    counts = [len(visits(h, loops)) for loops in (0, h.num_loops)]
     lines = [
-        f"Forecast of the steps in {h.max_wallclock_seconds:.0f} s on {CARDS}xH100: layer visits "
-        f"{' and '.join(map(str, counts))}, {without / 1e12:.1f} TFLOPs a step"
-        + (f", {repeated / 1e12:.1f} with loops ({ratio:.3f} times)." if h.num_loops else "."),
+        f"Forecast of the steps in {SECONDS} s on {CARDS}xH100. Before the loops {counts[0]} layer "
+        f"visits and {before / 1e12:.1f} TFLOPs a step, then {counts[1]} and {after / 1e12:.1f}.",
         "",
-        "| at | ms a step | ms with loops | steps | of them with loops | TFLOP/s a card |",
+        "| at the speed of | TFLOP/s a card | ms a step before | then | steps | of them looped |",
         "|---|--:|--:|--:|--:|--:|",
     ]
-    for name, (before, after) in speeds.items():
-        seconds = h.max_wallclock_seconds
-        few, many = 1000 * seconds * start / before, 1000 * seconds * (1 - start) / after
-        rate = without / before / 1e9 / CARDS
-        share = many / (few + many)
-        cells = [name, f"{before:.1f}", f"{after:.1f}", f"{few + many:,.0f}"]
-        lines.append("| " + " | ".join([*cells, f"{share:.1%}", f"{rate:.0f}"]) + " |")
+    for name, (settings, mean) in PUBLISHED.items():
+        speed = published_speed(settings, mean)
+        few, many = SECONDS * start * speed / before, SECONDS * (1 - start) * speed / after
+        times = [f"{1000 * flops / speed:.1f}" for flops in (before, after)]
+        cells = [name, f"{speed / CARDS / 1e12:.0f}", *times, f"{few + many:,.0f}"]
+        lines.append("| " + " | ".join([*cells, f"{many / (few + many):.1%}"]) + " |")
     return lines
 
 
@@ -151,7 +152,7 @@ def forecast(settings: str) -> str:
 
 def main(argv: list[str]) -> None:
     """Prints a forecast of each argument."""
-    for settings in argv or [f"PRESET={name}" for name in PUBLISHED_MS]:
+    for settings in argv or ["PRESET=v9", "PRESET=frontier"]:
         show(forecast(settings))
 
 
