@@ -74,7 +74,7 @@ def artifact_table(h: tg.Hyperparameters) -> list[str]:
     model = synthetic_weights(tg.GPT(h))
     program = len(tg.packed_source(tg.read_program()[0]))
     room = tg.BYTES_LIMIT - program
-    blob = tg.pack_to_fit(model, {}, h, room, tg.Ranks(), tg.Log(silent=True))
+    blob = tg.pack_to_fit(model, {}, room, tg.Ranks(), tg.Log(silent=True))
     parts = artifact_parts(model, tg.unpack_artifact(blob, h)[1], h.compressor)
     lines = [
         f"Forecast of the artifact: synthetic weights, SCALE_RULE={h.scale_rule}, "
