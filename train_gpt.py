@@ -1036,8 +1036,6 @@ def attend_sdpa(
     With a window each position attends to the last `window` positions, itself included; with
     documents, to positions of its document.
     """
-    if documents is not None and q.is_cuda and flash_is_enabled():
-        return attend_documents(q, k, v, window, documents.offsets)
     if 0 < window < q.size(1):
         return attend_window(q, k, v, window, documents)
     mask = None
@@ -1051,20 +1049,15 @@ def attend_sdpa(
     return y.transpose(1, 2)
 
 
-@torch.compiler.assume_constant_result
-def flash_is_enabled() -> bool:
-    """Returns whether select_attention has chosen FlashAttention; a constant of the program."""
-    return torch.backends.cuda.flash_sdp_enabled()
-
-
-def attend_documents(q: Tensor, k: Tensor, v: Tensor, window: int, offsets: Tensor) -> Tensor:
-    """Returns attend_sdpa within documents by FlashAttention's kernel for sequences of any length.
-
-    `offsets` are those of Documents.
-    """
+def attend_flash(
+    q: Tensor, k: Tensor, v: Tensor, *, window: int = 0, documents: Documents | None = None
+) -> Tensor:
+    """Returns attend_sdpa; documents are kept apart by FlashAttention's kernel, not by a mask."""
+    if documents is None:
+        return attend_sdpa(q, k, v, window=window)
     from torch.nn.attention.varlen import varlen_attn  # this takes a second, and loads the compiler
 
-    shape, longest = q.shape, q.size(1)
+    shape, longest, offsets = q.shape, q.size(1), documents.offsets
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     reach = (window - 1, 0)  # positions before and after; -1 is no bound
     options: dict[str, Any] = {"enable_gqa": True}
@@ -1073,6 +1066,12 @@ def attend_documents(q: Tensor, k: Tensor, v: Tensor, window: int, offsets: Tens
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     y: Any = varlen_attn(q, k, v, offsets, offsets, longest, longest, window_size=reach, **options)
     return y.view(shape)
+
+
+def attend_on(device: Device) -> Attend:
+    """Returns the attention function of models on a device."""
+    has_flash = device.is_cuda and device.attention in ("fa3", "flash")
+    return attend_flash if has_flash else attend_sdpa
 
 
 def attend_window(
@@ -1154,7 +1153,7 @@ def probe_attention(device: Device, h: Hyperparameters, rows: int) -> str:
             rows, -1
         )  # BOS at 1, 301, ...
         documents = Documents.of_ids(ids, training=True) if h.doc_attention else None
-        y = device.compile(attend_sdpa)(*qkv.split(heads, dim=2), documents=documents)
+        y = device.compile(attend_on(device))(*qkv.split(heads, dim=2), documents=documents)
         (gradient,) = torch.autograd.grad(y, qkv, weights)
         first = qkv[:1, :compared].detach().float().requires_grad_()
         with sdpa_kernel(SDPBackend.MATH):
@@ -3881,7 +3880,7 @@ class Run:
     def initial_model(self) -> GPT:
         """Returns the model with rank 0's initial weights: other CPUs may draw other numbers."""
         torch.manual_seed(self.h.seed)
-        model = GPT(self.h, dtype=self.device.dtype)
+        model = GPT(self.h, attend_on(self.device), self.device.dtype)
         model.load_state_dict(self.ranks.broadcast_from_rank0(model.state_dict))
         parameters = sum(p.numel() for p in model.parameters())
         self.log(f"model_params:{parameters}")
@@ -3891,7 +3890,7 @@ class Run:
     def load_model(self, weights: Mapping[str, Tensor]) -> GPT:
         """Returns a model with the given weights, for scoring."""
         with torch.device("meta"):
-            model = GPT(self.h, dtype=self.device.dtype)
+            model = GPT(self.h, attend_on(self.device), self.device.dtype)
         model.to_empty(device=self.device.device).load_state_dict(weights)
         return model.eval()
 

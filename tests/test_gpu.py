@@ -81,7 +81,7 @@ def test_each_back_end_keeps_documents_apart(attn, window, training):
     qkv = [torch.randn(8, 512, heads, 64, device=GPU) for heads in (8, 4, 4)]
     results = []
     for dtype, attend in (
-        (torch.bfloat16, device.compile(tg.attend_sdpa)),
+        (torch.bfloat16, device.compile(tg.attend_on(device))),
         (torch.float32, tg.attend_sdpa),
     ):
         parts = [x.to(dtype).requires_grad_() for x in qkv]
@@ -102,7 +102,7 @@ def test_bf16_compiled_agrees_with_float32_on_the_cpu():
     want = slow(ids, targets).item()  # first: cuDNN, which may be chosen next, has no CPU kernel
     device, _ = choose(h)
     assert (device.device.type, device.dtype, device.compiled) == ("cuda", torch.bfloat16, True)
-    fast = tg.GPT(h, tg.attend_sdpa, device.dtype).to(GPU)
+    fast = tg.GPT(h, tg.attend_on(device), device.dtype).to(GPU)
     fast.load_state_dict(slow.state_dict())
     loss = device.compile(fast)(ids.to(GPU), targets.to(GPU))
     assert loss.item() == pytest.approx(want, rel=0.01)
@@ -158,7 +158,7 @@ def test_a_step_never_waits_for_the_gpu(byte_corpus, eight_ranks, auxiliary):
     )
     device, _ = choose(h)
     data = tg.load_data(h, eight_ranks, tg.Log(silent=True))
-    model = tg.GPT(h, tg.attend_sdpa, device.dtype).to(device.device)
+    model = tg.GPT(h, tg.attend_on(device), device.dtype).to(device.device)
     trainer = tg.Trainer(model, data, eight_ranks, device, tg.Log(silent=True), math.inf)
     phase, batch = tg.programs(h)[-1], trainer.batches.batch(0)
     trainer.take_step(phase, *batch)  # the first step allocates

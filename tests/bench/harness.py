@@ -198,7 +198,7 @@ def tolerance(machine: Machine, exact: float, rough: float) -> float:
 def random_model(h: tg.Hyperparameters, machine: Machine) -> tg.GPT:
     """Returns a model without zero weights, which would be faster than those of a trained model."""
     torch.manual_seed(h.seed)
-    model = tg.GPT(h, dtype=machine.device.dtype)
+    model = tg.GPT(h, tg.attend_on(machine.device), machine.device.dtype)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.02)
