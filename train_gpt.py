@@ -1489,8 +1489,8 @@ def forbidden_pairs(tokenizer: Any) -> Tensor:
     tokens and bytes take no part in merges and are free.
     """
     size = tokenizer.vocab_size()
-    unmerged = (tokenizer.is_control, tokenizer.is_unknown, tokenizer.is_unused, tokenizer.is_byte)
-    ids = {tokenizer.id_to_piece(i): i for i in range(size) if not any(of(i) for of in unmerged)}
+    free = (tokenizer.is_control, tokenizer.is_unknown, tokenizer.is_unused, tokenizer.is_byte)
+    ids = {tokenizer.id_to_piece(i): i for i in range(size) if not any(kind(i) for kind in free)}
     by_score = sorted(ids, key=lambda piece: -tokenizer.get_score(ids[piece]))
     rank = {piece: n for n, piece in enumerate(by_score)}
     forbidden = np.zeros((size, size), bool)
@@ -1499,10 +1499,10 @@ def forbidden_pairs(tokenizer: Any) -> Tensor:
         parts = last_merge(piece, rank)
         if len(parts) == 2 and rank.keys() >= set(parts):  # not so for a user's symbol
             left, right = ids[parts[0]], ids[parts[1]]
-            unmerged_left = last == left
+            still_left = last == left  # after the merges of this rank; below: before them
             first[first == ids[piece]] = left
             last[last == ids[piece]] = right
-            forbidden[np.ix_(unmerged_left, first == right)] = True
+            forbidden[np.ix_(still_left, first == right)] = True
     return torch.from_numpy(forbidden)
 
 
