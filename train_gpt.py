@@ -503,6 +503,9 @@ class Hyperparameters(ModelSettings):
     val_batch_size: int = setting(
         524_288, "Tokens scored at once by 8 GPUs, as published; each takes an eighth.", low=1
     )
+    canonical_mask: bool = setting(
+        False, "Score with probability 0 for tokens that the tokenizer never emits after another."
+    )
     ttt_enabled: bool = setting(False, "Also score with test-time training (TTT, PR #549).")
     ttt_chunk_tokens: int = setting(32_768, "TTT: tokens scored before training on them.", low=2)
     ttt_epochs: int = setting(3, "TTT: passes over a scored chunk.")
@@ -688,9 +691,10 @@ FREE_ON_RESUME = frozenset(
     """
     preset run_id run_dir checkpoint_every resume attn compile data_path tokenizer_path
     max_unknown_fraction micro_batch_tokens iterations max_wallclock_seconds warmup_steps
-    val_loss_every train_log_every eval_seq_len eval_stride eval_window val_batch_size ttt_enabled
-    ttt_chunk_tokens ttt_epochs ttt_lr gptq_enabled gptq_calib gptq_calib_tokens
-    gptq_embed matrix_bits embed_bits scale_rule matrix_clip_sigmas embed_clip_sigmas compressor
+    val_loss_every train_log_every eval_seq_len eval_stride eval_window val_batch_size
+    canonical_mask ttt_enabled ttt_chunk_tokens ttt_epochs ttt_lr gptq_enabled gptq_calib
+    gptq_calib_tokens gptq_embed matrix_bits embed_bits scale_rule matrix_clip_sigmas
+    embed_clip_sigmas compressor
     """.split()
 )
 
@@ -1533,17 +1537,58 @@ def verify_byte_table(table: ByteTable, tokenizer: Any, tokens: Tensor) -> int:
     return proven
 
 
+def last_merge(piece: str, rank: Mapping[str, int]) -> list[str]:
+    """Returns the two parts of a piece that BPE merges last; the piece, if it is a character.
+
+    BPE merges the neighbours that form the piece of the lowest rank, the first of equal ones.
+    """
+    parts = list(piece)
+    while len(parts) > 2:
+        ranks = [rank.get(left + right, len(rank)) for left, right in pairwise(parts)]
+        at = ranks.index(min(ranks))
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts
+
+
+def forbidden_pairs(tokenizer: Any) -> Tensor:
+    """Returns whether a SentencePiece BPE tokenizer never emits b after a, bool [V, V] at [a, b].
+
+    No merge crosses the ends of a token, so the same merges form it in every text, rank by rank.
+    Before the merges of a rank, a ends in a part and b starts with a part. If that rank merges
+    these two parts, and not the first of them within a, then a and b become something else. Special
+    tokens and bytes take no part in merges and are free.
+    """
+    size = tokenizer.vocab_size()
+    free = (tokenizer.is_control, tokenizer.is_unknown, tokenizer.is_unused, tokenizer.is_byte)
+    ids = {tokenizer.id_to_piece(i): i for i in range(size) if not any(kind(i) for kind in free)}
+    by_score = sorted(ids, key=lambda piece: -tokenizer.get_score(ids[piece]))
+    rank = {piece: n for n, piece in enumerate(by_score)}
+    forbidden = np.zeros((size, size), bool)
+    first, last = np.arange(size), np.arange(size)  # the parts that a token starts and ends with
+    for piece in reversed(by_score):  # undo the merges, from the last one on
+        parts = last_merge(piece, rank)
+        if len(parts) == 2 and rank.keys() >= set(parts):  # not so for a user's symbol
+            left, right = ids[parts[0]], ids[parts[1]]
+            still_left = last == left  # after the merges of this rank; below: before them
+            first[first == ids[piece]] = left
+            last[last == ids[piece]] = right
+            forbidden[np.ix_(still_left, first == right)] = True
+    return torch.from_numpy(forbidden)
+
+
 class Validation(NamedTuple):
     """The validation text."""
 
     tokens: Tensor  # int32 [N]
     table: ByteTable
     canonical: bool  # whether it has the bytes of the challenge's text
+    forbidden: Tensor | None = None  # bool [V, V], see forbidden_pairs; None: no pair is
 
     def to(self, device: torch.device) -> "Validation":
         """Returns the text on a device."""
         table = ByteTable(*(tensor.to(device) for tensor in self.table))
-        return self._replace(tokens=self.tokens.to(device), table=table)
+        forbidden = None if self.forbidden is None else self.forbidden.to(device)
+        return self._replace(tokens=self.tokens.to(device), table=table, forbidden=forbidden)
 
 
 class Data(NamedTuple):
@@ -1586,17 +1631,18 @@ def load_tokenizer(h: Hyperparameters, log: Log) -> Any:
     return tokenizer
 
 
-def load_byte_table(h: Hyperparameters, folder: Path, tokens: Tensor, log: Log) -> ByteTable:
+def load_byte_table(
+    h: Hyperparameters, tokenizer: Any, folder: Path, tokens: Tensor, log: Log
+) -> ByteTable:
     """Returns the byte table of the vocabulary, verified on the validation tokens of a folder.
 
-    Warns of unknown tokens. Raises DataError if nothing could be verified, or if more tokens than
-    MAX_UNKNOWN_FRACTION are unknown.
+    The tokenizer is None for bytes. Warns of unknown tokens. Raises DataError if nothing could be
+    verified, or if more tokens than MAX_UNKNOWN_FRACTION are unknown.
     """
-    if h.vocab_size == BYTE_VOCAB:
+    if tokenizer is None:
         log(f"val_bpb:enabled tokenizer_kind=byte260 vocab_size={BYTE_VOCAB}")
         table, unknown_id = ByteTable.of_bytes(), BYTE_UNKNOWN_ID
     else:
-        tokenizer = load_tokenizer(h, log)
         table, unknown_id = ByteTable.of_tokenizer(tokenizer), tokenizer.unk_id()
         proven = verify_byte_table(table, tokenizer, tokens)
         if not proven:
@@ -1620,6 +1666,29 @@ def load_byte_table(h: Hyperparameters, folder: Path, tokens: Tensor, log: Log) 
     return table
 
 
+def load_forbidden(h: Hyperparameters, tokenizer: Any, tokens: Tensor, log: Log) -> Tensor | None:
+    """Returns the pairs to which CANONICAL_MASK gives probability 0; None without it and for bytes.
+
+    Raises DataError if two validation tokens are such a pair.
+    """
+    if not h.canonical_mask:
+        return None
+    if tokenizer is None:
+        log("canonical_mask:off, because any byte may follow any other")
+        return None
+    forbidden = forbidden_pairs(tokenizer)
+    found = forbidden[tokens[:-1], tokens[1:]].nonzero()
+    if len(found):
+        at = int(found[0])
+        before, after = map(tokenizer.id_to_piece, tokens[at : at + 2].tolist())
+        raise DataError(
+            f"validation token {at + 1}: {after!r}, which the tokenizer never emits after "
+            f"{before!r}; use the tokenizer that made the shards, or CANONICAL_MASK=0"
+        )
+    log(f"canonical_mask:on, {int(forbidden.sum())} of {forbidden.numel()} pairs are forbidden")
+    return forbidden
+
+
 def load_validation(h: Hyperparameters, stream: TokenStream, log: Log) -> Validation:
     """Returns the validation text; its byte table is verified."""
     tokens = stream.read(0, len(stream), np.int32)
@@ -1629,7 +1698,9 @@ def load_validation(h: Hyperparameters, stream: TokenStream, log: Log) -> Valida
             f"{folder}: {len(tokens)} validation tokens do not fill a window of {h.window_tokens}; "
             "lower EVAL_SEQ_LEN"
         )
-    table = load_byte_table(h, folder, tokens, log)
+    tokenizer = None if h.vocab_size == BYTE_VOCAB else load_tokenizer(h, log)
+    table = load_byte_table(h, tokenizer, folder, tokens, log)
+    forbidden = load_forbidden(h, tokenizer, tokens, log)
     log(f"val_loader:shards pattern={stream.pattern} tokens:{len(tokens) - 1}")
     text_bytes = int(table.text_bytes(tokens[:-1], tokens[1:]).sum())
     if not text_bytes:
@@ -1640,7 +1711,7 @@ def load_validation(h: Hyperparameters, stream: TokenStream, log: Log) -> Valida
             f"warning: {text_bytes} bytes of validation text, not the challenge's {VAL_BYTES}: "
             "scores are not comparable with the records"
         )
-    return Validation(tokens, table, canonical)
+    return Validation(tokens, table, canonical, forbidden)
 
 
 def refuse_duplicates(*streams: TokenStream) -> None:
@@ -2464,15 +2535,19 @@ def score_windows(
 ) -> Tensor:
     """Returns nats, tokens and bytes, float64 [3], of windows [n, 2] of plan_windows.
 
-    A window has `seq_len` tokens and scores at most `last` positions.
+    A window has `seq_len` tokens and scores at most `last` positions. A token that is forbidden
+    after the previous one has probability 0; the softmax is over the others.
     """
     starts, counts = windows.unsqueeze(-1).unbind(1)
     offsets = torch.arange(seq_len + 1, device=windows.device)
     ids = val.tokens[starts + offsets].long()
     inputs, targets = ids[:, :-1], ids[:, -last:]
+    previous = inputs[:, -last:]
     logits = forward_logits(inputs, last).flatten(0, 1)
+    if val.forbidden is not None:
+        logits = logits.masked_fill(val.forbidden[previous.flatten()], -math.inf)
     nats = F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
-    text_bytes = val.table.text_bytes(inputs[:, -last:], targets)
+    text_bytes = val.table.text_bytes(previous, targets)
     scored = offsets[:last] >= last - counts
     columns = torch.stack((nats.double(), scored, text_bytes))
     return columns.where(scored, 0).sum((1, 2))
