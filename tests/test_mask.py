@@ -112,6 +112,7 @@ def test_a_forbidden_pair_in_the_validation_text_is_refused_by_its_place(corpus,
     a, b = val.forbidden.nonzero()[-1].tolist()
     other = [*tokens[:50], 1, a, b, *tokens[50:]]
     write_split(tmp_path / "d", [other], "val")
+    write_split(tmp_path / "d", [tokens[::-1]], "train")
     changes = {**corpus, "data_path": tmp_path / "d"}
     assert load(settings(**changes), trains=False).val.forbidden is None
     assert refused(**changes, canonical_mask=1) == (
