@@ -2409,7 +2409,7 @@ class Batch(NamedTuple):
     begins: bool = True  # False if it goes on with the documents of the batch before
 
     @property
-    def cost(self) -> int:
+    def tokens(self) -> int:
         """Tokens that it reads."""
         return len(self.windows) * self.seq_len
 
@@ -2472,20 +2472,23 @@ class AdapterLearner:
         self.documents = h.ttt_batch_size  # at once
         self.nats: Tensor  # [B, n], the last scores of the documents, with their graph
 
-    @torch.inference_mode(False)
-    def prepare(self, batch: Batch) -> None:
-        """Starts new adapters for new documents, else takes a step on what is scored of them.
+    def warm_up(self) -> None:
+        """Compiles on random tokens, because no text may be read before it is scored."""
+        chunk = self.h.ttt_chunk_size
+        for documents in (1, self.documents):
+            self.start(documents)
+            shape = documents, 2 * chunk
+            ids = torch.randint(self.h.vocab_size, shape, device=self.device.device)
+            self.forward_logits(ids, chunk).sum().backward()
 
-        The loss is the sum of each document's mean, so that documents do not influence each other.
-        """
-        if batch.begins:
-            self.begin(len(batch.windows))
-        else:
-            self.nats.mean(1).sum().backward()
-            self.adamw.step()
-            self.adamw.zero_grad()
+    def describe(self, batches: Sequence[Batch]) -> str:
+        """Returns how much there is to do, and the memory of adapters, gradients and moments."""
+        begun = [len(batch.windows) for batch in batches if batch.begins]
+        widths = sum(fan_in + fan_out for fan_in, fan_out in adapter_shapes(self.h).values())
+        memory = 4 * 4 * max(begun) * self.h.ttt_lora_rank * widths
+        return f"documents:{sum(begun)} batches:{len(begun)} adapters:{memory >> 20} MiB"
 
-    def begin(self, documents: int) -> None:
+    def start(self, documents: int) -> None:
         """Starts the adapters of so many documents."""
         h, rank, draws = self.h, self.h.ttt_lora_rank, torch.Generator().manual_seed(self.h.seed)
         self.adapters: dict[str, tuple[Tensor, Tensor]] = {}
@@ -2498,8 +2501,21 @@ class AdapterLearner:
         betas, decay = (0.0, h.ttt_beta2), h.ttt_weight_decay
         self.adamw = torch.optim.AdamW(params, h.ttt_lora_lr, betas, 1e-10, decay)
 
+    @torch.inference_mode(False)
+    def prepare(self, batch: Batch) -> None:
+        """Starts adapters for new documents, else takes a step on the last scores of the documents.
+
+        The loss is the sum of each document's mean, so that documents do not influence each other.
+        """
+        if batch.begins:
+            self.start(len(batch.windows))
+        else:
+            self.nats.mean(1).sum().backward()
+            self.adamw.step()
+            self.adamw.zero_grad()
+
     def forward_logits(self, ids: Tensor, last: int) -> Tensor:
-        """Returns logits [B, last, V] of the first B documents."""
+        """Returns logits [B, last, V] of ids [B, T] of the first B documents."""
         adapters = {name: (a[: len(ids)], b[: len(ids)]) for name, (a, b) in self.adapters.items()}
         return self.model_logits(ids, last, adapters)
 
@@ -2509,21 +2525,22 @@ def plan_documents(tokens: Tensor, seq_len: int, first: int, stride: int, rows: 
 
     `rows` documents of similar length go together. A first batch scores their positions up to
     `first`, each further one the next `stride` positions of those that go on. A window begins where
-    its document does, or `seq_len` tokens before the last position that it may score. Each position
-    is scored once.
+    its document does, or `seq_len` tokens before the end of those positions. Each position is
+    scored once, with the same context whatever documents go with its own.
     """
     total = len(tokens) - 1
     bounds = F.pad((tokens[1:-1] == BOS_ID).nonzero().flatten() + 1, (1, 0))
     lengths = bounds.diff(append=torch.tensor([total]))
     batches = []
     for part in lengths.argsort(descending=True, stable=True).split(rows):
-        longest, done = int(lengths[part[0]]), 0
-        for end in (*range(first, longest, stride), longest):
-            start = max(end - seq_len, 0)
-            counts = (lengths[part] - done).clamp(max=end - done)
+        longest, done, end = int(lengths[part[0]]), 0, first
+        read = 64 * -(-longest // 64)  # kernels are faster, and the JEPA head has whole chunks
+        while done < longest:
+            start, last = max(end - seq_len, 0), min(end, read) - done
+            counts = (lengths[part] - done).clamp(max=last)
             windows = torch.stack((bounds[part] + start, 0 * counts, counts), dim=1)[counts > 0]
-            batches.append(Batch(windows, end - start, end - done, begins=done == 0))
-            done = end
+            batches.append(Batch(windows, done + last - start, last, begins=done == 0))
+            done, end = end, end + stride
     return batches
 
 
@@ -2613,7 +2630,10 @@ def score(
     batches = scoring_pass.plan(val.tokens, batch_tokens)
     val, sums = val.to(device.device), torch.zeros(3, dtype=torch.float64, device=device.device)
     most = len(batches[0].windows)  # windows at once
-    loads, owner = [0] * ranks.world_size, 0  # the tokens that each rank reads
+    loads, owner = [0] * ranks.world_size, 0  # the tokens that each rank has read
+    work, told = sum(batch.tokens for batch in batches) / ranks.world_size, adapters is None
+    if adapters:
+        log(f"ttt_lora {adapters.describe(batches)}")
 
     def add(batch: Batch) -> None:
         nonlocal most
@@ -2639,11 +2659,15 @@ def score(
                 learner.learn_before(batch, val.tokens)
             if batch.begins:  # the rank that has the least to read takes these documents
                 owner = loads.index(min(loads))
-            loads[owner] += batch.cost
+            loads[owner] += batch.tokens
             if owner == ranks.rank:
                 if adapters:
                     adapters.prepare(batch)
                 add(batch)
+            if not told and loads[ranks.rank] > work / 50:
+                told = True
+                expected = (device.now() - began) * work / loads[ranks.rank]
+                log_expected_time(log, "ttt_lora", expected)
             log.progress(f"scoring batch {n + 1} of {len(batches)}")
     nats, tokens, text_bytes = ranks.all_reduce_(sums).tolist()
     if tokens != total:
@@ -2653,6 +2677,12 @@ def score(
     bpb, seconds = nats / math.log(2) / text_bytes, device.now() - began
     stride = min(scoring_pass.stride, scoring_pass.seq_len, total)
     return Score(nats / total, bpb, nats, total, int(text_bytes), seconds, stride)
+
+
+def log_expected_time(log: Log, name: str, seconds: float) -> None:
+    """Logs how long a pass will take, and whether that is over the limit."""
+    over = ", over the limit" if seconds > EVAL_SECONDS_LIMIT else ""
+    log(f"{name} expected_time:{seconds:.0f}s of {EVAL_SECONDS_LIMIT}s{over}")
 
 
 def scoring_batch_tokens(h: Hyperparameters, device: Device) -> int:
@@ -2690,6 +2720,8 @@ def by_document(
         return ScoringPass(compiled, window, h.stride_tokens, documents=True)
     model.requires_grad_(False)
     learner = AdapterLearner(compiled, h, device)
+    if device.compiled:
+        learner.warm_up()
     return ScoringPass(learner.forward_logits, window, h.ttt_chunk_size, adapters=learner)
 
 
@@ -4342,8 +4374,7 @@ class Run:
         last = add("plain", "final_int6_roundtrip", ScoringPass(forward_logits, window, window))
         if stride < window:
             seconds = last.seconds * window / stride  # less, if that compiled
-            estimate = f"expected_time:{seconds:.0f}s of {EVAL_SECONDS_LIMIT}s"
-            log(f"sliding_window stride:{stride} {estimate}")
+            log_expected_time(log, f"sliding_window stride:{stride}", seconds)
             sliding = ScoringPass(forward_logits, window, stride)
             last = add("sliding", "final_int6_sliding_window", sliding)
         if h.eval_window:
