@@ -2474,12 +2474,12 @@ class AdapterLearner:
 
     def warm_up(self) -> None:
         """Compiles on random tokens, because no text may be read before it is scored."""
-        chunk = self.h.ttt_chunk_size
+        h = self.h
         for documents in (1, self.documents):
             self.start(documents)
-            shape = documents, 2 * chunk
-            ids = torch.randint(self.h.vocab_size, shape, device=self.device.device)
-            self.forward_logits(ids, chunk).sum().backward()
+            shape = documents, h.window_tokens
+            ids = torch.randint(h.vocab_size, shape, device=self.device.device)
+            self.forward_logits(ids, h.ttt_chunk_size).sum().backward()
 
     def describe(self, batches: Sequence[Batch]) -> str:
         """Returns how much there is to do, and the memory of adapters, gradients and moments."""
@@ -2574,11 +2574,11 @@ class ScoringPass(NamedTuple):
     seq_len: int  # tokens in a window
     stride: int  # tokens that a window scores, its last ones; the first window scores all
     learner: TestTimeLearner | None = None  # trains between batches, on scored chunks only
-    documents: bool = False  # windows do not cross documents
-    adapters: AdapterLearner | None = None  # learns from each batch, before its documents go on
+    documents: bool = False  # each window is of one document
+    adapters: AdapterLearner | None = None  # so too; learns from a batch before the next one
 
     def plan(self, tokens: Tensor, batch_tokens: int) -> list[Batch]:
-        """Returns the batches of a text, of about so many tokens."""
+        """Returns the batches of a text, of about so many tokens or of TTT_BATCH_SIZE documents."""
         total = len(tokens) - 1
         seq_len = min(self.seq_len, total)
         stride, rows = min(self.stride, seq_len), max(batch_tokens // seq_len, 1)
@@ -4420,7 +4420,7 @@ def describe_failure(error: BaseException) -> dict[str, str]:
     status, reason = getattr(error, "status", "failed"), str(error)
     if is_out_of_memory(error):
         status, peak = "oom", torch.cuda.max_memory_allocated() >> 20
-        reason += f"; peak {peak} MiB; lower MICRO_BATCH_TOKENS, EVAL_SEQ_LEN or EVAL_WINDOW"
+        reason += f"; peak {peak} MiB; lower MICRO_BATCH_TOKENS, TTT_BATCH_SIZE or EVAL_SEQ_LEN"
     elif isinstance(error, KeyboardInterrupt):
         status = "interrupted"
         reason = "stopped by a signal, or by another rank; continue with RESUME=auto or --quantize"
