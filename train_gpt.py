@@ -4420,7 +4420,8 @@ def describe_failure(error: BaseException) -> dict[str, str]:
     status, reason = getattr(error, "status", "failed"), str(error)
     if is_out_of_memory(error):
         status, peak = "oom", torch.cuda.max_memory_allocated() >> 20
-        reason += f"; peak {peak} MiB; lower MICRO_BATCH_TOKENS, TTT_BATCH_SIZE or EVAL_SEQ_LEN"
+        reason += f"; peak {peak} MiB; lower MICRO_BATCH_TOKENS, TTT_BATCH_SIZE, "
+        reason += "EVAL_SEQ_LEN or EVAL_WINDOW"
     elif isinstance(error, KeyboardInterrupt):
         status = "interrupted"
         reason = "stopped by a signal, or by another rank; continue with RESUME=auto or --quantize"
