@@ -207,9 +207,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 # Settings of published scripts that this program does not have; the log warns of them.
 UNSUPPORTED_SETTINGS = frozenset(
     """
-    VAL_BATCH_TOKENS GPTQ_CALIBRATION_BATCHES MUON_BETA2 TTT_LORA_RANK TTT_LORA_LR TTT_EVAL_SEQ_LEN
-    TTT_CHUNK_SIZE TTT_BATCH_SIZE TTT_WEIGHT_DECAY TTT_OPTIMIZER TTT_GRAD_STEPS TTT_MOMENTUM
-    TTT_FREEZE_BLOCKS TTT_GRAD_CLIP TTT_BATCH_SEQS VAL_DOC_FRACTION VAL_MAX_TOKENS ROPE_YARN
+    VAL_BATCH_TOKENS GPTQ_CALIBRATION_BATCHES MUON_BETA2 TTT_EVAL_SEQ_LEN TTT_OPTIMIZER
+    TTT_GRAD_STEPS TTT_MOMENTUM TTT_FREEZE_BLOCKS TTT_GRAD_CLIP TTT_BATCH_SEQS VAL_DOC_FRACTION
+    VAL_MAX_TOKENS ROPE_YARN
     PHASED_TTT_ENABLED GLOBAL_TTT_LR MLP_CLIP_SIGMAS ATTN_CLIP_SIGMAS SLIDING_WINDOW_ENABLED
     QAT_ENABLED GATED_ATTN_ENABLED GATED_ATTENTION ATTN_OUT_GATE_ENABLED CASEOPS_ENABLED
     MTP_NUM_HEADS MTP_LOSS_WEIGHT EMBEDDING_DIM LQER_ENABLED MLP_HIDDEN DTG_ENABLED VALUE_RESIDUAL
@@ -501,16 +501,37 @@ class Hyperparameters(ModelSettings):
     eval_window: int = setting(
         0, "Attention window in tokens of the one-pass score; 0 omits that score.", high=1 << 20
     )
+    eval_documents: bool = setting(
+        False, "Also score document by document, with no context from another document."
+    )
     val_batch_size: int = setting(
         524_288, "Tokens scored at once by 8 GPUs, as published; each takes an eighth.", low=1
     )
     canonical_mask: bool = setting(
         False, "Score with probability 0 for tokens that the tokenizer never emits after another."
     )
-    ttt_enabled: bool = setting(False, "Also score with test-time training (TTT, PR #549).")
-    ttt_chunk_tokens: int = setting(32_768, "TTT: tokens scored before training on them.", low=2)
-    ttt_epochs: int = setting(3, "TTT: passes over a scored chunk.")
-    ttt_lr: float = setting(0.002, "TTT: initial learning rate of SGD; falls to 0 as a cosine.")
+    ttt_enabled: bool = setting(False, "Also score with test-time training (TTT).")
+    ttt_mode: str = setting(
+        "sgd",
+        "TTT: SGD trains all weights on the text so far (PR #549); LoRA trains adapters of each "
+        "document on the document so far (PR #1530).",
+        choices=("sgd", "lora"),
+    )
+    ttt_chunk_tokens: int = setting(
+        32_768, "SGD TTT: tokens scored before training on them.", low=2
+    )
+    ttt_epochs: int = setting(3, "SGD TTT: passes over a scored chunk.")
+    ttt_lr: float = setting(0.002, "SGD TTT: initial learning rate; falls to 0 as a cosine.")
+    ttt_lora_rank: int = setting(96, "LoRA TTT: rank of the adapters.", low=1, high=65_536)
+    ttt_lora_lr: float = setting(1e-4, "LoRA TTT: learning rate of AdamW.")
+    ttt_chunk_size: int = setting(
+        48, "LoRA TTT: tokens of a document scored before a step on them.", low=1
+    )
+    ttt_batch_size: int = setting(64, "LoRA TTT: documents at once.", low=1)
+    ttt_beta2: float = setting(
+        0.999, "LoRA TTT: decay of AdamW's second moment; there is no first.", high=0.999999
+    )
+    ttt_weight_decay: float = setting(1.0, "LoRA TTT: weight decay of AdamW.")
     # Quantize and pack
     gptq_enabled: bool = setting(True, "Quantize matrices by GPTQ; 0 rounds to nearest.")
     gptq_calib: str = setting(
@@ -692,8 +713,10 @@ FREE_ON_RESUME = frozenset(
     """
     preset run_id run_dir checkpoint_every resume attn compile data_path tokenizer_path
     max_unknown_fraction micro_batch_tokens iterations max_wallclock_seconds warmup_steps
-    val_loss_every train_log_every eval_seq_len eval_stride eval_window val_batch_size
-    canonical_mask ttt_enabled ttt_chunk_tokens ttt_epochs ttt_lr gptq_enabled gptq_calib
+    val_loss_every train_log_every eval_seq_len eval_stride eval_window eval_documents
+    val_batch_size canonical_mask ttt_enabled ttt_mode ttt_chunk_tokens ttt_epochs ttt_lr
+    ttt_lora_rank ttt_lora_lr ttt_chunk_size ttt_batch_size ttt_beta2 ttt_weight_decay gptq_enabled
+    gptq_calib
     gptq_calib_tokens gptq_embed matrix_bits embed_bits scale_rule matrix_clip_sigmas
     embed_clip_sigmas compressor
     """.split()
@@ -906,12 +929,12 @@ class Device:
     compiled: bool
     attention: str = "flash"  # the back end
 
-    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns the function, compiled for fixed shapes if this device compiles."""
+    def compile(self, function: Callable[..., Any], dynamic: bool = False) -> Callable[..., Any]:
+        """Returns the function, compiled if this device compiles: for each shape, or for all."""
         if not self.compiled:
             return function
         torch._dynamo.config.recompile_limit = 64  # scoring halves its batches without memory
-        return torch.compile(function, dynamic=False, fullgraph=True)
+        return torch.compile(function, dynamic=dynamic, fullgraph=True)
 
     def now(self) -> float:
         """Returns seconds of a monotonic clock, after all queued work is done."""
@@ -1860,6 +1883,41 @@ def subtract_self_value(y: Tensor, unit: Tensor) -> Tensor:
     return (grouped - (along * unit).to(y.dtype)).flatten(2, 3)
 
 
+# By name, see adapter_shapes: A [B, rank, in] and B [B, out, rank] for each of B sequences.
+Adapters = Mapping[str, tuple[Tensor, Tensor]]
+NO_LORA: Adapters = {}
+ADAPTER_ALPHA = 144  # the output of an adapter is scaled by this / rank (PR #1767)
+
+
+def adapter_shapes(h: ModelSettings) -> dict[str, tuple[int, int]]:
+    """Returns inputs and outputs of each adapter by name.
+
+    Those of the keys, of attention, of the MLP and of the head help most (PR #1953).
+    """
+    outputs = {"keys": h.kv_dim, "attention": h.model_dim, "mlp": h.model_dim}
+    shapes = {
+        f"{name} {layer}": (h.model_dim, width)
+        for layer in range(h.num_layers)
+        for name, width in outputs.items()
+    }
+    return shapes | {"head": (h.model_dim, h.vocab_size)}
+
+
+def adapt(
+    y: Tensor, x: Tensor, adapters: Adapters, name: str, scale: Tensor | float = 1.0
+) -> Tensor:
+    """Returns outputs y [B, T, ...] plus the adapter's for inputs x [B, T, in], times `scale`.
+
+    Each sequence has a low-rank map of its own, x -> B A x (LoRA, arXiv 2106.09685). Without an
+    adapter of that name it returns y.
+    """
+    if name not in adapters:
+        return y
+    a, b = (weight.to(x.dtype) for weight in adapters[name])
+    added = scale * (ADAPTER_ALPHA / a.size(1)) * (x @ a.mT @ b.mT)
+    return y + added.to(y.dtype).view_as(y)
+
+
 class Context(NamedTuple):
     """What every block of one forward pass may read."""
 
@@ -1868,6 +1926,7 @@ class Context(NamedTuple):
     value_embeds: dict[int, Tensor]  # by layer: [B, T, K d], added to the values
     window: int  # positions that attention reaches back; 0 for all
     documents: Documents | None  # which attention keeps apart; None: it crosses BOS
+    adapters: Adapters
 
 
 Lanes = tuple[Tensor, ...]  # the residual streams of a forward pass, one or two, each [B, T, D]
@@ -1901,6 +1960,7 @@ class CausalSelfAttention(nn.Module):
         weight = torch.cat([getattr(self, name).weight for name in self.INPUT_LAYERS])
         qkv = F.linear(x, weight.to(x.dtype)).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split(self.heads, dim=2)
+        k = adapt(k, x, context.adapters, f"keys {self.layer}")
         if self.layer in context.value_embeds:
             v = v + context.value_embeds[self.layer].view_as(v)
         # The gain comes before RoPE and is expanded over positions, so that its gradient is a sum
@@ -2042,18 +2102,22 @@ class Block(nn.Module):
         return keep * x + restart * context.x0
 
     def attention(self, x: Tensor, context: Context) -> Tensor:
-        """Returns what attention adds to a stream x [B, T, D]."""
-        return self.attn(rms_norm(x) * self.norm_scale, self.attn_scale, context)
+        """Returns what attention, and an adapter beside it, add to a stream x [B, T, D]."""
+        x = rms_norm(x) * self.norm_scale
+        y, name = self.attn(x, self.attn_scale, context), f"attention {self.attn.layer}"
+        return adapt(y, x, context.adapters, name, self.attn_scale)
 
-    def feed_forward(self, x: Tensor) -> Tensor:
-        """Returns what the MLP adds to a stream x [B, T, D]."""
-        return self.mlp(rms_norm(x) * self.norm_scale, self.mlp_scale)
+    def feed_forward(self, x: Tensor, context: Context) -> Tensor:
+        """Returns what the MLP, and an adapter beside it, add to a stream x [B, T, D]."""
+        x = rms_norm(x) * self.norm_scale
+        y, name = self.mlp(x, self.mlp_scale), f"mlp {self.attn.layer}"
+        return adapt(y, x, context.adapters, name, self.mlp_scale)
 
     def forward(self, lanes: Lanes, context: Context) -> Lanes:
         """Maps the one lane [B, T, D] to the one lane after this layer."""
         x = self.restart(lanes[0], context)
         x = x + self.attention(x, context)
-        return (x + self.feed_forward(x),)
+        return (x + self.feed_forward(x, context),)
 
 
 class ParallelBlock(Block):
@@ -2062,7 +2126,7 @@ class ParallelBlock(Block):
     def forward(self, lanes: Lanes, context: Context) -> Lanes:
         """Maps the one lane [B, T, D] to the one lane after this layer."""
         x = self.restart(lanes[0], context)
-        return (x + self.attention(x, context) + self.feed_forward(x),)
+        return (x + self.attention(x, context) + self.feed_forward(x, context),)
 
 
 class TwoLaneBlock(Block):
@@ -2081,7 +2145,7 @@ class TwoLaneBlock(Block):
     def forward(self, lanes: Lanes, context: Context) -> Lanes:
         """Maps two lanes [B, T, D] to the two lanes after this layer."""
         attention = self.attention(self.restart(lanes[0], context), context)
-        feed_forward = self.feed_forward(lanes[1])
+        feed_forward = self.feed_forward(lanes[1], context)
         mixes = zip(lanes, self.lane_mix.to(attention.dtype))
         return tuple(keep * x + a * attention + m * feed_forward for x, (keep, a, m) in mixes)
 
@@ -2251,7 +2315,7 @@ class GPT(nn.Module):
         x = rms_norm(x)
         return x if self.smear is None else self.smear(x, ids)
 
-    def context(self, x0: Tensor, ids: Tensor, window: int) -> Context:
+    def context(self, x0: Tensor, ids: Tensor, window: int, adapters: Adapters) -> Context:
         """Returns what the blocks read, for embeddings x0 [B, T, D] of ids [B, T]."""
         h, length = self.h, ids.size(1)
         dims, reach = h.rope_dims or h.head_dim, window or length
@@ -2260,7 +2324,7 @@ class GPT(nn.Module):
         if self.value_embedding is not None:
             value_embeds = self.value_embedding(ids, self.dtype)
         documents = Documents.of_ids(ids, self.training) if h.doc_attention else None
-        return Context(x0, rotation, value_embeds, window, documents)
+        return Context(x0, rotation, value_embeds, window, documents, adapters)
 
     def add_skip(self, x: Tensor, skip: Tensor, visit: int) -> Tensor:
         """Returns a stream x [B, T, D] with the skip of a decoder visit added or blended in."""
@@ -2269,13 +2333,15 @@ class GPT(nn.Module):
             return x + skip
         return torch.lerp(skip, x, self.skip_gates[visit].sigmoid().to(x.dtype))
 
-    def backbone(self, ids: Tensor, window: int = 0, loops: int | None = None) -> Tensor:
+    def backbone(
+        self, ids: Tensor, window: int = 0, loops: int | None = None, adapters: Adapters = NO_LORA
+    ) -> Tensor:
         """Returns the stream [B, T, D] after the last block, for ids [B, T].
 
         `loops` is the number of repetitions of the looped layers; None takes NUM_LOOPS.
         """
         x0 = self.embed(ids)
-        context = self.context(x0, ids, window)
+        context = self.context(x0, ids, window, adapters)
         lanes: Lanes = (x0,)
         plan = layer_plan(self.h, self.h.num_loops if loops is None else loops)
         skips: list[Tensor] = []
@@ -2293,25 +2359,33 @@ class GPT(nn.Module):
             return (lanes[0] + lanes[1]) / 2
         return lanes[-1] if self.h.parallel_final_lane == "mlp" else lanes[0]
 
-    def logits(self, states: Tensor) -> Tensor:
+    def logits(self, states: Tensor, adapters: Adapters = NO_LORA) -> Tensor:
         """Returns soft-capped logits [..., V], float32, of normalized states [..., D]."""
         cap = self.h.logit_softcap
         head = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
         # Dividing the head is cheaper than dividing the logits; tanh_ saves a copy of them.
-        return F.linear(states, (head / cap).to(states.dtype)).float().tanh_() * cap
+        logits = F.linear(states, (head / cap).to(states.dtype))
+        return adapt(logits, states, adapters, "head", 1 / cap).float().tanh_() * cap
 
-    def states(self, ids: Tensor, window: int = 0, loops: int | None = None) -> Tensor:
+    def states(
+        self, ids: Tensor, window: int = 0, loops: int | None = None, adapters: Adapters = NO_LORA
+    ) -> Tensor:
         """Returns the normalized states [B, T, D] that the output head reads, for ids [B, T]."""
-        x = self.backbone(ids, window, loops)
+        x = self.backbone(ids, window, loops, adapters)
         if self.jepa is not None:
             x = self.jepa(x)[0]
         return rms_norm(x)
 
     def forward_logits(
-        self, ids: Tensor, last: int = 0, window: int = 0, loops: int | None = None
+        self,
+        ids: Tensor,
+        last: int = 0,
+        window: int = 0,
+        loops: int | None = None,
+        adapters: Adapters = NO_LORA,
     ) -> Tensor:
         """Returns logits [B, last, V] for the last positions of ids [B, T]; for all with last=0."""
-        return self.logits(self.states(ids, window, loops)[:, -last:])
+        return self.logits(self.states(ids, window, loops, adapters)[:, -last:], adapters)
 
     def losses(
         self,
@@ -2462,6 +2536,20 @@ class Score(NamedTuple):
     stride: int
 
 
+class Batch(NamedTuple):
+    """Windows that a rank scores at once."""
+
+    windows: Tensor  # int64 [n, 3]: first token; of the last positions, how many to skip, to score
+    seq_len: int  # tokens that a window reads
+    last: int  # positions that a window scores at most, its last ones
+    begins: bool = True  # False if it goes on with the documents of the batch before
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that it reads."""
+        return len(self.windows) * self.seq_len
+
+
 class TestTimeLearner:
     """Trains a model on scored text by SGD, at a rate that falls as half a cosine (PR #549)."""
 
@@ -2472,6 +2560,17 @@ class TestTimeLearner:
         params = [*model.parameters()]
         self.sgd = torch.optim.SGD(params, self.lr, momentum=0.9)
         self.gradient = bind_flat_gradient_(params)
+        self.learned = 0  # chunks
+
+    def learn_before(self, batch: Batch, text: Tensor) -> None:
+        """Learns the chunks whose every position lies before the first one that a batch scores."""
+        start, skip, _ = batch.windows[0].tolist()
+        complete = (start + batch.seq_len - batch.last + skip) // self.chunk_tokens
+        if complete > self.learned:
+            # Position p predicts token p + 1, so all of these tokens are scored.
+            begin, end = self.learned * self.chunk_tokens, complete * self.chunk_tokens
+            self.learn(text[begin : end + 1], begin / (len(text) - 1))
+            self.learned = complete
 
     @torch.inference_mode(False)
     def learn(self, tokens: Tensor, fraction: float) -> None:
@@ -2496,19 +2595,95 @@ class TestTimeLearner:
         self.gradient.zero_()
 
 
-class ScoringPass(NamedTuple):
-    """One way to score the validation text: its windows, and the logits of a batch of them."""
+class AdapterLearner:
+    """Trains an adapter for each document on what is scored of it, by AdamW (LoRA, PR #1530).
 
-    forward_logits: Callable[[Tensor, int], Tensor]  # (ids [B, T], last) to [B, last, V]
-    seq_len: int  # tokens in a window
-    stride: int  # tokens that a window scores, its last ones; the first window scores all
-    learner: TestTimeLearner | None = None  # trains between batches, on scored chunks only
+    The weights of the model stay. All documents start from the same random A, and from B = 0.
+    """
+
+    def __init__(
+        self, forward_logits: Callable[..., Tensor], h: Hyperparameters, device: Device
+    ) -> None:
+        self.model_logits, self.h, self.device = forward_logits, h, device
+        self.documents = h.ttt_batch_size  # at once
+        self.nats: Tensor  # [B, n], the last scores of the documents, with their graph
+
+    def warm_up(self) -> None:
+        """Compiles on random tokens, because no text may be read before it is scored."""
+        h = self.h
+        for documents in (1, self.documents):
+            self.start(documents)
+            shape = documents, h.window_tokens
+            ids = torch.randint(h.vocab_size, shape, device=self.device.device)
+            self.forward_logits(ids, h.ttt_chunk_size).sum().backward()
+
+    def describe(self, batches: Sequence[Batch]) -> str:
+        """Returns how much there is to do, and the memory of adapters, gradients and moments."""
+        begun = [len(batch.windows) for batch in batches if batch.begins]
+        widths = sum(fan_in + fan_out for fan_in, fan_out in adapter_shapes(self.h).values())
+        memory = 4 * 4 * max(begun) * self.h.ttt_lora_rank * widths
+        return f"documents:{sum(begun)} batches:{len(begun)} adapters:{memory >> 20} MiB"
+
+    def start(self, documents: int) -> None:
+        """Starts the adapters of so many documents."""
+        h, rank, draws = self.h, self.h.ttt_lora_rank, torch.Generator().manual_seed(self.h.seed)
+        self.adapters: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, (fan_in, fan_out) in adapter_shapes(h).items():
+            a = torch.empty(rank, fan_in).uniform_(-1, 1, generator=draws) / fan_in**0.5
+            a = a.to(self.device.device).repeat(documents, 1, 1)
+            b = a.new_zeros(documents, fan_out, rank)
+            self.adapters[name] = a.requires_grad_(), b.requires_grad_()
+        params = [p for pair in self.adapters.values() for p in pair]
+        betas, decay = (0.0, h.ttt_beta2), h.ttt_weight_decay
+        self.adamw = torch.optim.AdamW(params, h.ttt_lora_lr, betas, 1e-10, decay)
+
+    @torch.inference_mode(False)
+    def prepare(self, batch: Batch) -> None:
+        """Starts adapters for new documents, else takes a step on the last scores of the documents.
+
+        The loss is the sum of each document's mean, so that documents do not influence each other.
+        """
+        if batch.begins:
+            self.start(len(batch.windows))
+        else:
+            self.nats.mean(1).sum().backward()
+            self.adamw.step()
+            self.adamw.zero_grad()
+
+    def forward_logits(self, ids: Tensor, last: int) -> Tensor:
+        """Returns logits [B, last, V] of ids [B, T] of the first B documents."""
+        adapters = {name: (a[: len(ids)], b[: len(ids)]) for name, (a, b) in self.adapters.items()}
+        return self.model_logits(ids, last, adapters)
+
+
+def plan_documents(tokens: Tensor, seq_len: int, first: int, stride: int, rows: int) -> list[Batch]:
+    """Returns batches of windows that read one document each, the longest documents first.
+
+    `rows` documents of similar length go together. A first batch scores their positions up to
+    `first`, each further one the next `stride` positions of those that go on. A window begins where
+    its document does, or `seq_len` tokens before the end of those positions. Each position is
+    scored once, with the same context whatever documents go with its own.
+    """
+    total = len(tokens) - 1
+    bounds = F.pad((tokens[1:-1] == BOS_ID).nonzero().flatten() + 1, (1, 0))
+    lengths = bounds.diff(append=torch.tensor([total]))
+    batches = []
+    for part in lengths.argsort(descending=True, stable=True).split(rows):
+        longest, done, end = int(lengths[part[0]]), 0, first
+        read = 64 * -(-longest // 64)  # kernels are faster, and the JEPA head has whole chunks
+        while done < longest:
+            start, last = max(end - seq_len, 0), min(end, read) - done
+            counts = (lengths[part] - done).clamp(max=last)
+            windows = torch.stack((bounds[part] + start, 0 * counts, counts), dim=1)[counts > 0]
+            batches.append(Batch(windows, done + last - start, last, begins=done == 0))
+            done, end = end, end + stride
+    return batches
 
 
 def plan_windows(
     total: int, seq_len: int, stride: int, batch_windows: int, chunk: int
-) -> list[Tensor]:
-    """Returns batches, int64 [n, 2], of windows (start, how many last positions it scores).
+) -> list[Batch]:
+    """Returns batches of windows of the text, whatever documents they read.
 
     Windows end `stride` apart, the last one at `total`. A window scores the positions past the end
     of the window before, so that every position is scored exactly once. All windows of a batch have
@@ -2518,40 +2693,60 @@ def plan_windows(
     """
     ends = torch.cat((torch.arange(seq_len, total, stride), torch.tensor([total])))
     counts = ends.diff(prepend=torch.tensor([0]))
-    windows = torch.stack((ends - seq_len, counts), dim=1)
+    windows = torch.stack((ends - seq_len, (stride - counts).clamp(min=0), counts), dim=1)
     cuts = 1 + ((ends - counts) // chunk).diff().nonzero().flatten()
     if stride < seq_len:
         cuts = torch.cat((torch.tensor([1]), cuts)).unique()
     size = min(batch_windows, len(windows))
-    batches = [batch for part in windows.tensor_split(cuts) for batch in part.split(size)]
-    return [F.pad(batch, (0, 0, 0, size - len(batch))) for batch in batches if len(batch)]
+    parts = [part for cut in windows.tensor_split(cuts) for part in cut.split(size)]
+    filled = [F.pad(part, (0, 0, 0, size - len(part))) for part in parts if len(part)]
+    return [Batch(part, seq_len, stride if n else seq_len) for n, part in enumerate(filled)]
+
+
+class ScoringPass(NamedTuple):
+    """One way to score the validation text: its windows, and the logits of a batch of them."""
+
+    forward_logits: Callable[[Tensor, int], Tensor]  # (ids [B, T], last) to [B, last, V]
+    seq_len: int  # tokens in a window
+    stride: int  # tokens that a window scores, its last ones; the first window scores all
+    learner: TestTimeLearner | None = None  # trains between batches, on scored chunks only
+    documents: bool = False  # each window is of one document
+    adapters: AdapterLearner | None = None  # so too; learns from a batch before the next one
+
+    def plan(self, tokens: Tensor, batch_tokens: int) -> list[Batch]:
+        """Returns the batches of a text, of about so many tokens or of TTT_BATCH_SIZE documents."""
+        total = len(tokens) - 1
+        seq_len = min(self.seq_len, total)
+        stride, rows = min(self.stride, seq_len), max(batch_tokens // seq_len, 1)
+        if self.adapters:
+            return plan_documents(tokens, seq_len, stride, stride, self.adapters.documents)
+        if self.documents:
+            return plan_documents(tokens, seq_len, seq_len, stride, rows)
+        chunk = self.learner.chunk_tokens if self.learner else total
+        return plan_windows(total, seq_len, stride, rows, chunk)
 
 
 def score_windows(
-    forward_logits: Callable[[Tensor, int], Tensor],
-    val: Validation,
-    windows: Tensor,
-    seq_len: int,
-    last: int,
+    forward_logits: Callable[[Tensor, int], Tensor], val: Validation, batch: Batch
 ) -> Tensor:
-    """Returns nats, tokens and bytes, float64 [3], of windows [n, 2] of plan_windows.
+    """Returns nats, tokens and bytes, float64 [3, n, last], of the positions of n windows.
 
-    A window has `seq_len` tokens and scores at most `last` positions. A token that is forbidden
-    after the previous one has probability 0; the softmax is over the others.
+    They are 0 where a window does not score. A token that is forbidden after the previous one has
+    probability 0; the softmax is over the others. The nats keep their graph.
     """
-    starts, counts = windows.unsqueeze(-1).unbind(1)
-    offsets = torch.arange(seq_len + 1, device=windows.device)
-    ids = val.tokens[starts + offsets].long()
-    inputs, targets = ids[:, :-1], ids[:, -last:]
-    previous = inputs[:, -last:]
-    logits = forward_logits(inputs, last).flatten(0, 1)
+    starts, skips, counts = batch.windows.unsqueeze(-1).unbind(1)  # each [n, 1]
+    offsets = torch.arange(batch.seq_len + 1, device=batch.windows.device)
+    ids = val.tokens[(starts + offsets).clamp(max=len(val.tokens) - 1)].long()
+    inputs, targets = ids[:, :-1], ids[:, -batch.last :]
+    previous = inputs[:, -batch.last :]
+    logits = forward_logits(inputs, batch.last).flatten(0, 1)
     if val.forbidden is not None:
         logits = logits.masked_fill(val.forbidden[previous.flatten()], -math.inf)
     nats = F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
     text_bytes = val.table.text_bytes(previous, targets)
-    scored = offsets[:last] >= last - counts
-    columns = torch.stack((nats.double(), scored, text_bytes))
-    return columns.where(scored, 0).sum((1, 2))
+    positions = offsets[: batch.last]
+    scored = (skips <= positions) & (positions < skips + counts)
+    return torch.stack((nats.double(), scored, text_bytes)).where(scored, 0)
 
 
 @torch.inference_mode()
@@ -2563,54 +2758,71 @@ def score(
     log: Log,
     batch_tokens: int,
 ) -> Score:
-    """Scores the validation text by one pass, in the order of the text.
+    """Scores the validation text by one pass, in the order of the text or of documents' lengths.
 
     Each position is scored once. Batches of `batch_tokens` are divided among the ranks. Before a
-    batch the learner, if there is one, trains on the chunks whose positions are all scored. Where
-    the memory runs out, half as many windows are scored at once.
+    batch the learner, if there is one, trains on the chunks whose positions are all scored, and the
+    adapters, if there are any, on the batch before. Where the memory runs out, half as many windows
+    are scored at once.
     """
     began, total = device.now(), len(val.tokens) - 1
+    learner, adapters = scoring_pass.learner, scoring_pass.adapters
+    batches = scoring_pass.plan(val.tokens, batch_tokens)
     val, sums = val.to(device.device), torch.zeros(3, dtype=torch.float64, device=device.device)
-    seq_len, learner = min(scoring_pass.seq_len, total), scoring_pass.learner
-    stride = min(scoring_pass.stride, seq_len)
-    chunk, learned = learner.chunk_tokens if learner else total, 0
-    batches = plan_windows(total, seq_len, stride, max(batch_tokens // seq_len, 1), chunk)
-    most = len(batches[0])  # windows at once
+    most = len(batches[0].windows)  # windows at once
+    loads, owner = [0] * ranks.world_size, 0  # the tokens that each rank has read
+    work, told = sum(batch.tokens for batch in batches) / ranks.world_size, adapters is None
+    if adapters:
+        log(f"ttt_lora {adapters.describe(batches)}")
 
-    def add(windows: Tensor, last: int) -> None:
+    def add(batch: Batch) -> None:
         nonlocal most
+        windows = device.send(batch.windows)
         while len(windows):
-            part = windows[:most]
+            part = batch._replace(windows=windows[:most])
             try:
-                sums.add_(score_windows(scoring_pass.forward_logits, val, part, seq_len, last))
-                windows = windows[len(part) :]
+                with torch.inference_mode(adapters is None):
+                    found = score_windows(scoring_pass.forward_logits, val, part)
+                    if adapters:
+                        adapters.nats = found[0]
+                sums.add_(found.sum((1, 2)))
+                windows = windows[most:]
             except Exception as error:
-                if len(part) == 1 or not is_out_of_memory(error):
+                if adapters or len(part.windows) == 1 or not is_out_of_memory(error):
                     raise
-                most = len(part) // 2
+                most = len(part.windows) // 2
                 log(f"out of memory: scoring {most} windows at once; lower VAL_BATCH_SIZE")
 
     with matmul_precision("highest"):
-        for n, windows in enumerate(batches):  # every rank walks through all batches
-            start, count = windows[0].tolist()
-            # Chunks whose every position lies before the first position that this batch scores.
-            complete = (start + seq_len - count) // chunk
-            if learner and complete > learned:
-                # Position p predicts token p + 1, so all of these tokens are scored.
-                text = val.tokens[learned * chunk : complete * chunk + 1]
-                learner.learn(text, learned * chunk / total)
-                learned = complete
-            if n % ranks.world_size == ranks.rank:
-                add(device.send(windows), stride if n else seq_len)
+        for n, batch in enumerate(batches):  # every rank walks through all batches
+            if learner:
+                learner.learn_before(batch, val.tokens)
+            if batch.begins:  # the rank that has the least to read takes these documents
+                owner = loads.index(min(loads))
+            loads[owner] += batch.tokens
+            if owner == ranks.rank:
+                if adapters:
+                    adapters.prepare(batch)
+                add(batch)
+            if not told and loads[ranks.rank] > work / 50:
+                told = True
+                expected = (device.now() - began) * work / loads[ranks.rank]
+                log_expected_time(log, "ttt_lora", expected)
             log.progress(f"scoring batch {n + 1} of {len(batches)}")
     nats, tokens, text_bytes = ranks.all_reduce_(sums).tolist()
     if tokens != total:
         raise RuntimeError(f"scored {tokens:.0f} tokens of {total}")
     if not math.isfinite(nats):
         raise DivergenceError("the score is not finite: the weights have diverged")
-    bpb = nats / math.log(2) / text_bytes
-    seconds = device.now() - began
+    bpb, seconds = nats / math.log(2) / text_bytes, device.now() - began
+    stride = min(scoring_pass.stride, scoring_pass.seq_len, total)
     return Score(nats / total, bpb, nats, total, int(text_bytes), seconds, stride)
+
+
+def log_expected_time(log: Log, name: str, seconds: float) -> None:
+    """Logs how long a pass will take, and whether that is over the limit."""
+    over = ", over the limit" if seconds > EVAL_SECONDS_LIMIT else ""
+    log(f"{name} expected_time:{seconds:.0f}s of {EVAL_SECONDS_LIMIT}s{over}")
 
 
 def scoring_batch_tokens(h: Hyperparameters, device: Device) -> int:
@@ -2629,6 +2841,28 @@ def one_pass(model: GPT, window: int, device: Device) -> ScoringPass:
         return model.forward_logits(ids, last, window)
 
     return ScoringPass(device.compile(forward_logits), 16 * window, 15 * window)
+
+
+def by_document(
+    model: GPT, h: Hyperparameters, device: Device, adapts: bool = False
+) -> ScoringPass:
+    """Returns the pass that reads each document by itself, with or without adapters.
+
+    One compiled program is for all lengths. RoPE has the base of a whole window in all of them.
+    """
+    window = h.window_tokens
+
+    def forward_logits(ids: Tensor, last: int, adapters: Adapters = NO_LORA) -> Tensor:
+        return model.forward_logits(ids, last, window, adapters=adapters)
+
+    compiled = device.compile(forward_logits, dynamic=True)
+    if not adapts:
+        return ScoringPass(compiled, window, h.stride_tokens, documents=True)
+    model.requires_grad_(False)
+    learner = AdapterLearner(compiled, h, device)
+    if device.compiled:
+        learner.warm_up()
+    return ScoringPass(learner.forward_logits, window, h.ttt_chunk_size, adapters=learner)
 
 
 # ---- Optimizers: Muon, AdamW, the average of the weights ----
@@ -4131,13 +4365,16 @@ class Run:
         last = add("plain", "final_int6_roundtrip", ScoringPass(forward_logits, window, window))
         if stride < window:
             seconds = last.seconds * window / stride  # less, if that compiled
-            estimate = f"expected_time:{seconds:.0f}s of {EVAL_SECONDS_LIMIT}s"
-            log(f"sliding_window stride:{stride} {estimate}")
+            log_expected_time(log, f"sliding_window stride:{stride}", seconds)
             sliding = ScoringPass(forward_logits, window, stride)
             last = add("sliding", "final_int6_sliding_window", sliding)
         if h.eval_window:
             last = add("window", "final_int6_window", one_pass(model, h.eval_window, device))
-        if h.ttt_enabled:
+        if h.eval_documents:
+            last = add("documents", "final_int6_documents", by_document(model, h, device))
+        if h.ttt_enabled and h.ttt_mode == "lora":
+            last = add("ttt", "legal_ttt", by_document(model, h, device, adapts=True))
+        elif h.ttt_enabled:
             learner = TestTimeLearner(model, h, device, self.ranks)
             last = add("ttt", "legal_ttt", ScoringPass(forward_logits, window, stride, learner))
         log_score(log, "final_int8_zlib_roundtrip", last)  # where the community's tools look
@@ -4174,7 +4411,8 @@ def describe_failure(error: BaseException) -> dict[str, str]:
     status, reason = getattr(error, "status", "failed"), str(error)
     if is_out_of_memory(error):
         status, peak = "oom", torch.cuda.max_memory_allocated() >> 20
-        reason += f"; peak {peak} MiB; lower MICRO_BATCH_TOKENS, EVAL_SEQ_LEN or EVAL_WINDOW"
+        reason += f"; peak {peak} MiB; lower MICRO_BATCH_TOKENS, TTT_BATCH_SIZE, "
+        reason += "EVAL_SEQ_LEN or EVAL_WINDOW"
     elif isinstance(error, KeyboardInterrupt):
         status = "interrupted"
         reason = "stopped by a signal, or by another rank; continue with RESUME=auto or --quantize"

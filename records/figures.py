@@ -36,6 +36,7 @@ METHODS = {  # of scoring
     "plain": "in windows that do not overlap",
     "sliding": "with a sliding window of stride {}",
     "window": "in one pass with windowed attention, in sequences that start {} tokens apart",
+    "documents": "document by document, longer ones with a sliding window of stride {}",
     "ttt": "with a sliding window of stride {} and training on text that has been scored",
 }
 

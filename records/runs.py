@@ -39,6 +39,7 @@ SCORE_LINES = {
     "plain": "final_int6_roundtrip",
     "sliding": "final_int6_sliding_window",
     "window": "final_int6_window",
+    "documents": "final_int6_documents",
     "ttt": "legal_ttt",
 }
 NUMBER = r"[-+]?(?:\d+(?:\.\d+)?(?:e[-+]?\d+)?|nan|inf)\b(?![.,]\d)"
@@ -82,7 +83,8 @@ class Run:
     reason: str = ""
     settings: dict[str, Any] = field(default_factory=dict)  # by lower-case name
     changed: dict[str, str] | None = None  # settings stated as changed; None if the log has no list
-    # By float, plain, sliding, window, ttt, or the name in a log of another script; in its order.
+    # By float, plain, sliding, window, documents, ttt, or the name in a log of another script; in
+    # its order.
     scores: dict[str, Score] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)  # bytes of code, model and total
     seconds: dict[str, float] = field(default_factory=dict)  # train, calibrate, pack, eval, ...

@@ -281,7 +281,7 @@ STUDY = {
     ),
     "the last score": (
         log(r"^(final_int8_zlib_roundtrip_exact .* val_bpb:\d\.\d{6})\d\d", r"\g<1>00"),
-        "last score final_int8_zlib_roundtrip; needed: one of float, plain, sliding, window, ttt",
+        "last score final_int8_zlib_roundtrip; needed: one of float, plain, sliding, window, ",
     ),
     "a score of another text": (
         log(r"^(DIAGNOSTIC post_ema_exact .* val_bpb:)(\S+)", raise_bpb),

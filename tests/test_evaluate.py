@@ -73,11 +73,11 @@ class Recorder:
         return result
 
 
-class NotingLearner:
+class NotingLearner(tg.TestTimeLearner):
     """Notes what it is given to learn, and how many positions are scored by then."""
 
     def __init__(self, chunk_tokens: int) -> None:
-        self.chunk_tokens, self.calls = chunk_tokens, []
+        self.chunk_tokens, self.learned, self.calls = chunk_tokens, 0, []
         self.recorder: Recorder
 
     def learn(self, tokens: torch.Tensor, fraction: float) -> None:

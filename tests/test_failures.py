@@ -337,7 +337,7 @@ OUT_OF_MEMORY = [
 @pytest.mark.parametrize(
     ("kind", "status", "says"),
     [
-        ("oom", 3, r"memory; peak \d+ MiB; lower MICRO_BATCH_TOKENS, EVAL_SEQ_LEN or EVAL_WINDOW"),
+        ("oom", 3, r"memory; peak \d+ MiB; lower MICRO_BATCH_TOKENS, TTT_BATCH_SIZE, EVAL_SEQ_LEN"),
         (
             "nan",
             4,

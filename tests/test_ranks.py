@@ -125,14 +125,15 @@ def test_an_artifact_has_the_same_score_on_any_number_of_ranks(
 ):
     command = ["--eval", str(run_by(1) / "run/final_model.int6.ptz")]
     env = {"DATA_PATH": str(byte_corpus), "EVAL_STRIDE": "48", "VAL_BATCH_SIZE": "8192"}
-    env |= {"EVAL_WINDOW": "24", "TTT_ENABLED": "1", "TTT_CHUNK_TOKENS": "1024"}
+    env |= {"EVAL_WINDOW": "24", "EVAL_DOCUMENTS": "1"}
+    env |= {"TTT_ENABLED": "1", "TTT_CHUNK_TOKENS": "1024"}
     assert tg.main(command, env) == 0
     one = exact_scores(capsys.readouterr().out)
     ranks = Ranks(tmp_path, *command, world=world, **env)
     assert ranks.end() == [0] * world, ranks.said()
     some = exact_scores(ranks.said())
     assert some.keys() == one.keys()
-    assert len(one) == 5  # plain, sliding, window, test-time training, and the last again
+    assert len(one) == 6  # plain, sliding, window, documents, test-time training, the last again
     for name, values in one.items():
         trains = name in ("legal_ttt", "final_int8_zlib_roundtrip")
         assert some[name] == pytest.approx(values, abs=1e-3 if trains else 2e-7), name
