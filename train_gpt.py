@@ -207,7 +207,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "frontier": FRONTIER,
     # A single GPU and ten minutes: the same at an eighth of the batch, with the default tokenizer.
     # Not measured on a GPU yet. Adapters would take eight times as long to score.
-    "gpu1": FRONTIER | {"vocab_size": 1024, "train_batch_tokens": 98_304, "ttt_enabled": False},
+    "gpu1": FRONTIER
+    | {
+        "vocab_size": 1024,
+        "train_batch_tokens": 98_304,
+        "micro_batch_tokens": 32_768,
+        "ttt_enabled": False,
+    },
 }
 
 
@@ -308,7 +314,9 @@ class ModelSettings:
         True, "SmearGate and BigramHash stop at BOS; 0 crosses documents as published."
     )
     doc_attention: bool = setting(
-        False, "Attention does not cross BOS, in training and in scoring; the JEPA head still does."
+        False,
+        "Attention does not cross BOS, up to 16 + T / 64 documents in a sequence of T tokens; the "
+        "JEPA head still crosses it.",
     )
     ve_enabled: bool = setting(True, "Add a second token embedding to the values of some layers.")
     ve_dim: int = setting(128, "Width of the value embedding's table.", low=2, high=65_536)
@@ -674,11 +682,14 @@ def model_rules(m: ModelSettings) -> list[str]:
     first = max(m.num_layers // 2, m.loop_end + 1 if m.num_loops else 1)
     if m.parallel_start_layer and not first <= m.parallel_start_layer < m.num_layers:
         faults.append(
-            f"PARALLEL_START_LAYER={m.parallel_start_layer}: must be 0, or from {first} to "
-            f"{m.num_layers - 1}: behind the layers that NUM_LOOPS repeats, in the second half"
+            f"PARALLEL_START_LAYER={m.parallel_start_layer}: must be 0, or at least {first} and "
+            f"below NUM_LAYERS={m.num_layers}: in the second half, after the layers that NUM_LOOPS "
+            "repeats"
         )
     if m.smear_gate and m.smear_gate_enabled:
-        faults.append("SMEAR_GATE_ENABLED=1: needs SMEAR_GATE=0, the other form of the gate")
+        faults.append(
+            "SMEAR_GATE=1 SMEAR_GATE_ENABLED=1: two forms of one gate; set one of them to 0"
+        )
     if m.gate_window > m.model_dim and (m.smear_gate_enabled or m.sparse_attn_gate_enabled):
         faults.append(f"GATE_WINDOW={m.gate_window}: must be at most MODEL_DIM={m.model_dim}")
     if m.bigram_vocab_size == 1:
@@ -702,6 +713,15 @@ def rules(h: Hyperparameters, world_size: int) -> list[str]:
         )
     if h.stp_enabled and h.train_seq_len < 3:
         faults.append(f"TRAIN_SEQ_LEN={h.train_seq_len}: STP_ENABLED=1 needs at least 3")
+    if h.num_loops and h.enable_looping_at == 1:
+        faults.append(
+            "ENABLE_LOOPING_AT=1: must be below 1, because the artifact is scored with NUM_LOOPS"
+        )
+    if h.swa_enabled and h.min_lr >= h.swa_start_frac:
+        faults.append(
+            f"MIN_LR={h.min_lr:g}: must be below SWA_START_FRAC={h.swa_start_frac:g}, or "
+            "SWA_ENABLED=1 averages nothing"
+        )
     if h.run_id and not is_plain_name(h.run_id):
         faults.append(f"RUN_ID={h.run_id!r}: must be a name of letters, digits and - _ . + =")
     if not re.fullmatch(r"\d+s?", h.checkpoint_every, re.ASCII):
@@ -752,6 +772,11 @@ def settings_notes(h: Hyperparameters, env: Mapping[str, str]) -> list[str]:
             notes.append(f"warning: {name} is not a setting; did you mean {near}?")
     for name in sorted(env.keys() & UNSUPPORTED_SETTINGS):
         notes.append(f"warning: {name} is a setting of published scripts that is not built here")
+    if h.warmdown_frac and "WARMDOWN_ITERS" in env:
+        notes.append(
+            f"warning: WARMDOWN_ITERS is ignored, because WARMDOWN_FRAC={h.warmdown_frac:g}; set "
+            "WARMDOWN_FRAC=0"
+        )
     if h.eval_stride >= h.window_tokens:
         notes.append(
             f"warning: EVAL_STRIDE={h.eval_stride} is not below the window of {h.window_tokens} "
@@ -1184,9 +1209,8 @@ def probe_attention(device: Device, h: Hyperparameters, rows: int) -> str:
         qkv = torch.randn((rows, length, sum(heads), h.head_dim), **options).requires_grad_()
         weights = torch.randn((rows, length, h.num_heads, h.head_dim), **options)
         weights[0, compared:] = 0
-        ids = (torch.arange(length, device=device.device) % 300).expand(
-            rows, -1
-        )  # BOS at 1, 301, ...
+        one = torch.arange(length, device=device.device) % 300  # BOS at 1, 301, ...
+        ids = one.expand(rows, -1)
         documents = Documents.of_ids(ids, training=True) if h.doc_attention else None
         y = device.compile(attend_on(device))(*qkv.split(heads, dim=2), documents=documents)
         (gradient,) = torch.autograd.grad(y, qkv, weights)
@@ -1657,6 +1681,11 @@ def load_tokenizer(h: Hyperparameters, log: Log) -> Any:
     if pieces != h.vocab_size:
         raise DataError(
             f"TOKENIZER_PATH={path}: it has {pieces} pieces, VOCAB_SIZE={h.vocab_size}; change one"
+        )
+    if tokenizer.bos_id() != BOS_ID:
+        raise DataError(
+            f"TOKENIZER_PATH={path}: its BOS id is {tokenizer.bos_id()}; the shards begin each "
+            f"document with {BOS_ID}, so train it with --bos_id={BOS_ID}"
         )
     log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={path}")
     return tokenizer
@@ -2467,7 +2496,7 @@ class Phase(NamedTuple):
 def warmdown_left(progress: Progress, h: Hyperparameters) -> float:
     """Returns the part of the warm-down that is left: 1 before it, 0 at the end of the run.
 
-    The warm-down is the last WARMDOWN_FRAC of the run, or its last WARMDOWN_ITERS steps. These take
+    The warm-down is the last WARMDOWN_FRAC of the run, or its last WARMDOWN_ITERS steps, which take
     at most WARMDOWN_MAX_FRACTION of the run. Without this bound, as published, a slow machine
     begins in the warm-down.
     """
@@ -2748,7 +2777,7 @@ def score_windows(
     previous = inputs[:, -batch.last :]
     logits = forward_logits(inputs, batch.last).flatten(0, 1)
     if val.forbidden is not None:
-        logits = logits.masked_fill(val.forbidden[previous.flatten()], -math.inf)
+        logits = logits.masked_fill_(val.forbidden[previous.flatten()], -math.inf)
     nats = F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
     text_bytes = val.table.text_bytes(previous, targets)
     positions = offsets[: batch.last]
@@ -3924,10 +3953,18 @@ def load_checkpoint(path: Path, h: Hyperparameters) -> SavedModel:
             stored, unknown = {}, []
         check(not unknown, f"it states unknown {unknown}; use the program of its run's folder")
         step = int(stored.pop("step", len(tensors.get("progress/losses", ()))))
-        if "progress/losses" in tensors:  # from before there was a choice
-            stored.setdefault("train_order", "sequential")
+        if "progress/losses" in tensors:  # settings that it does not state are newer than it
+            before = asdict(Hyperparameters()) | {"train_order": "sequential"}
+            stored = before | stored
+        elif stored:
+            stored = model_settings(Hyperparameters()) | stored
         h = replace(h, **{name: stored[name] for name in model_settings(h) if name in stored})
-        averages = {name: x for name, x in tensors.items() if name.startswith("average/")}
+        share = stored.get("average_share", 1.0)
+        averages = {
+            name: tensors[name.replace("average/", "model/")].lerp(average, share)
+            for name, average in tensors.items()
+            if name.startswith("average/")
+        }
         wrappers = r"^(average/)?((module|_orig_mod)\.)*"  # of DistributedDataParallel and compile
         weights = {
             re.sub(wrappers, "", name): tensor.float() if tensor.is_floating_point() else tensor
@@ -4071,6 +4108,7 @@ class Run:
 
     def __init__(self, env: Mapping[str, str], log: Log, result: dict[str, Any]) -> None:
         self.log, self.result = log, result
+        self.batch_seconds = 0.0  # of calibration
         h = Hyperparameters.from_env(env)
         self.notes = settings_notes(h, env)
         lost = {"status": "failed", "reason": "another rank is gone, or silent"}
@@ -4144,11 +4182,15 @@ class Run:
             has_begun = (folder / PROGRAM).exists() or not (folder / RESULT).exists()
             with torch.device("meta"):
                 needed = BYTES_LIMIT + 40 * sum(p.numel() for p in GPT(h).parameters())
+            names = (ARTIFACT, CHECKPOINT, FINAL_MODEL, LOG, PROGRAM, READABLE, RESULT)
+            blocked = [name for name in names if (folder / name).is_dir()]
             free, fault = shutil.disk_usage(existing).free, ""
             if not (existing.is_dir() and os.access(existing, os.W_OK)):
                 fault = f"{existing} is not a folder that can be written"
             elif (folder / LOG).exists() and has_begun and h.resume != "auto":
                 fault = "another run is there"
+            elif blocked:
+                fault = f"{blocked[0]} is a folder there"
             elif free < needed:
                 fault = f"its disk has {free} bytes free, {needed} are needed"
             if fault:
@@ -4314,6 +4356,7 @@ class Run:
             start = device.now()
             collect_hessians(model, batches[:1], self.ranks)
             (seconds,) = self.ranks.all_reduce_max(device.now() - start)
+        self.batch_seconds = seconds
         reserve = 1.5 * seconds * sum(map(len, batches)) / len(batches[0])
         self.log(f"gptq: {reserve:.1f} s are kept for {len(batches)} calibration batches")
         if reserve >= self.h.max_wallclock_seconds:
@@ -4335,7 +4378,7 @@ class Run:
         deadline = now() + seconds_left if self.h.calibrates_on_text else math.inf
 
         def in_time() -> Iterator[Tensor]:
-            slowest = 0.0
+            slowest = self.batch_seconds
             for n, ids in enumerate(batches):
                 began = now()
                 if began + slowest > deadline:
@@ -4345,6 +4388,8 @@ class Run:
                 slowest = max(slowest, now() - began)
 
         hessians = collect_hessians(model, in_time(), self.ranks)
+        if not any(x.any() for x in hessians.values()):
+            return {}  # no batch was read
         usable = {name: x for name, x in hessians.items() if 0 < x.trace() < math.inf}
         for name in sorted(hessians.keys() - usable.keys()):
             self.log(f"gptq: {name} is rounded: no finite inputs calibrate it")

@@ -483,13 +483,13 @@ def test_a_tokenizer_of_another_size_is_refused_with_both(text_corpus):
     assert says == f"{found}, VOCAB_SIZE={size + 1}; change one"
 
 
-def test_a_tokenizer_that_has_text_in_the_place_of_bos_is_refused(tmp_path, text_corpus):
-    """The shards begin each document with id 1, which is no special token of this tokenizer."""
+@pytest.mark.parametrize(("bos_id", "eos_id"), [(2, 1), (-1, 2)])
+def test_a_tokenizer_with_another_bos_is_refused(bos_id, eos_id, tmp_path, text_corpus):
     path = tmp_path / "m.model"
-    tokenizer = train_tokenizer(path, **IDENTITY, bos_id=-1, eos_id=-1)
-    assert not tokenizer.is_control(1)
+    tokenizer = train_tokenizer(path, **IDENTITY, bos_id=bos_id, eos_id=eos_id)
     changes = {"tokenizer_path": path, "vocab_size": tokenizer.vocab_size()}
-    assert "no whole document follows a BOS" in refused(**{**text_corpus, **changes})
+    says = refused(**{**text_corpus, **changes})
+    assert says.startswith(f"TOKENIZER_PATH={path}: its BOS id is {bos_id}; the shards begin")
 
 
 @fault(13)

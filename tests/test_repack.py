@@ -210,6 +210,16 @@ def test_resume_on_other_shards_is_refused(argv, run, env, byte_corpus, tmp_path
     assert re.search(says, capsys.readouterr().out)
 
 
+def test_a_checkpoint_ends_with_its_share_of_the_last_weights(run, env, tmp_path):
+    tensors, settings = tg.read_tensors(run / tg.CHECKPOINT)
+    tg.write_tensors(tmp_path / "half", tensors, settings | {"average_share": 0.25})
+    found = tg.load_checkpoint(tmp_path / "half", tg.Hyperparameters.from_env(env)).weights
+    name = "blocks.0.attn.c_q.weight"
+    last, average = tensors[f"model/{name}"], tensors[f"average/{name}"]
+    assert not torch.equal(last, average)
+    torch.testing.assert_close(found[name], 0.75 * last + 0.25 * average)
+
+
 def test_a_checkpoint_that_states_no_order_was_trained_in_sequence(run, env, tmp_path, capsys):
     tensors, settings = tg.read_tensors(run / tg.CHECKPOINT)
     added = ("train_order", "step", "shards", "scale_rule", "matrix_bits", "gptq_embed")
@@ -221,6 +231,20 @@ def test_a_checkpoint_that_states_no_order_was_trained_in_sequence(run, env, tmp
     assert tg.main([], {**env, "TRAIN_ORDER": "sequential"}) == 0
     result = result_of(Path(env["RUN_DIR"]))
     assert (result["resumed"]["step"], result["steps"]) == (3, 5)
+
+
+@pytest.mark.parametrize("given", [{"MIN_LR": "0.5"}, {"NUM_LOOPS": "1", "LOOP_START": "0"}])
+def test_a_setting_that_a_checkpoint_does_not_state_had_its_default(
+    given, run, env, tmp_path, capsys
+):
+    tensors, settings = tg.read_tensors(run / tg.CHECKPOINT)
+    older = {k: v for k, v in settings.items() if k not in ("min_lr", "num_loops")}
+    tg.write_tensors(tmp_path / "older", tensors, older)
+    env |= {"RESUME": str(tmp_path / "older"), "ITERATIONS": "5", "LOOP_END": "0"}
+    assert tg.main([], {**env, **given}) == 2
+    name = next(iter(given))
+    says = capsys.readouterr().out
+    assert re.search(f"it was trained with .*{name}=0", says)
 
 
 def test_a_longer_resume_is_allowed_and_recorded(run, env):
