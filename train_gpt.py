@@ -32,6 +32,7 @@ d width of a head, V vocabulary size, L layers.
 
 import argparse
 import base64
+import bisect
 import ctypes
 import difflib
 import hashlib
@@ -54,8 +55,8 @@ import time
 import traceback
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
@@ -123,6 +124,7 @@ SP8192: dict[str, Any] = {
 }
 FRONTIER = SP8192 | {
     "parallel_start_layer": 8,
+    "doc_attention": True,
     "sparse_attn_gate_enabled": True,
     "sparse_attn_gate_scale": 0.5,
     "smear_gate_enabled": True,
@@ -136,6 +138,7 @@ FRONTIER = SP8192 | {
     "gptq_calib_tokens": 1_572_864,
     "embed_bits": 7,
     "embed_clip_sigmas": 14.0,
+    "matrix_clip_sigmas": 10.0,  # raised until the artifact fits, to about 11.7
     "compressor": "range",
     "eval_window": 2048,
 }
@@ -296,6 +299,9 @@ class ModelSettings:
     bigram_dim: int = setting(128, "Width of the BigramHash table.", low=2, high=65_536)
     bos_mask: bool = setting(
         True, "SmearGate and BigramHash stop at BOS; 0 crosses documents as published."
+    )
+    doc_attention: bool = setting(
+        False, "Attention does not cross BOS, in training and in scoring; the JEPA head still does."
     )
     ve_enabled: bool = setting(True, "Add a second token embedding to the values of some layers.")
     ve_dim: int = setting(128, "Width of the value embedding's table.", low=2, high=65_536)
@@ -501,6 +507,9 @@ class Hyperparameters(ModelSettings):
     val_batch_size: int = setting(
         524_288, "Tokens scored at once by 8 GPUs, as published; each takes an eighth.", low=1
     )
+    canonical_mask: bool = setting(
+        False, "Score with probability 0 for tokens that the tokenizer never emits after another."
+    )
     ttt_enabled: bool = setting(False, "Also score with test-time training (TTT).")
     ttt_mode: str = setting(
         "sgd",
@@ -705,10 +714,10 @@ FREE_ON_RESUME = frozenset(
     preset run_id run_dir checkpoint_every resume attn compile data_path tokenizer_path
     max_unknown_fraction micro_batch_tokens iterations max_wallclock_seconds warmup_steps
     val_loss_every train_log_every eval_seq_len eval_stride eval_window eval_documents
-    val_batch_size ttt_enabled ttt_mode ttt_chunk_tokens ttt_epochs ttt_lr ttt_lora_rank ttt_lora_lr
-    ttt_chunk_size ttt_batch_size ttt_beta2 ttt_weight_decay gptq_enabled gptq_calib
-    gptq_calib_tokens gptq_embed matrix_bits embed_bits scale_rule matrix_clip_sigmas
-    embed_clip_sigmas compressor
+    val_batch_size canonical_mask ttt_enabled ttt_mode ttt_chunk_tokens ttt_epochs ttt_lr
+    ttt_lora_rank ttt_lora_lr ttt_chunk_size ttt_batch_size ttt_beta2 ttt_weight_decay
+    gptq_enabled gptq_calib gptq_calib_tokens gptq_embed matrix_bits embed_bits scale_rule
+    matrix_clip_sigmas embed_clip_sigmas compressor
     """.split()
 )
 
@@ -838,30 +847,25 @@ class Ranks:
         largest = torch.tensor(values, dtype=torch.float64)
         return self.all_reduce_(largest, dist.ReduceOp.MAX).tolist()
 
-    def map_over_ranks(
-        self, function: Callable[..., Sequence[Tensor]], *stacks: Tensor | None
-    ) -> tuple[Tensor, ...]:
+    def map_over_ranks(self, function: Callable[..., Tensor], *stacks: Tensor) -> Tensor:
         """Applies `function` to stacks [n, ...] with the n items divided among the ranks.
 
-        Returns the outputs [n, ...] on every rank, by all-gather. A stack that is None stays None.
+        Returns the output [n, ...] on every rank, by all-gather.
         """
-        n, device = next((len(s), s.device) for s in stacks if s is not None)
         if self.world_size == 1:
-            return tuple(function(*stacks))
+            return function(*stacks)
+        n = len(stacks[0])
         share = -(-n // self.world_size)
         # The last ranks repeat the last item, so that all shares have one shape.
         first = self.rank * share
-        mine = torch.arange(first, first + share, device=device).clamp(max=n - 1)
-        own = [stack if stack is None else stack[mine] for stack in stacks]
+        mine = torch.arange(first, first + share, device=stacks[0].device).clamp(max=n - 1)
+        output = function(*(stack[mine] for stack in stacks))
+        raw = output.contiguous().view(torch.uint8)  # collectives do not take every dtype
+        whole = raw.new_empty(self.world_size * len(raw), *raw.shape[1:])
         # all_gather_single is the name from torch 2.13 on.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        gathered = []
-        for output in function(*own):
-            raw = output.contiguous().view(torch.uint8)  # collectives do not take every dtype
-            whole = raw.new_empty(self.world_size * len(raw), *raw.shape[1:])
-            gather(whole, raw)
-            gathered.append(whole[:n].view(output.dtype))
-        return tuple(gathered)
+        gather(whole, raw)
+        return whole[:n].view(output.dtype)
 
 
 def join_ranks(env: Mapping[str, str], on_lost: Callable[[], None]) -> Ranks:
@@ -873,22 +877,19 @@ def join_ranks(env: Mapping[str, str], on_lost: Callable[[], None]) -> Ranks:
     """
     if (env.get("WORLD_SIZE", "1"), env.get("RANK", "0")) == ("1", "0"):
         return Ranks()
-    gpus, local_rank = torch.cuda.device_count(), parse_value(env.get("LOCAL_RANK", "0"), int)
-    if not isinstance(local_rank, int):
-        raise SettingsError(f"LOCAL_RANK={local_rank!r}: must be a whole number, set by torchrun")
-    if gpus:
-        if local_rank >= gpus:
-            raise SettingsError(
-                f"LOCAL_RANK={local_rank}: this machine has {gpus} GPUs; lower --nproc_per_node"
-            )
-        torch.cuda.set_device(local_rank)
+    gpus = torch.cuda.device_count()
     try:
+        local_rank = int(env.get("LOCAL_RANK", "0"))
+        if gpus:
+            if local_rank >= gpus:
+                raise ValueError(f"this machine has {gpus} GPUs; lower --nproc_per_node")
+            torch.cuda.set_device(local_rank)
         store, rank, world_size = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
         store.set_timeout(timedelta(minutes=10))  # for later: ranks compile at different speeds
         backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     except (ValueError, RuntimeError) as error:  # no variable, no such host, a rank is missing
-        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         given = env_form({name: env[name] for name in names if name in env})
         raise SettingsError(f"{given}: {error}; launch several processes with torchrun") from None
     heartbeat = dist.new_group(backend="gloo", timeout=timedelta(seconds=30))
@@ -963,15 +964,18 @@ class Device:
         }
 
 
-def start_device(compile_mode: str, gpus_hidden: bool = False) -> tuple[Device, list[str]]:
+def start_device(compile_mode: str) -> tuple[Device, list[str]]:
     """Returns the device of this rank, and notes for the log.
 
     bf16 needs a GPU of compute capability 8; older ones emulate it slowly, so they take float32.
-    Raises SettingsError if there is a GPU that torch cannot use, unless `gpus_hidden` on purpose.
+    Raises SettingsError if there is a GPU that torch cannot use, unless CUDA_VISIBLE_DEVICES hides
+    it.
     """
     if not torch.cuda.is_available():
         nodes = sorted(GPU_NODES.glob("nvidia[0-9]*"))
-        if nodes and not gpus_hidden:
+        # CUDA reads the list up to the first word that names no GPU.
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+        if nodes and re.match(r"\s*(\d|GPU-|MIG-)", visible):
             raise SettingsError(
                 f"{nodes[0]}: this machine has a GPU that torch {torch.__version__} cannot use; "
                 "install the build of torch that fits its driver, or set CUDA_VISIBLE_DEVICES= to "
@@ -1018,31 +1022,106 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 # ---- Attention: the back ends, and one that works here ----
 
-Attend = Callable[..., Tensor]  # attend(q, k, v, *, window=0), see attend_sdpa
+Attend = Callable[..., Tensor]  # attend(q, k, v, *, window=0, documents=None), see attend_sdpa
+VARLEN_HAS_GROUPS = torch.__version__ >= "2.12"  # PyTorch's attention for documents
 MAX_ATTENTION_ERROR = 0.03  # of a back end in bf16, relative to float32; about 0.005 is rounding
 
 
-def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, *, window: int = 0) -> Tensor:
+class Documents(NamedTuple):
+    """Which document each position of a batch [B, T] belongs to, in the two forms kernels need.
+
+    The shapes follow from B and T alone, so a compiled program fits every batch. The part of a
+    sequence after its BOS number 16 + T / 64 counts as one document.
+    """
+
+    numbers: Tensor  # int64 [B, T], BOS tokens so far in the sequence
+    offsets: Tensor  # int32 [n], where documents start in B x T positions; filled up with B x T
+
+    @classmethod
+    def of_ids(cls, ids: Tensor, training: bool) -> "Documents":
+        """Returns the documents of ids [B, T].
+
+        Each entry of `offsets` costs time in the kernels even if it is not used. In training there
+        are few: the BOS tokens of a batch after the first 64 + B x T / 256 separate nothing there.
+        """
+        rows, length = ids.shape
+        most = 16 + length // 64
+        numbers = (ids == BOS_ID).cumsum(1).clamp(max=most)
+        capacity = 64 + ids.numel() // 256 if training else rows * most
+        starts = numbers.diff(dim=1) > 0
+        starts &= starts.flatten().cumsum(0).view_as(starts) <= capacity
+        position = F.pad(starts, (1, 0), value=True).flatten().cumsum(0)  # in the list of starts
+        wanted = torch.arange(1, rows + capacity + 2, device=ids.device)
+        return cls(numbers, torch.searchsorted(position, wanted, out_int32=True))
+
+
+def attend_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, *, window: int = 0, documents: Documents | None = None
+) -> Tensor:
     """Returns causal grouped-query attention by PyTorch. Shapes: q [B, T, H, d], k, v [B, T, K, d].
 
-    With a window each position attends to the last `window` positions, itself included.
+    With a window each position attends to the last `window` positions, itself included; with
+    documents, to positions of its document.
     """
     if 0 < window < q.size(1):
-        return attend_window(q, k, v, window)
+        return attend_window(q, k, v, window, documents)
+    mask = None
+    if documents is not None:
+        same = documents.numbers.unsqueeze(2) == documents.numbers.unsqueeze(1)
+        mask = same.tril().unsqueeze(1)  # [B, 1, T, T]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
+    y = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1)
+    )
     return y.transpose(1, 2)
 
 
-def attend_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+def attend_flash(
+    q: Tensor, k: Tensor, v: Tensor, *, window: int = 0, documents: Documents | None = None
+) -> Tensor:
+    """Returns attend_sdpa; documents are kept apart by FlashAttention's kernel, not by a mask."""
+    if documents is None:
+        return attend_sdpa(q, k, v, window=window)
+    from torch.nn.attention.varlen import varlen_attn  # this takes a second, and loads the compiler
+
+    shape, longest, offsets = q.shape, q.size(1), documents.offsets
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    reach = (window - 1, 0)  # positions before and after; -1 is no bound
+    options: dict[str, Any] = {"enable_gqa": True}
+    if not VARLEN_HAS_GROUPS:
+        group, options = q.size(1) // k.size(1), {}
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    y: Any = varlen_attn(q, k, v, offsets, offsets, longest, longest, window_size=reach, **options)
+    return y.view(shape)
+
+
+def attend_on(device: Device) -> Attend:
+    """Returns the attention function of models on a device."""
+    has_flash = device.is_cuda and device.attention in ("fa3", "flash")
+    return attend_flash if has_flash else attend_sdpa
+
+
+def attend_window(
+    q: Tensor, k: Tensor, v: Tensor, window: int, documents: Documents | None
+) -> Tensor:
     """Returns causal attention to the last `window` positions, for T > window.
 
     The first `window` positions are plain causal attention. The others are cut into blocks of S
-    queries; each block attends to the window + S keys that end with it, under one mask for all.
+    queries; each block attends to the window + S keys that end with it, under one mask for all
+    if there are no documents.
     """
-    first = attend_sdpa(q[:, :window], k[:, :window], v[:, :window])
     rest = q.size(1) - window
     block = -(-window // 8)
+    mask = torch.ones(block, window + block, dtype=torch.bool, device=q.device)
+    mask = mask.tril(window).triu(1)  # query s sees keys s + 1 to s + window
+    if documents is not None:
+        numbers = F.pad(documents.numbers, (0, -rest % block))
+        of_queries = numbers[:, window:].unfold(1, block, block)  # [B, N, S]
+        of_keys = numbers.unfold(1, window + block, block)  # [B, N, window + S]
+        same = of_queries.unsqueeze(3) == of_keys.unsqueeze(2)
+        mask = mask & same.flatten(0, 1).unsqueeze(1)  # [B N, 1, S, window + S]
+        documents = documents._replace(numbers=documents.numbers[:, :window])
+    first = attend_sdpa(q[:, :window], k[:, :window], v[:, :window], documents=documents)
     padding = (0, 0, 0, 0, 0, -rest % block)
     q = F.pad(q[:, window:], padding)  # [B, N S, H, d]
     k, v = F.pad(k, padding), F.pad(v, padding)  # [B, window + N S, K, d]
@@ -1051,8 +1130,6 @@ def attend_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     q = q.unfold(1, block, block)  # [B, N, H, d, S]
     k, v = (x.unfold(1, window + block, block) for x in (k, v))  # [B, N, H, d, window + S]
     q, k, v = (x.transpose(3, 4).flatten(0, 1) for x in (q, k, v))  # [B N, H, S or window + S, d]
-    mask = torch.ones(block, window + block, dtype=torch.bool, device=q.device)
-    mask = mask.tril(window).triu(1)  # query s sees keys s + 1 to s + window
     backends = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(backends):
         y = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)  # [B N, S, H, d]
@@ -1099,11 +1176,17 @@ def probe_attention(device: Device, h: Hyperparameters, rows: int) -> str:
         qkv = torch.randn((rows, length, sum(heads), h.head_dim), **options).requires_grad_()
         weights = torch.randn((rows, length, h.num_heads, h.head_dim), **options)
         weights[0, compared:] = 0
-        y = device.compile(attend_sdpa)(*qkv.split(heads, dim=2))
+        ids = (torch.arange(length, device=device.device) % 300).expand(
+            rows, -1
+        )  # BOS at 1, 301, ...
+        documents = Documents.of_ids(ids, training=True) if h.doc_attention else None
+        y = device.compile(attend_on(device))(*qkv.split(heads, dim=2), documents=documents)
         (gradient,) = torch.autograd.grad(y, qkv, weights)
         first = qkv[:1, :compared].detach().float().requires_grad_()
         with sdpa_kernel(SDPBackend.MATH):
-            expected = attend_sdpa(*first.split(heads, dim=2))
+            if documents is not None:
+                documents = Documents.of_ids(ids[:1, :compared], training=True)
+            expected = attend_sdpa(*first.split(heads, dim=2), documents=documents)
             needed = torch.autograd.grad(expected, first, weights[:1, :compared].float())[0]
     except Exception as error:  # the next back end may run
         return f"{error!r:.200}"
@@ -1124,6 +1207,8 @@ def choose_attention(h: Hyperparameters, device: Device, ranks: Ranks) -> tuple[
     """
     hopper = device.is_cuda and torch.cuda.get_device_capability(device.device)[0] == 9
     names = ["fa3", "cudnn", "flash", "math"] if hopper else ["flash", "cudnn", "math"]
+    if h.doc_attention:
+        names.remove("cudnn")  # PyTorch has no kernel of cuDNN for documents
     if h.attn != "auto":
         names = [h.attn]
     passed = min(h.micro_batch_tokens, h.train_batch_tokens // ranks.world_size)
@@ -1274,11 +1359,11 @@ def shard_header(count: int) -> bytes:
 
 
 def read_shard(path: Path) -> np.ndarray:
-    """Returns the tokens of a shard, uint16 [count], mapped from disk. Raises DataError."""
-    try:
-        header, size = np.fromfile(path, "<i4", SHARD_HEADER_INTS), path.stat().st_size
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; make or download it again") from None
+    """Returns the tokens of a shard, uint16 [count], mapped from disk.
+
+    Raises DataError if it is damaged, OSError if it cannot be read.
+    """
+    header, size = np.fromfile(path, "<i4", SHARD_HEADER_INTS), path.stat().st_size
     magic, version, count = (*header.tolist(), 0, 0, 0)[:3]
     needed = 4 * SHARD_HEADER_INTS + 2 * count
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION) or count <= 0 or size != needed:
@@ -1367,18 +1452,11 @@ class TrainingBatches:
     its own rows only.
     """
 
-    def __init__(
-        self,
-        stream: TokenStream,
-        batch_tokens: int,
-        seq_len: int,
-        ranks: Ranks,
-        order: str = "shuffled",
-        seed: int = 0,
-    ) -> None:
-        self.stream, self.seq_len, self.ranks, self.seed = stream, seq_len, ranks, seed
-        self.rows = batch_tokens // seq_len  # of a step, over all ranks
-        self.is_shuffled = order == "shuffled"
+    def __init__(self, stream: TokenStream, h: Hyperparameters, ranks: Ranks) -> None:
+        seq_len = h.train_seq_len
+        self.stream, self.seq_len, self.ranks, self.seed = stream, seq_len, ranks, h.seed
+        self.rows = h.train_batch_tokens // seq_len  # of a step, over all ranks
+        self.is_shuffled = h.train_order == "shuffled"
         lengths = np.array([len(shard) for shard in stream.shards])
         windows = (lengths - 1) // seq_len  # of each shard; the last target is the token after
         self.window_ends = np.cumsum(windows)
@@ -1437,10 +1515,6 @@ class ByteTable(NamedTuple):
         """Returns the bytes, int16, of each target that follows its previous token."""
         return self.size[target] - self.space[target] * (self.size[previous] == 0)
 
-    def to(self, device: torch.device) -> "ByteTable":
-        """Returns the table on a device."""
-        return ByteTable(self.size.to(device), self.space.to(device))
-
     @classmethod
     def of_bytes(cls) -> "ByteTable":
         """Returns the table of the byte vocabulary."""
@@ -1486,16 +1560,58 @@ def verify_byte_table(table: ByteTable, tokenizer: Any, tokens: Tensor) -> int:
     return proven
 
 
+def last_merge(piece: str, rank: Mapping[str, int]) -> list[str]:
+    """Returns the two parts of a piece that BPE merges last; the piece, if it is a character.
+
+    BPE merges the neighbours that form the piece of the lowest rank, the first of equal ones.
+    """
+    parts = list(piece)
+    while len(parts) > 2:
+        ranks = [rank.get(left + right, len(rank)) for left, right in pairwise(parts)]
+        at = ranks.index(min(ranks))
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts
+
+
+def forbidden_pairs(tokenizer: Any) -> Tensor:
+    """Returns whether a SentencePiece BPE tokenizer never emits b after a, bool [V, V] at [a, b].
+
+    No merge crosses the ends of a token, so the same merges form it in every text, rank by rank.
+    Before the merges of a rank, a ends in a part and b starts with a part. If that rank merges
+    these two parts, and not the first of them within a, then a and b become something else. Special
+    tokens and bytes take no part in merges and are free.
+    """
+    size = tokenizer.vocab_size()
+    free = (tokenizer.is_control, tokenizer.is_unknown, tokenizer.is_unused, tokenizer.is_byte)
+    ids = {tokenizer.id_to_piece(i): i for i in range(size) if not any(kind(i) for kind in free)}
+    by_score = sorted(ids, key=lambda piece: -tokenizer.get_score(ids[piece]))
+    rank = {piece: n for n, piece in enumerate(by_score)}
+    forbidden = np.zeros((size, size), bool)
+    first, last = np.arange(size), np.arange(size)  # the parts that a token starts and ends with
+    for piece in reversed(by_score):  # undo the merges, from the last one on
+        parts = last_merge(piece, rank)
+        if len(parts) == 2 and rank.keys() >= set(parts):  # not so for a user's symbol
+            left, right = ids[parts[0]], ids[parts[1]]
+            still_left = last == left  # after the merges of this rank; below: before them
+            first[first == ids[piece]] = left
+            last[last == ids[piece]] = right
+            forbidden[np.ix_(still_left, first == right)] = True
+    return torch.from_numpy(forbidden)
+
+
 class Validation(NamedTuple):
     """The validation text."""
 
     tokens: Tensor  # int32 [N]
     table: ByteTable
     canonical: bool  # whether it has the bytes of the challenge's text
+    forbidden: Tensor | None = None  # bool [V, V], see forbidden_pairs; None: no pair is
 
     def to(self, device: torch.device) -> "Validation":
         """Returns the text on a device."""
-        return self._replace(tokens=self.tokens.to(device), table=self.table.to(device))
+        table = ByteTable(*(tensor.to(device) for tensor in self.table))
+        forbidden = None if self.forbidden is None else self.forbidden.to(device)
+        return self._replace(tokens=self.tokens.to(device), table=table, forbidden=forbidden)
 
 
 class Data(NamedTuple):
@@ -1534,26 +1650,22 @@ def load_tokenizer(h: Hyperparameters, log: Log) -> Any:
         raise DataError(
             f"TOKENIZER_PATH={path}: it has {pieces} pieces, VOCAB_SIZE={h.vocab_size}; change one"
         )
-    if tokenizer.bos_id() != BOS_ID:
-        raise DataError(
-            f"TOKENIZER_PATH={path}: its BOS id is {tokenizer.bos_id()}; the shards begin each "
-            f"document with id {BOS_ID}, so train a tokenizer with --bos_id={BOS_ID}"
-        )
     log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={path}")
     return tokenizer
 
 
-def load_byte_table(h: Hyperparameters, folder: Path, tokens: Tensor, log: Log) -> ByteTable:
+def load_byte_table(
+    h: Hyperparameters, tokenizer: Any, folder: Path, tokens: Tensor, log: Log
+) -> ByteTable:
     """Returns the byte table of the vocabulary, verified on the validation tokens of a folder.
 
-    Warns of unknown tokens. Raises DataError if nothing could be verified, or if more tokens than
-    MAX_UNKNOWN_FRACTION are unknown.
+    The tokenizer is None for bytes. Warns of unknown tokens. Raises DataError if nothing could be
+    verified, or if more tokens than MAX_UNKNOWN_FRACTION are unknown.
     """
-    if h.vocab_size == BYTE_VOCAB:
+    if tokenizer is None:
         log(f"val_bpb:enabled tokenizer_kind=byte260 vocab_size={BYTE_VOCAB}")
         table, unknown_id = ByteTable.of_bytes(), BYTE_UNKNOWN_ID
     else:
-        tokenizer = load_tokenizer(h, log)
         table, unknown_id = ByteTable.of_tokenizer(tokenizer), tokenizer.unk_id()
         proven = verify_byte_table(table, tokenizer, tokens)
         if not proven:
@@ -1577,9 +1689,31 @@ def load_byte_table(h: Hyperparameters, folder: Path, tokens: Tensor, log: Log) 
     return table
 
 
-def load_validation(h: Hyperparameters, stream: TokenStream, ranks: Ranks, log: Log) -> Validation:
-    """Returns the validation text; every token id and the byte table are checked."""
-    stream.check(log, ranks)
+def load_forbidden(h: Hyperparameters, tokenizer: Any, tokens: Tensor, log: Log) -> Tensor | None:
+    """Returns the pairs to which CANONICAL_MASK gives probability 0; None without it and for bytes.
+
+    Raises DataError if two validation tokens are such a pair.
+    """
+    if not h.canonical_mask:
+        return None
+    if tokenizer is None:
+        log("canonical_mask:off, because any byte may follow any other")
+        return None
+    forbidden = forbidden_pairs(tokenizer)
+    found = forbidden[tokens[:-1], tokens[1:]].nonzero()
+    if len(found):
+        at = int(found[0])
+        before, after = map(tokenizer.id_to_piece, tokens[at : at + 2].tolist())
+        raise DataError(
+            f"validation token {at + 1}: {after!r}, which the tokenizer never emits after "
+            f"{before!r}; use the tokenizer that made the shards, or CANONICAL_MASK=0"
+        )
+    log(f"canonical_mask:on, {int(forbidden.sum())} of {forbidden.numel()} pairs are forbidden")
+    return forbidden
+
+
+def load_validation(h: Hyperparameters, stream: TokenStream, log: Log) -> Validation:
+    """Returns the validation text; its byte table is verified."""
     tokens = stream.read(0, len(stream), np.int32)
     folder = stream.pattern.parent
     if len(tokens) <= h.window_tokens:
@@ -1587,7 +1721,9 @@ def load_validation(h: Hyperparameters, stream: TokenStream, ranks: Ranks, log: 
             f"{folder}: {len(tokens)} validation tokens do not fill a window of {h.window_tokens}; "
             "lower EVAL_SEQ_LEN"
         )
-    table = load_byte_table(h, folder, tokens, log)
+    tokenizer = None if h.vocab_size == BYTE_VOCAB else load_tokenizer(h, log)
+    table = load_byte_table(h, tokenizer, folder, tokens, log)
+    forbidden = load_forbidden(h, tokenizer, tokens, log)
     log(f"val_loader:shards pattern={stream.pattern} tokens:{len(tokens) - 1}")
     text_bytes = int(table.text_bytes(tokens[:-1], tokens[1:]).sum())
     if not text_bytes:
@@ -1598,7 +1734,7 @@ def load_validation(h: Hyperparameters, stream: TokenStream, ranks: Ranks, log: 
             f"warning: {text_bytes} bytes of validation text, not the challenge's {VAL_BYTES}: "
             "scores are not comparable with the records"
         )
-    return Validation(tokens, table, canonical)
+    return Validation(tokens, table, canonical, forbidden)
 
 
 def refuse_duplicates(*streams: TokenStream) -> None:
@@ -1619,19 +1755,16 @@ def load_data(h: Hyperparameters, ranks: Ranks, log: Log, trains: bool = True) -
 
     Raises DataError.
     """
-    folder = data_folder(h)
-    val_stream = TokenStream(folder, "val", h.vocab_size)
-    val = load_validation(h, val_stream, ranks, log)
-    refuse_duplicates(val_stream)
+    folder, splits = data_folder(h), ("val", "train") if trains else ("val",)
+    streams = [TokenStream(folder, split, h.vocab_size) for split in splits]
+    refuse_duplicates(*streams)
+    for stream in streams:
+        stream.check(log, ranks)
+    val = load_validation(h, streams[0], log)
     if not trains:
         return Data(val, None)
-    train_stream = TokenStream(folder, "train", h.vocab_size)
-    train_stream.check(log, ranks)
-    refuse_duplicates(val_stream, train_stream)
-    batches = TrainingBatches(
-        train_stream, h.train_batch_tokens, h.train_seq_len, ranks, h.train_order, h.seed
-    )
-    shards, windows = len(train_stream.paths), batches.count
+    batches = TrainingBatches(streams[1], h, ranks)
+    shards, windows = len(batches.stream.paths), batches.count
     log(f"train_loader:dataset:{folder.name} train_shards:{shards} windows:{windows}")
     return Data(val, batches)
 
@@ -1791,6 +1924,7 @@ class Context(NamedTuple):
     rotation: Tensor  # [2, T, 1, n/2], see rotary_angles
     value_embeds: dict[int, Tensor]  # by layer: [B, T, K d], added to the values
     window: int  # positions that attention reaches back; 0 for all
+    documents: Documents | None  # which attention keeps apart; None: it crosses BOS
     adapters: Adapters
 
 
@@ -1835,7 +1969,7 @@ class CausalSelfAttention(nn.Module):
         k = rotate(rms_norm(k), context.rotation)
         # Before attention: after it, the compiler would store v in float32 for the backward pass.
         unit = F.normalize(v.float(), dim=-1) if self.xsa else None
-        y = self.attend(q, k, v, window=context.window)
+        y = self.attend(q, k, v, window=context.window, documents=context.documents)
         if unit is not None:
             y = subtract_self_value(y, unit)
         if self.gate is not None:
@@ -2188,7 +2322,8 @@ class GPT(nn.Module):
         value_embeds = {}
         if self.value_embedding is not None:
             value_embeds = self.value_embedding(ids, self.dtype)
-        return Context(x0, rotation, value_embeds, window, adapters)
+        documents = Documents.of_ids(ids, self.training) if h.doc_attention else None
+        return Context(x0, rotation, value_embeds, window, documents, adapters)
 
     def add_skip(self, x: Tensor, skip: Tensor, visit: int) -> Tensor:
         """Returns a stream x [B, T, D] with the skip of a decoder visit added or blended in."""
@@ -2595,15 +2730,19 @@ def score_windows(
 ) -> Tensor:
     """Returns nats, tokens and bytes, float64 [3, n, last], of the positions of n windows.
 
-    They are 0 where a window does not score. The nats keep their graph.
+    They are 0 where a window does not score. A token that is forbidden after the previous one has
+    probability 0; the softmax is over the others. The nats keep their graph.
     """
     starts, skips, counts = batch.windows.unsqueeze(-1).unbind(1)  # each [n, 1]
     offsets = torch.arange(batch.seq_len + 1, device=batch.windows.device)
     ids = val.tokens[(starts + offsets).clamp(max=len(val.tokens) - 1)].long()
     inputs, targets = ids[:, :-1], ids[:, -batch.last :]
+    previous = inputs[:, -batch.last :]
     logits = forward_logits(inputs, batch.last).flatten(0, 1)
+    if val.forbidden is not None:
+        logits = logits.masked_fill(val.forbidden[previous.flatten()], -math.inf)
     nats = F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
-    text_bytes = val.table.text_bytes(inputs[:, -batch.last :], targets)
+    text_bytes = val.table.text_bytes(previous, targets)
     positions = offsets[: batch.last]
     scored = (skips <= positions) & (positions < skips + counts)
     return torch.stack((nats.double(), scored, text_bytes)).where(scored, 0)
@@ -2808,8 +2947,7 @@ class Muon:
                 update = gradient.add_(buffer, alpha=momentum)
             if self.row_normalize:
                 update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-            update = update.to(self.dtype)
-            (update,) = self.ranks.map_over_ranks(lambda x: [self.orthogonalize(x)], update)
+            update = self.ranks.map_over_ranks(self.orthogonalize, update.to(self.dtype))
             rows, cols = stack[0].shape
             torch._foreach_mul_(stack, 1 - lr * self.weight_decay)
             update = update.float().mul_(-lr * max(1, rows / cols) ** 0.5)
@@ -2931,62 +3069,50 @@ class WeightAverage:
 # ---- Training: clock, checkpoints, one step, the loop ----
 
 CHECKPOINT, FINAL_MODEL = "checkpoint.safetensors", "final_model.safetensors"
-ORDER_SETTINGS = ("seed", "train_order", "train_batch_tokens")  # which text a step reads
+READING = ("seed", "train_order", "train_batch_tokens", "shards")  # the text that a step reads
 
 
-class TrainingClock:
-    """Seconds of training, by the slowest rank; the time from a count to a resume is left out."""
+class StepLog:
+    """Losses and seconds of the steps, their log lines, and the clock of training.
 
-    def __init__(self, device: Device, ranks: Ranks) -> None:
-        self.device, self.ranks = device, ranks
-        self.elapsed = 0.0
-        self.recent: deque[float] = deque(maxlen=20)  # seconds of the last steps
-        self.slowest = 0.0  # of the recent steps, over all ranks
+    The clock counts the seconds of the slowest rank; the time from a finish to a resume is left
+    out. On CUDA a step's loss is read when the next step has been launched, so that the GPU never
+    waits.
+    """
+
+    def __init__(self, device: Device, log: Log, ranks: Ranks, iterations: int, every: int) -> None:
+        self.device, self.log, self.ranks = device, log, ranks
+        self.iterations, self.every = iterations, every
+        self.losses: list[float] = []  # of the finished steps
+        self.seconds: list[float] = []  # that each of them took
+        self.running: deque[tuple[Any, list[str], Tensor]] = deque()
+        self.elapsed = 0.0  # seconds of training
+        self.slowest = 0.0  # seconds of the slowest recent step of all ranks
         self.mark = device.now()  # the moment up to which `elapsed` counts
 
     def resume(self) -> None:
         """Starts to count from now on."""
         self.mark = self.device.now()
 
-    def count(self) -> None:
-        """Counts the seconds until now, which are of no step; all ranks take the slowest one's."""
-        self.elapsed = self.seconds()
-        self.mark = time.perf_counter()
-        self.agree()
-
-    def seconds(self) -> float:
-        """Returns the seconds until now, by this rank."""
-        return self.elapsed + self.device.now() - self.mark
-
-    def count_step(self) -> None:
-        """Counts the seconds until now as those of a step."""
-        now = time.perf_counter()
-        self.recent.append(now - self.mark)
-        self.elapsed += now - self.mark
+    def count(self, now: float) -> float:
+        """Counts the seconds until a moment, and returns them."""
+        seconds = now - self.mark
+        self.elapsed += seconds
         self.mark = now
+        return seconds
 
     def agree(self, stop: bool = False) -> bool:
         """Takes the seconds of the slowest rank; returns whether any rank wants to stop."""
-        own, recent = self.elapsed, max(self.recent, default=0.0)
+        own, recent = self.elapsed, max(self.seconds[-20:], default=0.0)
         self.elapsed, self.slowest, stops = self.ranks.all_reduce_max(own, recent, stop)
         self.mark += self.elapsed - own
         return stops > 0
 
-
-class StepLog:
-    """Losses and times of the steps, and their log lines.
-
-    On CUDA a step's loss is read when the next step has been launched, so that the GPU never waits.
-    """
-
-    def __init__(
-        self, clock: TrainingClock, log: Log, ranks: Ranks, iterations: int, every: int
-    ) -> None:
-        self.clock, self.log, self.ranks = clock, log, ranks
-        self.iterations, self.every = iterations, every
-        self.losses: list[float] = []  # of the finished steps
-        self.times: list[float] = []  # seconds of training at their ends
-        self.running: deque[tuple[Any, list[str], Tensor]] = deque()
+    def finish(self) -> None:
+        """Waits for all launched steps, and counts the seconds until now."""
+        self.record_steps()
+        self.count(self.device.now())
+        self.agree()
 
     def launched(self, terms: Mapping[str, Tensor]) -> None:
         """Queues a launched step for the log, given this rank's share of each term of its loss."""
@@ -2995,15 +3121,15 @@ class StepLog:
         values = values.to("cpu", non_blocking=True)  # from a GPU, into pinned memory
         event = torch.cuda.current_stream().record_event() if is_cuda else None
         self.running.append((event, [*terms], values))
-        self.finish(keep=1 if is_cuda else 0)
+        self.record_steps(keep=1 if is_cuda else 0)
 
-    def finish(self, keep: int = 0) -> None:
-        """Waits for the oldest steps until `keep` are left, and logs them."""
+    def record_steps(self, keep: int = 0) -> None:
+        """Waits for the oldest steps until `keep` are left, and records them."""
         while len(self.running) > keep:
             event, names, values = self.running.popleft()
             if event is not None:
                 event.synchronize()
-            self.clock.count_step()
+            self.seconds.append(self.count(time.perf_counter()))
             self.record(dict(zip(names, values.tolist())))
 
     def record(self, terms: dict[str, float]) -> None:
@@ -3013,11 +3139,10 @@ class StepLog:
         """
         loss = terms["train_loss"]
         self.losses.append(loss)
-        self.times.append(self.clock.elapsed)
         step = len(self.losses)
         if step <= 10 or (self.every and step % self.every == 0):
             self.write(**terms)
-        left = self.clock.elapsed / step * (self.iterations - step)
+        left = self.elapsed / step * (self.iterations - step)
         self.log.progress(f"step {step}/{self.iterations}  loss {loss:.4f}  {left:.0f} s left")
         total, bad = sum(terms.values()), [k for k, v in terms.items() if not math.isfinite(v)]
         if bad:
@@ -3028,51 +3153,11 @@ class StepLog:
 
     def write(self, **values: float) -> None:
         """Logs values of the last finished step."""
-        step, ms = len(self.losses), 1000 * self.clock.elapsed
+        step, ms = len(self.losses), 1000 * self.elapsed
         terms = " ".join(f"{name}:{value:.4f}" for name, value in values.items())
         times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
         self.log(f"step:{step}/{self.iterations} {terms} {times}")
-        self.log.event("step", step=step, seconds=self.clock.elapsed, **values)
-
-
-class StopSignal:
-    """Notes SIGINT and SIGTERM inside its block, so that a training step is always finished."""
-
-    def __init__(self) -> None:
-        self.received = self.immediate = False
-
-    def __enter__(self) -> "StopSignal":
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        self.before = {number: signal.signal(number, self.receive) for number in numbers}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def receive(self, *_: object) -> None:
-        """Handles a signal; where it is to be immediate, in a validation, it ends the run."""
-        self.received = True
-        if self.immediate:
-            self.immediate = False  # a second signal must not interrupt the saving
-            raise KeyboardInterrupt
-
-
-def save_tensors(
-    log: Log, name: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
-) -> None:
-    """Writes tensors and settings into the run's folder, on rank 0.
-
-    If the file cannot be written the log says so; a file from before stays whole.
-    """
-    if log.silent or log.folder is None:
-        return
-    path = log.folder / name
-    try:
-        write_tensors(path, tensors, settings)
-        log(f"Serialized model: {path.stat().st_size} bytes in {name}")
-    except OSError as error:
-        log(f"warning: {path} could not be written: {error}")
+        self.log.event("step", step=step, seconds=self.elapsed, **values)
 
 
 def auxiliary_inputs(
@@ -3095,7 +3180,7 @@ def auxiliary_inputs(
 
 
 class Trainer:
-    """Model, optimizers, average and clock of a run, and its loop.
+    """Model, optimizers, average and step log of a run, and its loop.
 
     Stops, validations and checkpoints are decided on all-reduced values only, so that ranks agree.
     In a step these tensors travel between the ranks, in order: seconds and the stop flag (agree,
@@ -3104,17 +3189,11 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        model: GPT,
-        data: Data,
-        h: Hyperparameters,
-        ranks: Ranks,
-        device: Device,
-        log: Log,
-        deadline: float = math.inf,
+        self, model: GPT, data: Data, ranks: Ranks, device: Device, log: Log, deadline: float
     ) -> None:
         assert data.train is not None
-        self.model, self.val, self.batches, self.h = model.train(), data.val, data.train, h
+        self.model, self.val, self.batches = model.train(), data.val, data.train
+        self.h = h = model.h
         self.ranks, self.device, self.log = ranks, device, log
         self.deadline = deadline  # in seconds of training
         self.rows = h.train_batch_tokens // h.train_seq_len // ranks.world_size
@@ -3122,9 +3201,9 @@ class Trainer:
         self.loss_fn = device.compile(model.losses)
         self.forward_logits = device.compile(model.forward_logits)
         self.optimizers, self.average = Optimizers(model, h, ranks), WeightAverage(model, h)
-        self.clock = TrainingClock(device, ranks)
-        self.step_log = StepLog(self.clock, log, ranks, h.iterations, h.train_log_every)
+        self.step_log = StepLog(device, log, ranks, h.iterations, h.train_log_every)
         self.step = 0  # steps launched
+        self.stop_asked = self.validating = False
 
     def train(self, resume_from: Mapping[str, Tensor] | None = None) -> None:
         """Trains until ITERATIONS, or until one more step could pass the deadline.
@@ -3138,20 +3217,22 @@ class Trainer:
             self.warm_up()
             if resume_from is not None:
                 self.restore(resume_from)
-            with StopSignal() as stop_signal:
+            with ExitStack() as at_end:
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    former = signal.signal(number, self.receive_signal)
+                    at_end.callback(signal.signal, number, former)
                 try:
-                    self.loop(stop_signal)
+                    self.loop()
+                    self.step_log.finish()
                 finally:
+                    self.validating = False  # no signal interrupts the saving
                     self.average.finish()
-                    text = {name: getattr(self.h, name) for name in ORDER_SETTINGS}
-                    text |= {"step": self.step, "shards": self.batches.stream.fingerprint()}
-                    stated = model_settings(self.h) | text
-                    save_tensors(log, FINAL_MODEL, self.average.weights, stated)
-                stopped = self.clock.agree(stop_signal.received)  # rank 0 has written its files
+                    self.save(FINAL_MODEL, self.average.weights)
+                stopped = self.step_log.agree(self.stop_asked)  # rank 0 has written its files
         if stopped:
             raise KeyboardInterrupt
         if self.step < self.h.iterations:
-            at = f"train_time:{1000 * self.clock.elapsed:.0f}ms step:{self.step}"
+            at = f"train_time:{1000 * self.step_log.elapsed:.0f}ms step:{self.step}"
             log(f"stopping_early: wallclock_cap {at}/{self.h.iterations}")
         self.validate(self.h.num_loops)
 
@@ -3160,12 +3241,10 @@ class Trainer:
 
         An eager CPU has nothing to compile.
         """
-        if not (self.device.is_cuda or self.device.compiled):
-            return
-        h = self.h
+        h, compiles = self.h, self.device.is_cuda or self.device.compiled
         phases = [phase._replace(lr_scale=0.0) for phase in programs(h)]  # moves no weight
         generator = torch.Generator().manual_seed(h.seed)
-        count = max(h.warmup_steps, len(phases)) if h.warmup_steps else 0
+        count = max(h.warmup_steps, len(phases)) if h.warmup_steps and compiles else 0
         for step in range(count):
             shape = (2, self.rows, h.train_seq_len)
             inputs, targets = torch.randint(h.vocab_size, shape, generator=generator)
@@ -3174,36 +3253,38 @@ class Trainer:
         for state in self.optimizers.state().values():
             state.zero_()
 
-    def loop(self, stop_signal: StopSignal) -> None:
+    def receive_signal(self, *_: object) -> None:
+        """Notes a signal, so that a step is always finished; in a validation it ends the run."""
+        self.stop_asked = True
+        if self.validating:
+            raise KeyboardInterrupt
+
+    def loop(self) -> None:
         """Takes steps until the run ends or, after a checkpoint, a signal has come to some rank."""
-        h, clock, step_log = self.h, self.clock, self.step_log
-        clock.resume()
+        h, step_log = self.h, self.step_log
+        step_log.resume()
         interval = int(h.checkpoint_every.removesuffix("s")) or math.inf
-        saved = (self.step, clock.elapsed)  # steps and seconds at the last checkpoint
+        saved = (self.step, step_log.elapsed)  # steps and seconds at the last checkpoint
         while True:
-            stop = clock.agree(stop_signal.received)
-            steps, seconds = self.step - saved[0], clock.elapsed - saved[1]
+            stop = step_log.agree(self.stop_asked)
+            steps, seconds = self.step - saved[0], step_log.elapsed - saved[1]
             if stop or (seconds if h.checkpoint_every.endswith("s") else steps) >= interval:
-                saved = (self.step, clock.elapsed)
-                self.save_checkpoint()
+                saved = (self.step, step_log.elapsed)
+                step_log.finish()
+                self.save(CHECKPOINT, self.tensors())
+                step_log.finish()  # the time that this takes counts as training
             if stop:
                 return
             # When the steps in flight and one more would end, each as slow as the slowest.
-            next_end = clock.elapsed + (len(step_log.running) + 1) * clock.slowest
-            done = self.step >= h.iterations or next_end >= self.deadline
-            validates = h.val_loss_every > 0 and self.step % h.val_loss_every == 0
-            if done or validates:
-                step_log.finish()
-                clock.count()
-            if done:
+            next_end = step_log.elapsed + (len(step_log.running) + 1) * step_log.slowest
+            if self.step >= h.iterations or next_end >= self.deadline:
                 return
-            if validates:
-                stop_signal.immediate = True
-                try:
-                    self.validate(self.phase().loops)
-                finally:
-                    stop_signal.immediate = False
-                clock.resume()
+            if h.val_loss_every > 0 and self.step % h.val_loss_every == 0:
+                step_log.finish()
+                self.validating = True
+                self.validate(self.phase().loops)
+                self.validating = False
+                step_log.resume()
             phase = self.phase()
             step_log.launched(self.take_step(phase, *self.batches.batch(self.step)))
             self.average.update(self.step, phase.lr_scale)
@@ -3211,7 +3292,7 @@ class Trainer:
 
     def phase(self) -> Phase:
         """Returns the values of the schedule for the next step."""
-        progress = Progress(self.step, self.h.iterations, self.clock.elapsed, self.deadline)
+        progress = Progress(self.step, self.h.iterations, self.step_log.elapsed, self.deadline)
         return schedule(progress, self.h)
 
     def take_step(self, phase: Phase, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -3248,13 +3329,20 @@ class Trainer:
         self.step_log.write(val_loss=result.val_loss, val_bpb=result.val_bpb)
         self.model.train()
 
-    def save_checkpoint(self) -> None:
-        """Writes a checkpoint; the time that this takes counts as training."""
-        self.step_log.finish()
-        self.clock.count()
-        stated = {"step": self.step, "shards": self.batches.stream.fingerprint()}
-        save_tensors(self.log, CHECKPOINT, self.tensors(), asdict(self.h) | stated)
-        self.clock.count()
+    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Writes tensors into the run's folder, on rank 0, with the settings and what was read.
+
+        If the file cannot be written the log says so; a file from before stays whole.
+        """
+        if self.log.silent or self.log.folder is None:
+            return
+        path = self.log.folder / name
+        text = {"step": self.step, "shards": self.batches.stream.fingerprint()}
+        try:
+            write_tensors(path, tensors, asdict(self.h) | text)
+            self.log(f"Serialized model: {path.stat().st_size} bytes in {name}")
+        except OSError as error:
+            self.log(f"warning: {path} could not be written: {error}")
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the tensors of a checkpoint by name.
@@ -3266,12 +3354,9 @@ class Trainer:
         tensors = {f"model/{name}": p for name, p in self.average.params.items()}
         tensors |= {f"average/{name}": p for name, p in self.average.weights.items()}
         tensors |= self.optimizers.state()
-        progress = {
-            "elapsed": self.clock.elapsed,
-            "losses": self.step_log.losses,
-            "times": self.step_log.times,
-            "averaged": self.average.count,
-        }
+        log = self.step_log
+        progress = {"elapsed": log.elapsed, "losses": log.losses, "averaged": self.average.count}
+        progress["times"] = np.cumsum(log.seconds)
         for name, values in progress.items():
             tensors[f"progress/{name}"] = torch.as_tensor(values, dtype=torch.float64)
         return tensors
@@ -3279,14 +3364,9 @@ class Trainer:
     def restore(self, saved: Mapping[str, Tensor]) -> None:
         """Continues from the tensors of a checkpoint. Raises DataError if they do not fit."""
         with raise_data_error(f"RESUME={self.h.resume}: not a training state of this model"):
-            self.clock.elapsed = saved["progress/elapsed"].item()
+            self.step_log.elapsed = saved["progress/elapsed"].item()
             self.step_log.losses = saved["progress/losses"].tolist()
-            self.step_log.times = saved["progress/times"].tolist()
-            check(
-                len(self.step_log.times) == len(self.step_log.losses),
-                "times and losses differ in number",
-            )
-            self.clock.recent.extend(np.diff(self.step_log.times, prepend=0.0).tolist())
+            self.step_log.seconds = np.diff(saved["progress/times"], prepend=0.0).tolist()
             self.average.count = int(saved["progress/averaged"].item())
             for name, tensor in self.tensors().items():
                 if not name.startswith("progress/"):
@@ -3294,7 +3374,7 @@ class Trainer:
                     check(stored.shape == tensor.shape, f"{name} has shape {[*stored.shape]}")
                     tensor.copy_(stored)
         self.step = len(self.step_log.losses)
-        self.log(f"resume: step {self.step}, {self.clock.elapsed:.1f} s trained")
+        self.log(f"resume: step {self.step}, {self.step_log.elapsed:.1f} s trained")
 
 
 # ---- Quantize: from float32 weights to integer codes ----
@@ -3311,9 +3391,7 @@ class Quantized(NamedTuple):
     errors: Tensor  # [n, rows], squared errors, which a search for scales compares
 
 
-def quantize_rounding(
-    limit: int, weight: Tensor, scales: Tensor, hessian: Tensor | None
-) -> Quantized:
+def quantize_rounding(limit: int, weight: Tensor, scales: Tensor, _: Tensor) -> Quantized:
     """Quantizes matrices [n, rows, cols] to nearest; does not use the Hessian.
 
     `scales` is float16 [n, rows]; codes are from -limit to limit.
@@ -3335,14 +3413,13 @@ def inverse_cholesky(hessian: Tensor) -> Tensor:
     return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
 
 
-def quantize_gptq(limit: int, weight: Tensor, scales: Tensor, hessian: Tensor | None) -> Quantized:
+def quantize_gptq(limit: int, weight: Tensor, scales: Tensor, hessian: Tensor) -> Quantized:
     """Quantizes matrices [n, rows, cols] by full GPTQ (arXiv 2210.17323).
 
     `hessian` [n, cols, cols] is X^T X of the inputs X. Columns are taken by falling diagonal; the
     error of each is spread over those after it, so that the output changes least. The errors of the
     rows are weighted by the Hessian too.
     """
-    assert hessian is not None
     cols = weight.size(2)
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     order = diagonal.argsort(dim=1, descending=True).unsqueeze(1)
@@ -3367,8 +3444,8 @@ def quantize_gptq(limit: int, weight: Tensor, scales: Tensor, hessian: Tensor | 
 
 
 # A quantizer maps the largest code, weights [n, rows, cols], scales [n, rows], and Hessians
-# [n, cols, cols] or None to a Quantized stack.
-Quantizer = Callable[[int, Tensor, Tensor, Tensor | None], Quantized]
+# [n, cols, cols] to a Quantized stack.
+Quantizer = Callable[[int, Tensor, Tensor, Tensor], Quantized]
 QUANTIZERS: dict[str, Quantizer] = {"rounding": quantize_rounding, "gptq": quantize_gptq}
 
 
@@ -3377,9 +3454,7 @@ def to_scales(values: Tensor) -> Tensor:
     return values.clamp(MIN_SCALE, MAX_SCALE).half()
 
 
-def search_scales(
-    quantizer: Quantizer, limit: int, weight: Tensor, hessian: Tensor | None
-) -> tuple[Tensor]:
+def search_scales(quantizer: Quantizer, limit: int, weight: Tensor, hessian: Tensor) -> Tensor:
     """Returns scales [n, rows] of weights [n, rows, cols]: each row's clip ratio of least error."""
     n, rows = weight.shape[:2]
     peak = weight.abs().amax(-1)
@@ -3387,7 +3462,12 @@ def search_scales(
     # Rows do not depend on each other, so that one call can try all ratios.
     errors = quantizer(limit, weight.repeat(1, len(CLIP_RATIOS), 1), scales, hessian).errors
     best = errors.view(n, -1, rows).argmin(1, keepdim=True)
-    return (scales.view(n, -1, rows).take_along_dim(best, 1).squeeze(1),)
+    return scales.view(n, -1, rows).take_along_dim(best, 1).squeeze(1)
+
+
+def std_scales(clip_sigmas: float, limit: int, weight: Tensor, _: Tensor) -> Tensor:
+    """Returns scales [n, rows] of weights [n, rows, cols]: k standard deviations at the limit."""
+    return to_scales(weight.std(-1) * clip_sigmas / limit)
 
 
 def check_finite(weights: Mapping[str, Tensor]) -> None:
@@ -3415,96 +3495,74 @@ def artifact_layout(model: GPT) -> dict[str, Tensor]:
 
 
 class Stack(NamedTuple):
-    """Weights of one shape that are quantized together."""
+    """Weights of one shape and role that are quantized together."""
 
     names: list[str]
-    clip_sigmas: float
+    role: Role
     limit: int  # the largest code
     quantizer: Quantizer
     weight: Tensor  # [n, rows, cols]
-    hessian: Tensor | None  # [n, cols, cols]
+    hessian: Tensor  # [n, cols, cols]; for rounding [n, 0, cols]
+    scales: Tensor  # float16 [n, rows]
+
+    def quantize(self, weight: Tensor, scales: Tensor, hessian: Tensor) -> Tensor:
+        """Returns the codes, int8, of some of the weights."""
+        return self.quantizer(self.limit, weight, scales, hessian).codes
 
 
-def weight_stacks(model: GPT, hessians: Mapping[str, Tensor]) -> list[Stack]:
-    """Returns all weights that are stored as codes; those with a Hessian are for GPTQ."""
+def weight_stacks(model: GPT, hessians: Mapping[str, Tensor], ranks: Ranks) -> list[Stack]:
+    """Returns all weights that are stored as codes; those with a Hessian are for GPTQ.
+
+    SCALE_RULE chooses their scales.
+    """
     h, roles, weights = model.h, parameter_roles(model), dict(model.named_parameters())
-    groups: dict[tuple[torch.Size, Role, str], list[str]] = {}
+    groups: dict[tuple[torch.Size, Role, Quantizer], list[str]] = {}
     for name, p in weights.items():
         role = ROLES[roles[name]]
         if role.bits:
-            quantizer = "gptq" if name in hessians else "rounding"
+            quantizer = QUANTIZERS["gptq" if name in hessians else "rounding"]
             groups.setdefault((p.shape, role, quantizer), []).append(name)
     stacks = []
     for (_, role, quantizer), names in groups.items():
-        sigmas, limit = getattr(h, role.clip_sigmas), 2 ** (getattr(h, role.bits) - 1) - 1
+        limit = 2 ** (getattr(h, role.bits) - 1) - 1
         weight = torch.stack([weights[name].detach() for name in names])
-        hessian = torch.stack([hessians[n] for n in names]) if quantizer == "gptq" else None
-        stacks.append(Stack(names, sigmas, limit, QUANTIZERS[quantizer], weight, hessian))
+        own = [hessians[name] for name in names if name in hessians]
+        hessian = torch.stack(own) if own else weight[:, :0]
+        find = partial(search_scales, quantizer, limit)
+        if h.scale_rule == "std":
+            find = partial(std_scales, getattr(h, role.clip_sigmas), limit)
+        scales = ranks.map_over_ranks(find, weight, hessian)
+        stacks.append(Stack(names, role, limit, quantizer, weight, hessian, scales))
     return stacks
 
 
-def std_scales(clip_sigmas: float, limit: int, weight: Tensor, _: Tensor | None) -> tuple[Tensor]:
-    """Returns scales [n, rows] of weights [n, rows, cols]: k standard deviations at the limit."""
-    return (to_scales(weight.std(-1) * clip_sigmas / limit),)
-
-
-def choose_scales(stacks: Sequence[Stack], rule: str, ranks: Ranks) -> dict[str, Tensor]:
-    """Returns scales, float16 [rows], of all weights by name; `rule` is SCALE_RULE."""
-    scales: dict[str, Tensor] = {}
-    for stack in stacks:
-        if rule == "std":
-            find = partial(std_scales, stack.clip_sigmas, stack.limit)
-        else:
-            find = partial(search_scales, stack.quantizer, stack.limit)
-        (chosen,) = ranks.map_over_ranks(find, stack.weight, stack.hessian)
-        scales |= zip(stack.names, chosen)
-    return scales
-
-
-def quantize_stacks(
-    stacks: Sequence[Stack], scales: Mapping[str, Tensor], ranks: Ranks
-) -> dict[str, Tensor]:
-    """Returns codes, int8 [rows, cols], of all weights by name.
-
-    The weights of a stack are divided among the ranks.
-    """
-    codes: dict[str, Tensor] = {}
-    for stack in stacks:
-        own = torch.stack([scales[name] for name in stack.names])
-        quantize = partial(stack.quantizer, stack.limit)
-        codes |= zip(
-            stack.names, ranks.map_over_ranks(quantize, stack.weight, own, stack.hessian)[0]
-        )
-    return codes
-
-
 def artifact_arrays(
-    model: GPT, codes: Mapping[str, Tensor], scales: Mapping[str, Tensor]
+    model: GPT, stacks: Sequence[Stack], factor: float, ranks: Ranks
 ) -> dict[str, Tensor]:
-    """Returns the arrays of an artifact by name: codes, their scales, and the rest in float16."""
+    """Returns the arrays of an artifact by name: codes, their scales, and the rest in float16.
+
+    The scales of matrices are multiplied by the factor. The ranks divide the weights of a stack.
+    """
     arrays = {name: p.detach().half() for name, p in model.named_parameters()}
-    arrays |= {f"{name}.codes": array for name, array in codes.items()}
-    arrays |= {f"{name}.scales": array for name, array in scales.items()}
+    for stack in stacks:
+        scales = stack.scales
+        if stack.role == ROLES["matrix"]:
+            scales = to_scales(scales.float() * factor)
+        codes = ranks.map_over_ranks(stack.quantize, stack.weight, scales, stack.hessian)
+        for name, of_weight, of_rows in zip(stack.names, codes, scales):
+            arrays |= {f"{name}.codes": of_weight, f"{name}.scales": of_rows}
     return {name: arrays[name] for name in artifact_layout(model)}
 
 
 @torch.inference_mode()
-def collect_hessians(
-    model: GPT,
-    batches: Sequence[Tensor],
-    ranks: Ranks,
-    seconds_left: Callable[[], float] = lambda: math.inf,
-    slowest: float = 0.0,
-) -> tuple[dict[str, Tensor], int]:
+def collect_hessians(model: GPT, batches: Iterable[Tensor], ranks: Ranks) -> dict[str, Tensor]:
     """Returns X^T X, float32 [in, in], of all inputs X of each matrix, by the weight's name.
 
     With GPTQ_EMBED=1 the table of the output head counts as a matrix. Batches are ids [B, T], each
-    divided among the ranks. Stops before a batch that could take longer than seconds_left(): as
-    long as the slowest so far, at first `slowest` seconds. Second: the number of batches read; with
-    none there are no Hessians.
+    divided among the ranks.
     """
     roles, hooks, sums = parameter_roles(model), [], {}
-    device, used = model.tok_emb.weight.device, 0
+    device = model.tok_emb.weight.device
 
     def add(total: Tensor, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].flatten(0, -2).float()
@@ -3522,20 +3580,15 @@ def collect_hessians(
         hooks.append(module.register_forward_pre_hook(partial(add, sums[weight])))
     try:
         for ids in batches:
-            left = seconds_left()
-            if slowest > left:
-                break
             own = ids[ranks.rank :: ranks.world_size]
             if len(own):
                 states = model.states(own.to(device))
                 if head in sums:
                     add(sums[head], model, (states,))
-            slowest, used = max(slowest, left - seconds_left()), used + 1
     finally:
         for hook in hooks:
             hook.remove()
-    used = int(ranks.all_reduce_max(used)[0])
-    return {name: ranks.all_reduce_(total) for name, total in sums.items() if used}, used
+    return {name: ranks.all_reduce_(total) for name, total in sums.items()}
 
 
 def random_sequences(count: int, seq_len: int, vocab_size: int, seed: int) -> Tensor:
@@ -3739,12 +3792,10 @@ def range_decompress(data: bytes | memoryview, arrays: Sequence[np.ndarray]) -> 
     """Decodes into the arrays what range_compress has returned. Raises ValueError."""
     words, checksum = struct.unpack_from("<II", data)
     ways, start = bytes(data[8 : 8 + len(arrays)]), 8 + len(arrays)
-    check(len(data) >= start + 4 * words, f"its codes have less than {words} words")
     counts = np.zeros((len(LEVELS), 256), np.int64)
     coder = RangeCoder(counts, np.frombuffer(data, "<u4", words, start).astype(np.uint32))
     for array, way in zip(arrays, ways):
         if way != AS_REST:
-            check(array.dtype == np.int8, "its floats are coded as codes")
             coder.code(array.T if way == BY_ROW else array)
     rest = [array for array, way in zip(arrays, ways) if way == AS_REST]
     REST.decompress(data[start + 4 * words :], rest)
@@ -3798,16 +3849,13 @@ def unpack_artifact(
     compared with what the settings need, and the checksum with the content, before anything is
     decompressed.
     """
-    check(len(blob) >= HEADER.size, "it is shorter than a header")
     magic, description_size, _ = HEADER.unpack_from(blob)
-    check(magic[:8] == MAGIC[:8], "it is not an artifact of this program")
     remedy = "score it by the train_gpt.py of its own run"
-    check(magic == MAGIC, f"its version is {magic[8]}, not {MAGIC[8]}; {remedy}")
+    check(magic == MAGIC, f"it begins with {magic!r}, not {MAGIC!r}; {remedy}")
     check(description_size <= MAX_DESCRIPTION, f"its description has {description_size} bytes")
     body = blob[HEADER.size :]
     payload = body[description_size:]
     description = json.loads(bytes(body[:description_size]))
-    check(set(description) == {"codec", "settings"}, "its description is incomplete")
     check(description["codec"] in CODECS, f"its codec is unknown: {description['codec']!r:.40}")
     odd = sorted(model_settings(h).keys() ^ description["settings"].keys())
     check(not odd, f"its settings are missing or unknown: {odd}; {remedy}")
@@ -3854,9 +3902,8 @@ class SavedModel(NamedTuple):
     h: Hyperparameters  # model settings as stored, all others as given
     weights: dict[str, Tensor]  # of a checkpoint, its average
     tensors: dict[str, Tensor]  # all
-    settings: dict[str, Any]  # those that the file states
+    settings: dict[str, Any]  # those that the file states, and shards, their fingerprint
     step: int  # steps trained; 0 if the file does not say
-    shards: int | None  # fingerprint of the training shards, if the file has it
 
 
 def load_checkpoint(path: Path, h: Hyperparameters) -> SavedModel:
@@ -3868,25 +3915,22 @@ def load_checkpoint(path: Path, h: Hyperparameters) -> SavedModel:
         if unknown and "progress/losses" not in tensors:  # metadata of another program
             stored, unknown = {}, []
         check(not unknown, f"it states unknown {unknown}; use the program of its run's folder")
-        step = stored.pop("step", len(tensors.get("progress/losses", ())))
-        check(type(step) is int and step >= 0, f"its step is {step!r:.40}")
-        shards = stored.pop("shards", None)
+        step = int(stored.pop("step", len(tensors.get("progress/losses", ()))))
         if "progress/losses" in tensors:  # from before there was a choice
             stored.setdefault("train_order", "sequential")
         h = replace(h, **{name: stored[name] for name in model_settings(h) if name in stored})
-        prefix = "average/" if any(name.startswith("average/") for name in tensors) else ""
-        wrappers = rf"^{prefix}((module|_orig_mod)\.)*"  # of DistributedDataParallel and compile
+        averages = {name: x for name, x in tensors.items() if name.startswith("average/")}
+        wrappers = r"^(average/)?((module|_orig_mod)\.)*"  # of DistributedDataParallel and compile
         weights = {
             re.sub(wrappers, "", name): tensor.float() if tensor.is_floating_point() else tensor
-            for name, tensor in tensors.items()
-            if name.startswith(prefix)
+            for name, tensor in (averages or tensors).items()
         }
         with torch.device("meta"):
             model = GPT(h)
         model.load_state_dict(weights, assign=True)  # names and shapes must fit
         weights = model.state_dict()  # a scalar may be stored as [1]
         check_finite(weights)
-        return SavedModel(h, weights, tensors, stored, step, shards)
+        return SavedModel(h, weights, tensors, stored, step)
 
 
 def code_entropy(codes: Tensor) -> float:
@@ -3903,60 +3947,36 @@ def entropy_size(arrays: Mapping[str, Tensor]) -> float:
 
 def smallest_factor(size: Callable[[float], float], room: float) -> float:
     """Returns the smallest factor with size(factor) <= room, from 1 to MAX_SCALE_FACTOR."""
-    low, high = 0.0, math.log(MAX_SCALE_FACTOR)
-    if size(1.0) <= room:
-        return 1.0
-    for _ in range(16):
-        middle = (low + high) / 2
-        if size(math.exp(middle)) <= room:
-            high = middle
-        else:
-            low = middle
-    return math.exp(high)
+    factors = np.geomspace(1, MAX_SCALE_FACTOR, 1 << 16)
+    fits = bisect.bisect_left(factors[:-1], True, key=lambda factor: size(factor) <= room)
+    return float(factors[fits])
 
 
 def pack_to_fit(
-    model: GPT,
-    hessians: Mapping[str, Tensor],
-    h: Hyperparameters,
-    room: int,
-    ranks: Ranks,
-    log: Log,
+    model: GPT, hessians: Mapping[str, Tensor], room: int, ranks: Ranks, log: Log
 ) -> bytes:
     """Returns an artifact of at most `room` bytes, unless a scale factor of 50 does not suffice.
 
     If it would be too large the scales of all matrices are multiplied by one factor, found by
-    bisection on the order-0 entropy of rounded codes. What the codec adds to the entropy is
-    measured on every eighth row at first, then known from each packing: one or two suffice.
+    bisection on the order-0 entropy of rounded codes. What the codec adds to the entropy is known
+    from the packing before, so that two suffice.
     """
+    h = model.h
     check_finite(dict(model.named_parameters()))
-    stacks, roles = weight_stacks(model, hessians), parameter_roles(model)
+    stacks = weight_stacks(model, hessians, ranks)
     rounding = [stack._replace(quantizer=quantize_rounding) for stack in stacks]
-    base = choose_scales(stacks, h.scale_rule, ranks)
-    matrices = [name for name, role in roles.items() if role == "matrix"]
-
-    def arrays_at(factor: float, stacks: Sequence[Stack], ranks: Ranks) -> dict[str, Tensor]:
-        widened = {name: to_scales(base[name].float() * factor) for name in matrices}
-        codes = quantize_stacks(stacks, base | widened, ranks)
-        return artifact_arrays(model, codes, base | widened)
+    matrices = [name for name, role in parameter_roles(model).items() if role == "matrix"]
 
     def size(factor: float) -> float:
-        return entropy_size(arrays_at(factor, rounding, Ranks()))
+        return entropy_size(artifact_arrays(model, rounding, factor, Ranks()))
 
-    def sample_codec() -> float:
-        arrays = arrays_at(smallest_factor(size, room), rounding, Ranks())
-        part = {name: array[::8] for name, array in arrays.items() if array.dtype == torch.int8}
-        packed = CODECS[h.compressor].compress([x.cpu().numpy() for x in part.values()])
-        return 8 * (len(packed) - entropy_size(part))
-
-    added = ranks.broadcast_from_rank0(sample_codec)
-    packing = 0
+    added, packing = 0.0, 0
     while True:
         packing += 1
         margin = 0.0005 * max(packing - 1, 1) ** 2  # it grows, so that this ends
         target = (1 - margin) * room - added
         factor = ranks.broadcast_from_rank0(partial(smallest_factor, size, target))
-        arrays = arrays_at(factor, stacks, ranks)
+        arrays = artifact_arrays(model, stacks, factor, ranks)
         blob = ranks.broadcast_from_rank0(partial(pack_artifact, h, arrays, h.compressor))
         codes = torch.cat([arrays[f"{name}.codes"].flatten() for name in matrices])
         entropy = code_entropy(codes)
@@ -3990,9 +4010,7 @@ def packed_source(source: bytes) -> bytes:
     """Returns the packed twin of a program's source; line ends become LF first."""
     source = source.replace(b"\r\n", b"\n")
     check(len(source) <= TWIN_DICTIONARY, f"the source has more than {TWIN_DICTIONARY} bytes")
-    filters = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0, "lc": 4}
-    filters["dict_size"] = TWIN_DICTIONARY
-    packed = lzma.compress(source, lzma.FORMAT_RAW, filters=[filters])
+    packed = lzma_compress(source, dict_size=TWIN_DICTIONARY, pb=0, lc=4)
     return (TWIN_TEMPLATE % base64.b85encode(packed).decode()).encode()
 
 
@@ -4006,8 +4024,7 @@ def unpacked_source(twin: bytes) -> bytes | None:
         return None
     try:
         packed = base64.b85decode(twin[len(head) : -len(tail)])
-        filters = [{"id": lzma.FILTER_LZMA2, "dict_size": TWIN_DICTIONARY}]
-        decoder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=filters)
+        decoder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=lzma_filters(TWIN_DICTIONARY))
         source = decoder.decompress(packed, max_length=TWIN_DICTIONARY)
     except (ValueError, lzma.LZMAError) as error:
         raise ValueError(f"the packed source cannot be decoded: {error}") from None
@@ -4046,36 +4063,11 @@ class Run:
 
     def __init__(self, env: Mapping[str, str], log: Log, result: dict[str, Any]) -> None:
         self.log, self.result = log, result
-        # CUDA reads the list up to the first word that names no GPU.
-        visible = env.get("CUDA_VISIBLE_DEVICES", "0")
-        self.gpus_hidden = not re.match(r"\s*(\d|GPU-|MIG-)", visible)
-        self.calibration_batch_seconds = 0.0  # of one batch, by the slowest rank
         h = Hyperparameters.from_env(env)
         self.notes = settings_notes(h, env)
         lost = {"status": "failed", "reason": "another rank is gone, or silent"}
         self.ranks = join_ranks(env, lambda: os._exit(conclude(log, result | lost)))
         self.h = self.ranks.broadcast_from_rank0(lambda: h)  # whatever other nodes were told
-
-    def command(self, args: argparse.Namespace) -> None:
-        """Runs what the command line asks for."""
-        if args.check:
-            self.check()
-        elif args.eval:
-            self.evaluate(args.eval)
-        elif args.quantize:
-            self.quantize(args.quantize)
-        else:
-            self.train()
-
-    def check(self) -> None:
-        """Checks that a run could start; trains nothing and writes nothing."""
-        check_settings(self.h, self.ranks.world_size)
-        folder = self.choose_folder()
-        self.prepare()
-        self.read_resume(folder)
-        if self.h.calibrates_on_text:
-            self.calibration_seconds(self.initial_model())
-        self.log(f"check:ok code:{len(self.twin)} bytes folder:{folder}")
 
     def evaluate(self, path: Path) -> None:
         """Scores an artifact again; the model's settings are its own."""
@@ -4087,61 +4079,61 @@ class Run:
     def quantize(self, path: Path) -> None:
         """Packs and scores saved weights again, in a folder of its own."""
         path = file_in(path, FINAL_MODEL)
-        load = lambda: load_checkpoint(path, self.h)  # noqa: E731
-        saved = self.ranks.broadcast_from_rank0(load)
+        saved = self.ranks.broadcast_from_rank0(lambda: load_checkpoint(path, self.h))
         self.h = replace(saved.h, resume="")  # its own folder is never continued
         self.open_folder()
         self.prepare(trains=self.h.calibrates_on_text)
         if self.h.calibrates_on_text:  # on the text after the last step
-            order = {
-                name: saved.settings[name] for name in ORDER_SETTINGS if name in saved.settings
-            }
-            self.check_training(str(path), saved._replace(settings=order))
+            self.check_training(str(path), saved, READING)
         self.write_program()
-        model, clock = self.load_model(saved.weights), TrainingClock(self.device, self.ranks)
-        self.quantize_and_score(model, clock, saved.step)
+        self.quantize_and_score(self.load_model(saved.weights), 0.0, saved.step)
 
-    def train(self) -> None:
-        """Trains a model, averages, calibrates, quantizes and packs it, and scores the artifact."""
+    def train(self, only_checks: bool = False) -> None:
+        """Trains a model, averages, calibrates, quantizes and packs it, and scores the artifact.
+
+        With `only_checks` it returns where training would begin, and writes nothing.
+        """
         h, log = self.h, self.log
         check_settings(h, self.ranks.world_size)
-        folder = self.open_folder()
+        folder = self.open_folder(creates=not only_checks)
         self.prepare()
         resume_from = self.read_resume(folder)
         model = self.initial_model()
         deadline = h.training_seconds - self.calibration_seconds(model)
+        if only_checks:
+            log(f"check:ok code:{len(self.twin)} bytes folder:{folder}")
+            return
         self.write_program()
-        trainer = Trainer(model, self.data, h, self.ranks, self.device, log, deadline)
+        trainer = Trainer(model, self.data, self.ranks, self.device, log, deadline)
         try:
             trainer.train(resume_from)
         finally:
             self.result |= {"steps": trainer.step, "train_losses": trainer.step_log.losses}
         kind = trainer.average.copy_to_model(log)
-        step_ms = np.diff(trainer.step_log.times, prepend=0.0) * 1000
+        step_ms = np.multiply(trainer.step_log.seconds, 1000)
         percentiles = (50, 99) if trainer.step else ()
         self.result |= {
             "step_ms": {f"p{n}": float(np.percentile(step_ms, n)) for n in percentiles},
             "peak_memory_mib": torch.cuda.max_memory_allocated() >> 20,  # 0 on a CPU
             "weights": kind,
         }
-        self.quantize_and_score(model, trainer.clock, trainer.step)
+        self.quantize_and_score(model, trainer.step_log.elapsed, trainer.step)
 
-    def choose_folder(self) -> Path:
-        """Returns the run's folder, the same on all ranks, and creates nothing.
+    def open_folder(self, creates: bool = True) -> Path:
+        """Returns the run's folder, the same on all ranks.
 
-        Raises SettingsError if the folder has another run or cannot be written, or if its disk has
-        no room for the run's files, with two checkpoints. A run has begun once its folder holds the
+        If it `creates` the folder, the log and the result go there from here on. Raises
+        SettingsError if the folder has another run or cannot be written, or if its disk has no room
+        for the run's files, with two checkpoints. A run has begun once its folder holds the
         program; RESUME=auto continues it.
         """
-        h = self.h
+        h, log = self.h, self.log
 
         def choose() -> Path:
             run_id = h.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-s{h.seed}-{os.getpid()}"
             folder = Path(h.run_dir or f"logs/{run_id}")
             existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
             has_begun = (folder / PROGRAM).exists() or not (folder / RESULT).exists()
-            names = (ARTIFACT, CHECKPOINT, FINAL_MODEL, LOG, PROGRAM, READABLE, RESULT)
-            blocked = [name for name in names if (folder / name).is_dir()]
             with torch.device("meta"):
                 needed = BYTES_LIMIT + 40 * sum(p.numel() for p in GPT(h).parameters())
             free, fault = shutil.disk_usage(existing).free, ""
@@ -4149,28 +4141,23 @@ class Run:
                 fault = f"{existing} is not a folder that can be written"
             elif (folder / LOG).exists() and has_begun and h.resume != "auto":
                 fault = "another run is there"
-            elif blocked:
-                fault = f"{blocked[0]} is a folder there"
             elif free < needed:
                 fault = f"its disk has {free} bytes free, {needed} are needed"
             if fault:
                 raise SettingsError(f"RUN_DIR={folder}: {fault}; choose another RUN_ID or RUN_DIR")
+            if creates:
+                folder.mkdir(parents=True, exist_ok=True)
+                mode = "a" if (folder / LOG).exists() else "x"  # of two runs, one creates it
+                (folder / LOG).open(mode).close()
+                if not (folder / PROGRAM).exists():  # a result of a run that never began
+                    (folder / RESULT).unlink(missing_ok=True)
             return folder
 
-        return self.ranks.broadcast_from_rank0(choose)
-
-    def open_folder(self) -> Path:
-        """Creates and returns the run's folder; from here on the log and the result go there."""
-        folder, log = self.choose_folder(), self.log
-        if not log.silent:
-            folder.mkdir(parents=True, exist_ok=True)
-            mode = "a" if (folder / LOG).exists() else "x"  # of two runs, one creates it
-            (folder / LOG).open(mode).close()
-            if not (folder / PROGRAM).exists():  # a result of a run that never began
-                (folder / RESULT).unlink(missing_ok=True)
-        log.folder = folder
-        log(f"{folder}/{LOG}")
-        self.result["settings"] = asdict(self.h)
+        folder = self.ranks.broadcast_from_rank0(choose)
+        if creates:
+            log.folder = folder
+            log(f"{folder}/{LOG}")
+            self.result["settings"] = asdict(h)
         return folder
 
     def prepare(self, trains: bool = True, writes: bool = True) -> None:
@@ -4181,7 +4168,7 @@ class Run:
             require("safetensors", "a checkpoint")
         self.source, self.twin = read_program()
         self.data = load_data(h, ranks, log, trains)
-        device, device_notes = start_device(h.compile, gpus_hidden=self.gpus_hidden)
+        device, device_notes = start_device(h.compile)
         # An artifact may state any TRAIN_SEQ_LEN; scoring uses its window.
         scored = replace(h, train_seq_len=max(h.window_tokens, 2), jepa_chunk_size=0)
         probed = h if writes else scored
@@ -4202,7 +4189,7 @@ class Run:
     def initial_model(self) -> GPT:
         """Returns the model with rank 0's initial weights: other CPUs may draw other numbers."""
         torch.manual_seed(self.h.seed)
-        model = GPT(self.h, dtype=self.device.dtype)
+        model = GPT(self.h, attend_on(self.device), self.device.dtype)
         model.load_state_dict(self.ranks.broadcast_from_rank0(model.state_dict))
         parameters = sum(p.numel() for p in model.parameters())
         self.log(f"model_params:{parameters}")
@@ -4212,7 +4199,7 @@ class Run:
     def load_model(self, weights: Mapping[str, Tensor]) -> GPT:
         """Returns a model with the given weights, for scoring."""
         with torch.device("meta"):
-            model = GPT(self.h, dtype=self.device.dtype)
+            model = GPT(self.h, attend_on(self.device), self.device.dtype)
         model.to_empty(device=self.device.device).load_state_dict(weights)
         return model.eval()
 
@@ -4225,9 +4212,8 @@ class Run:
         path = file_in(folder if h.resume == "auto" else Path(h.resume), CHECKPOINT)
 
         def read() -> SavedModel | None:
-            if not h.resume or (h.resume == "auto" and not path.exists()):
-                return None
-            return load_checkpoint(path, h)
+            is_new = not h.resume or (h.resume == "auto" and not path.exists())
+            return None if is_new else load_checkpoint(path, h)
 
         saved = self.ranks.broadcast_from_rank0(read)
         if saved is None:
@@ -4236,36 +4222,37 @@ class Run:
             raise DataError(f"RESUME={path}: it has weights only; name a {CHECKPOINT}")
         if saved.step > h.iterations:
             raise DataError(f"RESUME={path}: it has {saved.step} steps; raise ITERATIONS to more")
-        changed = self.check_training(f"RESUME={path}", saved)
+        fixed = saved.settings.keys() - FREE_ON_RESUME
+        changed = self.check_training(f"RESUME={path}", saved, fixed)
         self.result["resumed"] = {"step": saved.step, "changed": changed}
         return saved.tensors
 
-    def check_training(self, what: str, saved: SavedModel) -> dict[str, Any]:
-        """Returns the settings under which the saved model was trained, where they differ.
+    def check_training(
+        self, what: str, saved: SavedModel, names: Collection[str]
+    ) -> dict[str, Any]:
+        """Returns what the saved model was trained with, where that differs from this run.
 
-        Raises DataError if one may not differ, or if the training shards do.
+        Raises DataError if one of `names` differs: settings, or shards, their fingerprint.
         """
-        own, train = asdict(self.h), self.data.train
+        assert self.data.train is not None
+        own = asdict(self.h) | {"shards": self.data.train.stream.fingerprint()}
         changed = {name: value for name, value in saved.settings.items() if value != own[name]}
-        fixed = {name: value for name, value in changed.items() if name not in FREE_ON_RESUME}
+        fixed = {name: value for name, value in changed.items() if name in names}
         if fixed:
-            raise DataError(f"{what}: it was trained with {env_form(fixed)}; set the same")
-        if train and saved.shards not in (None, train.stream.fingerprint()):
             raise DataError(
-                f"{what}: it was trained on other shards than {train.stream.pattern}; set "
-                "DATA_PATH to the same"
+                f"{what}: it was trained with {env_form(fixed)}; set the same (SHARDS by DATA_PATH)"
             )
         return changed
 
-    def quantize_and_score(self, model: GPT, clock: TrainingClock, step: int) -> None:
+    def quantize_and_score(self, model: GPT, train_seconds: float, step: int) -> None:
         """Calibrates, quantizes and packs a model after `step` steps; scores the artifact."""
         h, log, val = self.h, self.log, self.data.val
         path, ends = (log.folder or Path()) / ARTIFACT, [self.device.now()]
         code, scores = len(self.twin), self.result.setdefault("scores", {})
         model.eval()
-        hessians = self.calibrate(model, clock, step)
+        hessians = self.calibrate(model, self.h.training_seconds - train_seconds, step)
         ends.append(self.device.now())
-        blob = pack_to_fit(model, hessians, h, BYTES_LIMIT - code, self.ranks, log)
+        blob = pack_to_fit(model, hessians, BYTES_LIMIT - code, self.ranks, log)
         if not log.silent:
             write_atomically(path, blob)
         ends.append(self.device.now())
@@ -4280,8 +4267,10 @@ class Run:
         ends.append(self.device.now())
         self.score_artifact(path, scores)
         ends.append(self.device.now())
-        stages = zip(("calibrate", "pack", "diagnose", "eval"), np.diff(ends).tolist())
-        seconds = {"train": clock.elapsed, **dict(stages)}
+        stages = ("train", "calibrate", "pack", "diagnose", "eval")
+        seconds = dict(zip(stages, (train_seconds, *np.diff(ends).tolist())))
+        if h.calibrates_on_text:  # reading training text counts as training
+            seconds["train"] += seconds["calibrate"]
         log("seconds: " + " ".join(f"{name}:{value:.1f}" for name, value in seconds.items()))
         verdicts = self.check_limits(seconds, code + len(blob))
         self.result |= {
@@ -4317,7 +4306,6 @@ class Run:
             start = device.now()
             collect_hessians(model, batches[:1], self.ranks)
             (seconds,) = self.ranks.all_reduce_max(device.now() - start)
-        self.calibration_batch_seconds = seconds
         reserve = 1.5 * seconds * sum(map(len, batches)) / len(batches[0])
         self.log(f"gptq: {reserve:.1f} s are kept for {len(batches)} calibration batches")
         if reserve >= self.h.max_wallclock_seconds:
@@ -4327,30 +4315,32 @@ class Run:
             )
         return reserve
 
-    def calibrate(self, model: GPT, clock: TrainingClock, step: int) -> dict[str, Tensor]:
-        """Returns the Hessians for GPTQ; none with GPTQ_ENABLED=0, or if the time is over.
+    def calibrate(self, model: GPT, seconds_left: float, step: int) -> dict[str, Tensor]:
+        """Returns the Hessians for GPTQ by name; a matrix without one is rounded.
 
-        Reading training text counts as training.
+        Reads no batch of training text that could end after `seconds_left`: one may take as long as
+        the slowest so far.
         """
-        h = self.h
-        if not h.gptq_enabled:
+        if not self.h.gptq_enabled:
             return {}
-        batches = self.calibration_batches(step)
-        if h.calibrates_on_text:
-            clock.resume()
-            left = lambda: h.training_seconds - clock.seconds()  # noqa: E731
-            hessians, used = collect_hessians(
-                model, batches, self.ranks, left, self.calibration_batch_seconds
-            )
-            clock.count()
-            if used < len(batches):
-                self.log(f"gptq: the time allowed {used} of {len(batches)} calibration batches")
-        else:
-            hessians, _ = collect_hessians(model, batches, self.ranks)
-        for name in [name for name, x in hessians.items() if not x.sum().isfinite()]:
-            self.log(f"gptq: {name} is rounded: the inputs that calibrate it are not finite")
-            del hessians[name]
-        return hessians
+        batches, now = self.calibration_batches(step), self.device.now
+        deadline = now() + seconds_left if self.h.calibrates_on_text else math.inf
+
+        def in_time() -> Iterator[Tensor]:
+            slowest = 0.0
+            for n, ids in enumerate(batches):
+                began = now()
+                if began + slowest > deadline:
+                    self.log(f"gptq: the time allowed {n} of {len(batches)} calibration batches")
+                    return
+                yield ids
+                slowest = max(slowest, now() - began)
+
+        hessians = collect_hessians(model, in_time(), self.ranks)
+        usable = {name: x for name, x in hessians.items() if 0 < x.trace() < math.inf}
+        for name in sorted(hessians.keys() - usable.keys()):
+            self.log(f"gptq: {name} is rounded: no finite inputs calibrate it")
+        return usable
 
     def score(self, scoring_pass: ScoringPass) -> Score:
         """Returns the score of a pass over the validation text."""
@@ -4460,7 +4450,12 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
     result: dict[str, Any] = {"status": "ok"}
     try:
         run = Run(env, log, result)
-        run.command(args)
+        if args.eval:
+            run.evaluate(args.eval)
+        elif args.quantize:
+            run.quantize(args.quantize)
+        else:
+            run.train(only_checks=args.check)
         result["status"] = run.ranks.broadcast_from_rank0(lambda: result["status"])
     except BaseException as error:
         if dist.is_initialized():

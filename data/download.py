@@ -1,13 +1,15 @@
-"""Download the challenge's published token shards for train_gpt.py.
+"""Download published token shards of the challenge's documents for train_gpt.py.
 
-The default is fineweb10B_sp1024: 80 training shards, all validation shards and the tokenizer. Every
-file is checked: size, hash and shard header. A second call checks the files that are there and
-downloads those that are missing or damaged. HF_TOKEN and HF_ENDPOINT have the meaning that they
-have for huggingface_hub; MATCHED_FINEWEB_REPO_ID names another dataset repository,
+The default is fineweb10B_sp1024: 80 training shards, all validation shards and the tokenizer, as
+the challenge published them. The challenge has no sp4096 and sp8192; those come from the dataset
+repository of a participant, kevclark/parameter-golf. Every file is checked: size, hash and shard
+header. A second call checks the files that are there and downloads those that are missing or
+damaged. HF_TOKEN and HF_ENDPOINT have the meaning that they have for huggingface_hub;
+MATCHED_FINEWEB_REPO_ID names another dataset repository for any variant,
 MATCHED_FINEWEB_REMOTE_ROOT_PREFIX the folder of its manifest.json.
 
 Example:
-    python data/download.py --variant sp4096 --train-shards 10
+    python data/download.py --variant sp8192 --train-shards 128
 """
 
 import argparse
@@ -44,6 +46,9 @@ if TYPE_CHECKING:  # at run time it is imported when the environment was checked
     from huggingface_hub import RepoFile
 
 REPO_ID, ROOT_PREFIX = "willdepueoai/parameter-golf", "datasets"
+# Repositories of participants, laid out as the challenge's, by the variant that it lacks: the
+# sources of PR #1218 (sp4096) and PR #1394 (sp8192).
+PARTICIPANT_REPOS = dict.fromkeys(("sp4096", "sp8192"), "kevclark/parameter-golf")
 NAME_PREFIX = "fineweb10B_"  # of all datasets; the variant follows
 MAX_FILES = 10**6  # the number of a shard has six digits
 OTHER_REPO = "set MATCHED_FINEWEB_REPO_ID to another repository"
@@ -333,6 +338,21 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def choose_repository(variant: str) -> str:
+    """Returns the name of the repository that has a variant, unless the environment names one.
+
+    Says so if the challenge did not publish it.
+    """
+    named = os.environ.get("MATCHED_FINEWEB_REPO_ID")
+    repo = named or PARTICIPANT_REPOS.get(variant, REPO_ID)
+    if variant in PARTICIPANT_REPOS and not named:
+        common.say(
+            f"note: the challenge has no {variant}; these are shards of a participant, {repo}, "
+            "made from the challenge's documents; MATCHED_FINEWEB_REPO_ID names another repository"
+        )
+    return repo
+
+
 def run(args: argparse.Namespace) -> None:
     """Downloads the manifest, checks the files that it names, downloads the others."""
     local_manifest, staging = args.out / "manifest.json", args.out / "datasets" / ".download"
@@ -342,7 +362,7 @@ def run(args: argparse.Namespace) -> None:
     staging.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(staging / "lock", timeout=0):
-            name = os.environ.get("MATCHED_FINEWEB_REPO_ID") or REPO_ID
+            name = choose_repository(args.variant)
             prefix = os.environ.get("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", ROOT_PREFIX).strip("/")
             repository = Repository(name, prefix, staging)
             dataset, tokenizer, paths = choose_files(

@@ -7,7 +7,7 @@ one trial. The kinds of plot:
 
     loss      training loss over --x, and its difference to --base
     scores    the score of each trial and seed by --score, and its difference to --base
-    schedule  learning-rate scale, Muon's momentum and JEPA's weight over --x
+    schedule  learning-rate scale, Muon's momentum, JEPA's weight and repeated layers over --x
 """
 
 import argparse
@@ -225,6 +225,8 @@ def draw_schedule(
         values["Muon's momentum"] = [phase.muon_momentum for phase in phases]
         if h.jepa_chunk_size:
             values["JEPA's weight"] = [phase.jepa_weight for phase in phases]
+        if h.num_loops:
+            values["loops"] = [phase.loops for phase in phases]
         for title, line in values.items():
             curve = tuple(x_values(run, steps, x)), tuple(np.round(line, 9))
             panels.setdefault(title, {}).setdefault(curve, []).append(name)

@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many as in the processes tha
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -82,7 +83,7 @@ def back_ends() -> Iterator[None]:
 
 def choose(h: tg.Hyperparameters) -> tuple[tg.Device, list[str]]:
     """What a single rank chooses: the device, and all notes for the log."""
-    device, notes = tg.start_device(h.compile, gpus_hidden=True)
+    device, notes = tg.start_device(h.compile)
     device, more = tg.choose_attention(h, device, tg.Ranks())
     return device, notes + more
 
@@ -93,10 +94,10 @@ def load(h: tg.Hyperparameters, trains: bool = True) -> tg.Data:
 
 
 def trainer(
-    model: tg.GPT, data: tg.Data, h: tg.Hyperparameters, device: tg.Device, **options: object
+    model: tg.GPT, data: tg.Data, device: tg.Device, deadline: float = math.inf
 ) -> tg.Trainer:
     """A trainer of a single rank; its log has no folder."""
-    return tg.Trainer(model, data, h, tg.Ranks(), device, tg.Log(), **options)
+    return tg.Trainer(model, data, tg.Ranks(), device, tg.Log(), deadline)
 
 
 def score(
@@ -126,7 +127,8 @@ def quantize_matrices(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales of matrices [n, rows, cols], with a search for scales."""
     quantize, limit = tg.QUANTIZERS[quantizer], 2 ** (bits - 1) - 1
-    (scales,) = tg.search_scales(quantize, limit, weight, hessian)
+    hessian = weight[:, :0] if hessian is None else hessian
+    scales = tg.search_scales(quantize, limit, weight, hessian)
     scales = tg.to_scales(scales.float() * factor)
     return quantize(limit, weight, scales, hessian).codes, scales
 

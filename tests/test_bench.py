@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from bench import __main__ as program
-from bench import harness, int6, parts, probe, reading, reference, step, tables
+from bench import forecast, harness, int6, parts, probe, reading, reference, step, tables
 from bench.harness import Row, Scale, Table
 from conftest import TINY, randomize, settings, trainer
 from safetensors.torch import save_file
@@ -27,6 +27,7 @@ SCALE = Scale(
     calls=2,
     settings=TINY_TEXT,
     byte_settings=f"{TINY_TEXT} JEPA_CHUNK_SIZE=4",
+    frontier_settings=f"{TINY_TEXT} NUM_LAYERS=4 NUM_LOOPS=2 LOOP_START=1 LOOP_END=2",
     eager="MICRO_BATCH_TOKENS=512",
     matrices=SMALL,
     ranks=f"{SMALL} TRAIN_SEQ_LEN=16 TRAIN_BATCH_TOKENS=16",
@@ -46,6 +47,7 @@ ROWS = {
     "scoring": {"sliding, a window at a time", "plain, scored", "one pass", "one pass, scored"},
     "packing": {"zstd", "lzma", "zlib", "order-0 entropy", "the artifact"},
     "bytes": {"step", "  backward", "speed"},
+    "frontier": {"step", "step without repeated layers", "FLOPs without repeated layers"},
     "startup": {"import of train_gpt.py", "settings", "first step", "peak memory, training"},
     "ranks": {"backward alone", "one all-reduce after it", "DDP's buckets within it"},
 }
@@ -70,6 +72,9 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         # So that a gradient's length matters.
         {"grad_clip_norm": 0.05, "adam_eps": 1e-3, "tie_embeddings": 0, "stp_enabled": 1},
         {"jepa_chunk_size": 4, "jepa_lr": 0.02, "grad_clip_norm": 0, "ema_enabled": 0},
+        # The frontier's: layers repeat from the fifth step on.
+        {"num_loops": 2, "loop_start": 1, "loop_end": 1, "enable_looping_at": 0.4, "embed_wd": 0.5}
+        | {"muon_row_normalize": 1, "muon_coefficients": "polar_express", "min_lr": 0.3},
     ],
 )
 def test_the_plain_loop_takes_the_steps_of_the_trainer(changes, machine):
@@ -77,7 +82,7 @@ def test_the_plain_loop_takes_the_steps_of_the_trainer(changes, machine):
     h = settings(iterations=10, muon_momentum_warmup_steps=6, num_layers=2, **changes)
     data = harness.random_data(h)
     model, plain = (harness.random_model(h, machine).train() for _ in range(2))
-    ours, loop = trainer(model, data, h, machine.device), reference.Loop(plain, h)
+    ours, loop = trainer(model, data, machine.device), reference.Loop(plain, h)
     assert ours.grad_accum == 2
     losses = []
     for n in range(h.iterations):
@@ -87,7 +92,7 @@ def test_the_plain_loop_takes_the_steps_of_the_trainer(changes, machine):
         terms = ours.take_step(phase, *batch)
         ours.average.update(n, phase.lr_scale)
         auxiliary = partial(tg.auxiliary_inputs, phase, h, n, device=machine.device)
-        plain_loss = loop.step(n, phase.lr_scale, *batch, auxiliary)
+        plain_loss = loop.step(n, phase, *batch, auxiliary)
         losses.append((terms["train_loss"].item(), plain_loss))
     found, expected = zip(*losses, strict=True)
     assert found == pytest.approx(expected, rel=1e-5)
@@ -103,8 +108,24 @@ def test_flops_a_token_are_those_counted_by_hand():
     for text in ("", "TIE_EMBEDDINGS=0"):
         h = SCALE.h(text)
         with torch.device("meta"):
-            flops = step.flops_per_token(tg.GPT(h), h)
+            flops = step.flops_per_token(tg.GPT(h), 0)
         assert flops == 6 * n + 6 * 11 * 2048 * 512 == 228_655_104
+
+
+def test_flops_of_repeated_layers_are_those_of_their_visits():
+    """Three layers come three times each; the rest of the frontier's model once."""
+    block = 2 * 512 * 512 + 2 * 512 * 256 + 2 * 512 * 2048 + 12 * 8
+    h = SCALE.h("PRESET=frontier")
+    with torch.device("meta"):
+        model = tg.GPT(h)
+    counts = {}
+    for loops in (0, 2):
+        count = 11 + 3 * loops
+        n = count * block + 8192 * 512 + 12  # the head, and the gate of SmearGate
+        counts[loops] = step.flops_per_token(model, loops)
+        assert counts[loops] == 6 * n + 6 * count * 2048 * 512
+    assert counts[2] / counts[0] == pytest.approx(1.4972, abs=1e-4)
+    assert "11 layers in 17 visits x 512" in step.described(h)
 
 
 # ---- The benchmarks ----
@@ -186,9 +207,58 @@ def test_variants_take_turns_and_the_first_rounds_are_not_counted():
 def test_the_sizes_are_legal():
     for (device, _), scale in harness.SCALES.items():
         assert scale.device == device
-        for text in (scale.settings, scale.byte_settings, scale.matrices, scale.ranks):
+        steps = scale.settings, scale.byte_settings, scale.frontier_settings
+        for text in (*steps, scale.matrices, scale.ranks):
             scale.h(text)
         assert scale.val_tokens > scale.h(scale.settings).train_seq_len
+
+
+# ---- The forecast ----
+
+
+@pytest.mark.parametrize(("ratio", "start"), [(1.5, 0.35), (1.5, 0.0), (1.0, 0.35), (2.0, 1.0)])
+def test_the_steps_of_a_run_with_loops_take_the_mean_time(ratio, start):
+    before, after = forecast.step_times(121.7, ratio, start)
+    assert after == pytest.approx(ratio * before)
+    assert 1 / (start / before + (1 - start) / after) == pytest.approx(121.7)
+
+
+def test_the_forecast_of_an_artifact_has_every_weight_and_its_k(capsys):
+    changes = "SCALE_RULE=std MATRIX_CLIP_SIGMAS=9 EMBED_CLIP_SIGMAS=14 EMBED_BITS=7"
+    h = SCALE.h(f"{TINY_TEXT} {changes}")
+    model = harness.synthetic_weights(tg.GPT(h))
+    blob = tg.pack_to_fit(model, {}, 10**7, tg.Ranks(), tg.Log(silent=True))
+    arrays = tg.unpack_artifact(blob, h)[1]
+    parts = forecast.artifact_parts(model, arrays, h.compressor)
+    assert sum(part.weights for part in parts.values()) == sum(
+        p.numel() for p in model.parameters()
+    )
+    assert {role: part.bits for role, part in parts.items()} == {
+        "embed": 7,
+        "scalar": 16,
+        "matrix": 6,
+    }
+    assert parts["matrix"].sigmas == pytest.approx(9, rel=1e-3)
+    assert parts["embed"].sigmas == pytest.approx(14, rel=1e-3)
+    names = [n for n, role in tg.parameter_roles(model).items() if role == "matrix"]
+    bits = [8 * tg.code_entropy(arrays[f"{name}.codes"]) for name in names]
+    assert parts["matrix"].entropy == pytest.approx(sum(bits) / parts["matrix"].weights)
+    stored = sum(part.codes + part.scales for part in parts.values())
+    assert stored == pytest.approx(len(blob), rel=0.15)  # less the header; the roles are apart
+    forecast.main([f"{TINY_TEXT} {changes}"])
+    printed = capsys.readouterr().out
+    assert printed.count("Forecast") == 2
+    assert re.search(rf"embed .*14\.0.*{parts['embed'].codes:,}", printed)
+
+
+def test_the_forecast_of_steps_returns_the_published_ones():
+    """PR #1855 published 4,931 steps in 600 s, PR #1124 6,898."""
+    steps = {}
+    for name, (text, _) in forecast.PUBLISHED.items():
+        lines = forecast.step_table(SCALE.h(text))
+        (line,) = [line for line in lines if line.startswith(f"| {name} |")]
+        steps[name] = int(line.split("|")[5].replace(",", ""))
+    assert steps == {"PR #1124": 6897, "PR #1855": 4930}
 
 
 # ---- Reports ----

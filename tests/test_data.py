@@ -1,6 +1,5 @@
 """Data: the shard format, the token stream and its batches, bytes against decoded text."""
 
-import functools
 import io
 import json
 import os
@@ -103,7 +102,8 @@ def test_the_rows_of_all_ranks_are_the_sequences_of_the_step(
     """In any order of the steps, and past the end of the last shard; targets are one ahead."""
     stream = tg.TokenStream(byte_corpus, "train", 260)
     ranks = [tg.Ranks(rank, world_size) for rank in range(world_size)]
-    batches = [tg.TrainingBatches(stream, 1024, 64, rank, order, 7) for rank in ranks]
+    h = settings(train_batch_tokens=1024, train_seq_len=64, train_order=order, seed=7)
+    batches = [tg.TrainingBatches(stream, h, rank) for rank in ranks]
     for step in (2, 0, 1, len(stream) // 1024):
         wanted = batches[0].sequences(step * 16, 16)
         if order == "sequential":
@@ -138,12 +138,12 @@ def test_shuffled_training_reads_every_window_once_before_any_comes_again(
         for start in range(0, len(shard) - seq_len, seq_len)
     )
     stream = write_split(tmp_path_factory.mktemp("s"), shards)
-    make = functools.partial(tg.TrainingBatches, stream, rows * seq_len, seq_len, tg.Ranks())
+    h = settings(train_batch_tokens=rows * seq_len, train_seq_len=seq_len, seed=seed)
     if not windows:
         with pytest.raises(tg.DataError, match=f"TRAIN_SEQ_LEN={seq_len}"):
-            make("shuffled", seed)
+            tg.TrainingBatches(stream, h, tg.Ranks())
         return
-    batches = make("shuffled", seed)
+    batches = tg.TrainingBatches(stream, h, tg.Ranks())
     assert batches.count == len(windows)
     steps = -(-3 * len(windows) // rows)
     parts = [torch.cat([x, y[:, -1:]], 1) for x, y in map(batches.batch, range(steps))]
@@ -154,7 +154,9 @@ def test_shuffled_training_reads_every_window_once_before_any_comes_again(
 
 def test_a_shuffled_step_reads_all_over_the_text_and_passes_and_seeds_differ(tmp_path):
     stream = write_split(tmp_path, [list(range(s * 2000, s * 2000 + 2000)) for s in range(5)])
-    batches = [tg.TrainingBatches(stream, 64 * 8, 8, tg.Ranks(), "shuffled", s) for s in (1, 2)]
+    h = settings(train_batch_tokens=64 * 8, train_seq_len=8)
+    seeds = [tg.replace(h, seed=seed) for seed in (1, 2)]
+    batches = [tg.TrainingBatches(stream, own, tg.Ranks()) for own in seeds]
     first, other = (one.batch(0)[0] for one in batches)
     assert not torch.equal(first, other)
     n = batches[0].count
@@ -417,10 +419,10 @@ def text_corpus(tmp_path_factory) -> dict[str, object]:
     }
 
 
-def refused(**changes: object) -> str:
+def refused(trains: bool = True, **changes: object) -> str:
     """What is said of data that is refused."""
     with pytest.raises(tg.DataError) as error:
-        load(settings(**changes))
+        load(settings(**changes), trains)
     return str(error.value)
 
 
@@ -481,12 +483,13 @@ def test_a_tokenizer_of_another_size_is_refused_with_both(text_corpus):
     assert says == f"{found}, VOCAB_SIZE={size + 1}; change one"
 
 
-def test_a_tokenizer_with_another_bos_is_refused(tmp_path, text_corpus):
+def test_a_tokenizer_that_has_text_in_the_place_of_bos_is_refused(tmp_path, text_corpus):
+    """The shards begin each document with id 1, which is no special token of this tokenizer."""
     path = tmp_path / "m.model"
-    tokenizer = train_tokenizer(path, **IDENTITY, bos_id=2, eos_id=1)
+    tokenizer = train_tokenizer(path, **IDENTITY, bos_id=-1, eos_id=-1)
+    assert not tokenizer.is_control(1)
     changes = {"tokenizer_path": path, "vocab_size": tokenizer.vocab_size()}
-    says = refused(**{**text_corpus, **changes})
-    assert says.startswith(f"TOKENIZER_PATH={path}: its BOS id is 2; the shards begin each doc")
+    assert "no whole document follows a BOS" in refused(**{**text_corpus, **changes})
 
 
 @fault(13)
@@ -498,7 +501,7 @@ def test_a_tokenizer_that_decodes_to_other_bytes_is_refused(tmp_path):
     tokenizer = train_tokenizer(tmp_path / "m.model", **options)
     write_split(tmp_path / "d", [tokens_of(tokenizer, TEXTS * 9)], "val")
     changes = {"data_path": tmp_path / "d", "tokenizer_path": tmp_path / "m.model"}
-    says = refused(**changes, vocab_size=tokenizer.vocab_size())
+    says = refused(trains=False, **changes, vocab_size=tokenizer.vocab_size())
     assert "use the tokenizer that made the shards" in says
 
 
@@ -520,14 +523,15 @@ def test_validation_shorter_than_a_window_is_refused(text_corpus, name):
 def test_tokens_without_bos_cannot_be_verified(text_corpus):
     """The decoder's text is compared after a special token, so nothing of these is compared."""
     folder = text_corpus["data_path"].parent / "no_bos"
-    assert "no whole document follows a BOS" in refused(**{**text_corpus, "data_path": folder})
+    says = refused(False, **{**text_corpus, "data_path": folder})
+    assert "no whole document follows a BOS" in says
 
 
 @fault(14)
 @pytest.mark.parametrize("tokens", [[1] * 200, [0, 1, 2] * 50])
 def test_validation_without_text_is_refused_before_training(tmp_path: Path, tokens):
     write_split(tmp_path / "d", [tokens], "val")
-    assert "no text" in refused(data_path=tmp_path / "d")
+    assert "no text" in refused(trains=False, data_path=tmp_path / "d")
 
 
 @fault(16)

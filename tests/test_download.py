@@ -134,13 +134,13 @@ class Hub:
     def put(self, path, data):
         self.files[self.prefix + path] = data
 
-    def publish(self):
-        """Publishes sp1024: three training and two validation shards of 600 tokens."""
-        tokenizer = {"name": "sp_bpe_1024", "model_path": MODEL}
-        tokenizer["vocab_path"] = MODEL.replace(".model", ".vocab")
+    def publish(self, size=1024):
+        """Publishes sp<size>: three training and two validation shards of 600 tokens."""
+        tokenizer = {"name": f"sp_bpe_{size}", "model_path": MODEL.replace("1024", str(size))}
+        tokenizer["vocab_path"] = tokenizer["model_path"].replace(".model", ".vocab")
         stats = {"files_train": 3, "files_val": 2, "tokens_train": 1800, "tokens_val": 1200}
-        dataset = {"name": "fineweb10B_sp1024", "tokenizer_name": "sp_bpe_1024"}
-        dataset |= {"vocab_size": 1024, "stats": stats}
+        dataset = {"name": f"fineweb10B_sp{size}", "tokenizer_name": tokenizer["name"]}
+        dataset |= {"vocab_size": size, "stats": stats}
         manifest = {"tokenizers": [tokenizer], "datasets": [dataset]}
         self.put("manifest.json", json.dumps(manifest).encode())
         self.put(tokenizer["model_path"], b"\0model" * 50)
@@ -148,8 +148,8 @@ class Hub:
         for number, name in enumerate(
             ("train_000000", "train_000001", "train_000002", "val_000000", "val_000001")
         ):
-            ids = [(7 * t + number) % 1024 for t in range(600)]
-            self.put(f"{FOLDER}/fineweb_{name}.bin", shard_bytes(ids))
+            ids = [(7 * t + number) % size for t in range(600)]
+            self.put(f"datasets/{dataset['name']}/fineweb_{name}.bin", shard_bytes(ids))
 
     def edit_manifest(self, change):
         """Lets `change` edit the dataset and the tokenizer of the manifest."""
@@ -259,6 +259,24 @@ def test_bytes_from_a_repository_that_has_them(hub, tmp_path, capsys):
     assert len(list((tmp_path / "datasets/fineweb10B_byte260").iterdir())) == 5
     assert [path.name for path in (tmp_path / "tokenizers").iterdir()] == ["bytes.json"]
     assert "TOKENIZER_PATH" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("variant", ["sp4096", "sp8192"])
+@pytest.mark.parametrize("named", ["", REPO])
+def test_a_variant_that_the_challenge_lacks_is_a_participants(
+    hub, tmp_path, capsys, monkeypatch, variant, named
+):
+    """They have their own repository by default, said to be theirs; a repository named wins."""
+    theirs = "kevclark/parameter-golf"
+    hub.repo, hub.files = named or theirs, {}
+    hub.publish(int(variant[2:]))
+    monkeypatch.setenv("MATCHED_FINEWEB_REPO_ID", named)
+    assert run(tmp_path, "--variant", variant) == 0
+    assert len(list((tmp_path / f"datasets/fineweb10B_{variant}").iterdir())) == 5
+    printed = capsys.readouterr().out
+    note = f"note: the challenge has no {variant}; these are shards of a participant, {theirs}, "
+    assert printed.startswith(note) == (not named)
+    assert f"TOKENIZER_PATH={tmp_path}/tokenizers/fineweb_{variant[2:]}_bpe.model" in printed
 
 
 # ---- What is on disk already, what fails and then succeeds ----

@@ -98,7 +98,7 @@ STAGES = (  # functions in which one rank fails
     ("Trainer.take_step", 0),
     ("score", 1),
     ("collect_hessians", 0),
-    ("choose_scales", 1),
+    ("weight_stacks", 1),
     ("Run.score_artifact", 0),
 )
 
@@ -373,7 +373,7 @@ def test_a_failed_training_keeps_the_previous_checkpoint(kind, status, says, env
 
 @pytest.mark.fault(45)
 @pytest.mark.parametrize(
-    ("stage", "call", "size"), [("choose_scales", 1, 10_000), ("Trainer.take_step", 4, 100_000)]
+    ("stage", "call", "size"), [("weight_stacks", 1, 10_000), ("Trainer.take_step", 4, 100_000)]
 )
 def test_a_full_disk_leaves_no_part_of_a_file(stage, call, size, env, whole, monkeypatch, capsys):
     """From one call on, no file may grow beyond a size.
@@ -395,7 +395,7 @@ def test_a_full_disk_leaves_no_part_of_a_file(stage, call, size, env, whole, mon
     told = capsys.readouterr().out
     assert "Traceback" not in told
     all_files = {path.name for path in whole.iterdir()}
-    if stage == "choose_scales":
+    if stage == "weight_stacks":
         assert (status, result()["status"]) == (2, "data")
         assert f"run/{ARTIFACT}: File too large" in result()["reason"]
         assert files() == all_files - {ARTIFACT}
@@ -473,8 +473,8 @@ def test_a_run_without_a_screen_writes_its_files(names, env, tmp_path):
     [
         ("load_data", signal.SIGINT, set()),
         ("score", signal.SIGTERM, {FINAL}),  # in a validation before the first step
-        pytest.param("save_tensors", signal.SIGTERM, {FINAL}, marks=pytest.mark.slow),
-        ("choose_scales", signal.SIGTERM, {FINAL}),
+        pytest.param("Trainer.save", signal.SIGTERM, {FINAL}, marks=pytest.mark.slow),
+        ("weight_stacks", signal.SIGTERM, {FINAL}),
         pytest.param(
             "Run.score_artifact", signal.SIGTERM, {FINAL, ARTIFACT}, marks=pytest.mark.slow
         ),
@@ -512,7 +512,7 @@ def test_time_for_calibration_on_text_is_kept_and_a_slower_one_ends_with_what_it
     before_call("collect_hessians", lambda *_: calls.append("collect"), monkeypatch.setattr)
     before_call("GPT.backbone", read, monkeypatch.setattr)
     before_call("Trainer.train", lambda *_: calls.append("train"), monkeypatch.setattr)
-    before_call("choose_scales", lambda *_: calls.append("scales"), monkeypatch.setattr)
+    before_call("weight_stacks", lambda *_: calls.append("scales"), monkeypatch.setattr)
     env |= {"GPTQ_ENABLED": "1", "GPTQ_CALIB": "train", "MAX_WALLCLOCK_SECONDS": "20"}
     env |= {"GPTQ_CALIB_TOKENS": "1024", "ITERATIONS": "1000"}
     status = tg.main([], env)

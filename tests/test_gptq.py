@@ -169,7 +169,7 @@ def test_a_matrix_whose_inputs_overflow_is_rounded_and_named(byte_corpus, tmp_pa
     env |= {"GPTQ_ENABLED": "1", "GPTQ_CALIB_TOKENS": "256", "EVAL_STRIDE": "0"}
     assert tg.main(["--quantize", str(tmp_path / "weights")], env) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "is rounded" in line]
-    assert lines == [f"gptq: {name} is rounded: the inputs that calibrate it are not finite"]
+    assert lines == [f"gptq: {name} is rounded: no finite inputs calibrate it"]
 
 
 # ---- Hessians ----
@@ -177,7 +177,7 @@ def test_a_matrix_whose_inputs_overflow_is_rounded_and_named(byte_corpus, tmp_pa
 
 def collect(model: tg.GPT, batches) -> dict[str, torch.Tensor]:
     """The Hessians of all batches."""
-    return tg.collect_hessians(model, batches, tg.Ranks())[0]
+    return tg.collect_hessians(model, batches, tg.Ranks())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -273,7 +273,7 @@ def test_a_run_calibrates_on_the_text_that_it_states_and_never_on_validation_tex
     if calib == "random":
         assert seconds["train"] == trained
     else:
-        assert 0.5 * seconds["calibrate"] < seconds["train"] - trained <= seconds["calibrate"]
+        assert seconds["train"] - trained == pytest.approx(seconds["calibrate"])
 
 
 def test_the_head_is_quantized_by_the_inputs_it_reads():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 
 import pytest
@@ -64,6 +65,34 @@ def test_each_back_end_over_a_window_is_masked_attention(attn, compiled, sequenc
     assert (got - want).norm() / want.norm() < 0.02
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("attn", ["fa3", "flash", "math"])
+@pytest.mark.parametrize("window", [0, 100])
+def test_each_back_end_keeps_documents_apart(attn, window, training):
+    """The kernel of FlashAttention for documents against the mask, with gradients, compiled."""
+    torch.compiler.reset()
+    try:
+        device, _ = choose(tg.Hyperparameters(attn=attn, doc_attention=True))
+    except tg.SettingsError as error:
+        pytest.skip(str(error)[:200])
+    assert device.attention == attn
+    ids = torch.randint(0, 200, (8, 512), device=GPU)  # one id in 200 is BOS
+    options = {"window": window, "documents": tg.Documents.of_ids(ids, training)}
+    qkv = [torch.randn(8, 512, heads, 64, device=GPU) for heads in (8, 4, 4)]
+    results = []
+    for dtype, attend in (
+        (torch.bfloat16, device.compile(tg.attend_on(device))),
+        (torch.float32, tg.attend_sdpa),
+    ):
+        parts = [x.to(dtype).requires_grad_() for x in qkv]
+        if dtype == torch.float32:
+            tg.select_attention("math")
+        y = attend(*parts, **options)
+        results.append((y, *torch.autograd.grad(y.float().square().sum(), parts)))
+    for got, want in zip(*results, strict=True):
+        assert (got.float() - want).norm() / want.norm() < 0.02
+
+
 def test_bf16_compiled_agrees_with_float32_on_the_cpu():
     h = settings(compile=1, model_dim=128, num_heads=2, num_kv_heads=1, rope_dims=16)
     torch.manual_seed(0)
@@ -73,7 +102,7 @@ def test_bf16_compiled_agrees_with_float32_on_the_cpu():
     want = slow(ids, targets).item()  # first: cuDNN, which may be chosen next, has no CPU kernel
     device, _ = choose(h)
     assert (device.device.type, device.dtype, device.compiled) == ("cuda", torch.bfloat16, True)
-    fast = tg.GPT(h, tg.attend_sdpa, device.dtype).to(GPU)
+    fast = tg.GPT(h, tg.attend_on(device), device.dtype).to(GPU)
     fast.load_state_dict(slow.state_dict())
     loss = device.compile(fast)(ids.to(GPU), targets.to(GPU))
     assert loss.item() == pytest.approx(want, rel=0.01)
@@ -129,8 +158,8 @@ def test_a_step_never_waits_for_the_gpu(byte_corpus, eight_ranks, auxiliary):
     )
     device, _ = choose(h)
     data = tg.load_data(h, eight_ranks, tg.Log(silent=True))
-    model = tg.GPT(h, tg.attend_sdpa, device.dtype).to(device.device)
-    trainer = tg.Trainer(model, data, h, eight_ranks, device, tg.Log(silent=True))
+    model = tg.GPT(h, tg.attend_on(device), device.dtype).to(device.device)
+    trainer = tg.Trainer(model, data, eight_ranks, device, tg.Log(silent=True), math.inf)
     phase, batch = tg.programs(h)[-1], trainer.batches.batch(0)
     trainer.take_step(phase, *batch)  # the first step allocates
     torch.cuda.set_sync_debug_mode("error")

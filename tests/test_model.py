@@ -449,7 +449,7 @@ def test_micro_batches_change_no_jepa_loss(byte_corpus, cpu):
     for micro in (1024, 128):
         model = random_model(data_path=byte_corpus, micro_batch_tokens=micro, **linear)
         start = model.jepa.projector[0].weight.detach().clone()
-        run = trainer(model, load(model.h), model.h, cpu)
+        run = trainer(model, load(model.h), cpu)
         terms = run.take_step(tg.Phase(1.0, 0.9, 1.0, 0.0), ids, targets)
         found.append((terms, model.jepa.projector[0].weight.detach() - start))
     (terms, change), (terms_of_parts, change_of_parts) = found

@@ -233,6 +233,21 @@ def test_the_schedule_by_steps(tmp_path):
     assert 0.0009 < weights[79] < 0.001 and weights[80] == 0
 
 
+def test_the_schedule_has_loops_and_the_least_rate_of_a_run_that_repeats_layers(tmp_path):
+    """A trial without loops has no line in their panel."""
+    h = settings(iterations=100, num_layers=2, num_loops=2, loop_start=0, loop_end=0)
+    h = replace(h, enable_looping_at=0.35, warmdown_frac=0.5, min_lr=0.1)
+    folders = [write_run(tmp_path / "looped", losses=[1.0] * 100, h=h)]
+    folders.append(write_run(tmp_path / "plain", losses=[1.0] * 100, h=replace(h, num_loops=0)))
+    figure = plot.make([read_run(folder) for folder in folders], "schedule")
+    titles = [axes.get_ylabel() for axes in figure.axes]
+    assert titles == ["learning-rate scale", "Muon's momentum", "loops"]
+    rates, loops = points_of(figure, 0), points_of(figure, 2)
+    assert (rates[50], rates[75], rates[99]) == (1.0, 0.5, 0.1)
+    assert (loops[34], loops[35], loops[99]) == (0, 2, 2)
+    assert [line.get_label() for line in figure.axes[2].lines] == ["looped"]
+
+
 def test_the_schedule_by_the_clock(tmp_path):
     h = settings(iterations=1000, warmdown_iters=40, max_wallclock_seconds=200)
     runs = [read_run(write_run(tmp_path / "a", losses=[1.0] * 100, h=h))]  # 2 s a step

@@ -63,7 +63,7 @@ def record() -> None:
         digest = hashlib.sha256()
         for p in (*trainer.average.params.values(), *trainer.average.weights.values()):
             digest.update(p.numpy().tobytes())
-        clock, steps = trainer.clock.elapsed, len(trainer.step_log.times)
+        clock, steps = trainer.step_log.elapsed, len(trainer.step_log.seconds)
         Path(f"end{rank()}").write_text(f"{digest.hexdigest()} {clock} {steps}")
 
     before_call("Optimizers.step", first_step)
@@ -145,9 +145,20 @@ def test_an_artifact_has_the_same_score_on_any_number_of_ranks(
 # ---- Collectives ----
 
 
-def odd_outputs(x: torch.Tensor, _: None) -> tuple[torch.Tensor, ...]:
-    """Outputs of every dtype and of other shapes."""
-    return (x > 0)[:, 0, 0], x > 0, (x * 9).to(torch.int8), x.half(), x.half().sum(1), x.double()
+# Functions of a stack whose outputs have every dtype, and other shapes.
+ODD = (
+    lambda x: (x > 0)[:, 0, 0],
+    lambda x: x > 0,
+    lambda x: (x * 9).to(torch.int8),
+    lambda x: x.half().sum(1),
+    lambda x: x.double(),
+    lambda x: tg.newton_schulz(x, 5),
+)
+
+
+def quantize_codes(name: str, weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """The codes of matrices alone."""
+    return quantize_matrices(name, weight, hessian)[0]
 
 
 def collectives() -> None:
@@ -161,25 +172,23 @@ def collectives() -> None:
     assert made == [0] * (own == 0)
     draw = torch.Generator().manual_seed(0)
     quantizers = [functools.partial(tg.search_scales, q, 31) for q in tg.QUANTIZERS.values()]
-    quantizers += [functools.partial(quantize_matrices, name) for name in tg.QUANTIZERS]
+    quantizers += [functools.partial(quantize_codes, name) for name in tg.QUANTIZERS]
     for n in (1, 2, 3, 5, 8):
         x = torch.randn(n, 6, 4, generator=draw)
         inputs = torch.randn(n, 9, 4, generator=draw)
         jobs = [(quantize, (x, inputs.mT @ inputs)) for quantize in quantizers]
-        jobs += [(quantizers[0], (x, None)), (odd_outputs, (x, None))]
-        jobs += [(lambda g: [tg.newton_schulz(g, 5)], (x,))]
+        jobs += [(quantizers[0], (x, x[:, :0])), *((function, (x,)) for function in ODD)]
         for function, stacks in jobs:
-            alone, divided = function(*stacks), ranks.map_over_ranks(function, *stacks)
-            for whole, part in zip(alone, divided, strict=True):
-                assert (whole.dtype, whole.shape) == (part.dtype, part.shape)
-                torch.testing.assert_close(part, whole, rtol=1e-6, atol=1e-6)
+            whole, part = function(*stacks), ranks.map_over_ranks(function, *stacks)
+            assert (whole.dtype, whole.shape) == (part.dtype, part.shape)
+            torch.testing.assert_close(part, whole, rtol=1e-6, atol=1e-6)
     print("all hold", flush=True)
     os._exit(0)
 
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_collectives_and_work_divided_among_ranks(world, tmp_path):
-    """Stacks that the ranks do not divide, None among them, outputs of every dtype."""
+    """Stacks that the ranks do not divide, one without elements, outputs of every dtype."""
     ranks = Ranks(tmp_path, world=world, first=collectives)
     assert ranks.end() == [0] * world, ranks.said()
     assert ranks.said().count("all hold") == world
@@ -205,7 +214,7 @@ def test_dividing_work_copies_nothing_from_the_cpu(monkeypatch):
         monkeypatch.setattr(dist, name, lambda *_, **__: None, raising=False)
     stack = torch.empty(3, 4, device="meta")
     with Operations() as operations:
-        (out,) = tg.Ranks(1, 2).map_over_ranks(lambda _, x: [x], None, stack)
+        out = tg.Ranks(1, 2).map_over_ranks(lambda x: x, stack)
     assert (out.shape, out.device) == (stack.shape, stack.device)
     assert operations.names
     assert not [name for name in operations.names if "copy" in name]
@@ -217,7 +226,7 @@ def test_collectives_of_one_rank_return_their_inputs():
     assert tensor.tolist() == [0, 1, 2]
     assert ranks.all_reduce_max(3, 0.5, True) == [3, 0.5, 1]
     assert ranks.broadcast_from_rank0(lambda: "made") == "made"
-    (out,) = ranks.map_over_ranks(lambda *x: calls.append(x) or [x[0]], tensor, None)
+    out = ranks.map_over_ranks(lambda x: calls.append(x) or x, tensor)
     assert out.tolist() == [0, 1, 2]
     assert len(calls) == 1
 
@@ -286,7 +295,8 @@ def test_more_ranks_than_gpus_are_an_error_that_torchrun_shows(tmp_path, monkeyp
     env |= {"MASTER_PORT": str(free_port()), "TORCHELASTIC_RUN_ID": "none"}
     assert tg.main([], {**TINY, **env}) == 2
     told = json.loads((tmp_path / "told.json").read_text())["message"]["message"]
-    assert told.endswith("LOCAL_RANK=2: this machine has 2 GPUs; lower --nproc_per_node")
+    assert "LOCAL_RANK=2" in told
+    assert "this machine has 2 GPUs; lower --nproc_per_node" in told
     assert capsys.readouterr().out == ""  # of a rank but the first
 
 

@@ -183,7 +183,7 @@ def test_warm_up_compiles_every_program_and_the_run_no_other(byte_corpus):
     device = CountingDevice(torch.device("cpu"), torch.float32, compiled=True)
     log = CountingLog(device)
     torch.manual_seed(0)
-    trainer = tg.Trainer(tg.GPT(h), load(h), h, tg.Ranks(), device, log)
+    trainer = tg.Trainer(tg.GPT(h), load(h), tg.Ranks(), device, log, math.inf)
     assert trainer.grad_accum == 2
     trainer.train()
     steps = [count for kind, count in log.counts if kind == "step"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench.harness import synthetic_weights
 from conftest import ROOT, settings
 from hostile import CODECS
 
@@ -31,8 +32,8 @@ def large_model(**changes: object) -> tg.GPT:
 def pack(model: tg.GPT, room: int, capsys, codec: str = "zstd") -> tuple[bytes, list[list[float]]]:
     """The artifact of a model, made to fit; bytes, entropy, bits a code and factor of each try."""
     capsys.readouterr()
-    h = tg.replace(model.h, compressor=codec)
-    blob = tg.pack_to_fit(model, {}, h, room, tg.Ranks(), tg.Log())
+    model.h = tg.replace(model.h, compressor=codec)
+    blob = tg.pack_to_fit(model, {}, room, tg.Ranks(), tg.Log())
     line = r"size: (\d+) bytes packed, .* codes (\d+) bytes, ([\d.]+) bits .* factor ([\d.]+)"
     return blob, [[*map(float, x)] for x in re.findall(line, capsys.readouterr().out)]
 
@@ -85,13 +86,7 @@ def test_a_model_of_millions_of_weights_fits_within_a_thousandth_in_two_packings
     """Rows and columns of its matrices differ in size, as those of trained ones do."""
     wide = {"num_layers": 8, "model_dim": 256, "num_heads": 8, "num_kv_heads": 4, "mlp_mult": 4.0}
     wide |= {"scale_rule": "std", "matrix_clip_sigmas": 5.0, "bigram_vocab_size": 0}
-    model, draw = tg.GPT(settings(**wide)), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim == 2:
-                rows = (0.3 * torch.randn(p.size(0), 1, generator=draw)).exp()
-                cols = (0.2 * torch.randn(1, p.size(1), generator=draw)).exp()
-                p.copy_(torch.randn(p.shape, generator=draw) * rows * cols)
+    model = synthetic_weights(tg.GPT(settings(**wide)))
     room = sum(p.numel() for p in model.parameters()) * 7 // 16  # 3.5 bits a weight
     blob, tries = pack(model, room, capsys, codec)
     assert 0.999 * room <= len(blob) <= room

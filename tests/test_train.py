@@ -7,6 +7,7 @@ import time
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def make_trainer(
 ) -> tg.Trainer:
     """A trainer of a tiny model of seed 0, with the settings' own deadline."""
     torch.manual_seed(0)
-    return trainer(tg.GPT(h, attend), load(h), h, device, deadline=h.training_seconds)
+    return trainer(tg.GPT(h, attend), load(h), device, h.training_seconds)
 
 
 def trained(
@@ -54,9 +55,9 @@ def test_training_alone_may_round_the_inputs_of_products(byte_corpus: Path, cpu)
     """Validation is of full precision, and what follows training has that of before."""
     found = set()
 
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, window: int) -> torch.Tensor:
+    def attend(*qkv: torch.Tensor, **options: Any) -> torch.Tensor:
         found.add((torch.is_grad_enabled(), torch.get_float32_matmul_precision()))
-        return tg.attend_sdpa(q, k, v, window=window)
+        return tg.attend_sdpa(*qkv, **options)
 
     trained(settings(data_path=byte_corpus, iterations=2, val_loss_every=1), cpu, attend)
     assert found == {(True, "medium"), (False, "highest")}
@@ -73,7 +74,7 @@ def test_training_ends_at_a_gradient_that_is_not_finite_with_finite_weights(byte
 
 
 def test_the_message_names_the_terms_that_are_not_finite(cpu):
-    log = tg.StepLog(tg.TrainingClock(cpu, tg.Ranks()), tg.Log(silent=True), tg.Ranks(), 9, 0)
+    log = tg.StepLog(cpu, tg.Log(silent=True), tg.Ranks(), 9, 0)
     log.record({"train_loss": 5.1, "stp": 0.2})
     with pytest.raises(tg.DivergenceError, match=r"step 2: the loss is inf: stp or its gradient"):
         log.record({"train_loss": 5.1, "stp": math.inf})
@@ -128,9 +129,9 @@ def fake_time(monkeypatch) -> FakeTime:
 def slow_attention(clock: FakeTime, seconds: Callable[[bool], float]) -> tg.Attend:
     """Attention that takes so many seconds, given whether it is part of a training step."""
 
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, window: int) -> torch.Tensor:
+    def attend(*qkv: torch.Tensor, **options: Any) -> torch.Tensor:
         clock.now += seconds(torch.is_grad_enabled())
-        return tg.attend_sdpa(q, k, v, window=window)
+        return tg.attend_sdpa(*qkv, **options)
 
     return attend
 
@@ -148,7 +149,7 @@ def test_training_stops_before_the_cap(byte_corpus: Path, cpu, capsys, fake_time
     run = trained(settings(data_path=byte_corpus, **ONE_PASS, **limits), cpu, attend)
     assert "stopping_early: wallclock_cap" in capsys.readouterr().out
     assert run.step == len(run.step_log.losses) == steps  # before the first step nothing is known
-    assert run.clock.elapsed < cap or steps == 1
+    assert run.step_log.elapsed < cap or steps == 1
 
 
 @pytest.mark.parametrize(("iterations", "validated"), [(5, [0, 2, 4, 5]), (4, [0, 2, 4])])
@@ -158,7 +159,7 @@ def test_validation_is_at_its_steps_and_outside_the_clock(
     attend = slow_attention(fake_time, lambda trains: 1.0 if trains else 100.0)
     every = {"iterations": iterations, "val_loss_every": 2, "train_log_every": 0}
     run = trained(settings(data_path=byte_corpus, **ONE_PASS, **every), cpu, attend)
-    assert run.clock.elapsed == iterations
+    assert run.step_log.elapsed == iterations
     lines = capsys.readouterr().out.splitlines()
     steps = [line.split()[0] for line in lines if "val_bpb" in line and "step_avg" in line]
     assert steps == [f"step:{step}/{iterations}" for step in validated]
@@ -169,7 +170,7 @@ class LateStepLog(tg.StepLog):
 
     def launched(self, terms: dict[str, torch.Tensor]) -> None:
         self.running.append((None, list(terms), torch.stack(list(terms.values()))))
-        self.finish(keep=1)
+        self.record_steps(keep=1)
 
 
 def test_steps_that_are_known_late_are_logged_and_have_time(
@@ -179,7 +180,7 @@ def test_steps_that_are_known_late_are_logged_and_have_time(
     attend = slow_attention(fake_time, lambda trains: 1.0 if trains else 0.0)
     limits = {"iterations": 1000, "max_wallclock_seconds": 10, "val_loss_every": 3}
     run = make_trainer(settings(data_path=byte_corpus, **ONE_PASS, **limits), cpu, attend)
-    run.step_log = LateStepLog(run.clock, run.log, tg.Ranks(), 1000, 1)
+    run.step_log = LateStepLog(cpu, run.log, tg.Ranks(), 1000, 1)
     run.train()
     # The slowest step took 2 s. After 6 s one step still runs: it and one more could end at 10 s.
     assert run.step == len(run.step_log.losses) == 6
@@ -227,6 +228,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch):
 def no_gpu(monkeypatch, back_ends) -> None:
     """A machine without one, whatever is here."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -324,14 +326,14 @@ def test_a_gpu_that_torch_cannot_use_is_an_error_unless_it_is_hidden(
     for node in (name, "nvidiactl", "nvidia-uvm"):
         (tmp_path / node).touch()
     monkeypatch.setattr(tg, "GPU_NODES", tmp_path)
-    run = tg.Run(
-        {"CUDA_VISIBLE_DEVICES": value} if value is not None else {}, tg.Log(silent=True), {}
-    )
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    if value is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
     if hidden:
-        assert not tg.start_device("auto", run.gpus_hidden)[0].is_cuda
+        assert not tg.start_device("auto")[0].is_cuda
         return
     with pytest.raises(tg.SettingsError, match=f"{tmp_path / name}: this machine has a GPU that"):
-        tg.start_device("auto", run.gpus_hidden)
+        tg.start_device("auto")
 
 
 @pytest.mark.fault(29)

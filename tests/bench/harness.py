@@ -48,7 +48,8 @@ class Scale:
     rounds: int
     calls: int  # in a turn, of what a GPU does in a millisecond
     settings: str  # of the model, its step and its scoring, as one would type them
-    byte_settings: str  # of the other stack's step
+    byte_settings: str  # of the step of PR #832's stack
+    frontier_settings: str  # of the frontier's step
     eager: str  # what the step changes where an eager one takes part
     matrices: str  # of the model whose matrices Muon steps
     ranks: str  # of the model whose gradients are summed
@@ -72,12 +73,20 @@ def assignments(text: str) -> dict[str, str]:
 V9, BYTES = "TRAIN_BATCH_TOKENS=98304", "PRESET=byte_jepa TRAIN_BATCH_TOKENS=49152"
 BYTE_CPU = "PRESET=byte_jepa NUM_LAYERS=2 MODEL_DIM=128 NUM_HEADS=2 NUM_KV_HEADS=1 "
 BYTE_CPU += "TRAIN_SEQ_LEN=512 TRAIN_BATCH_TOKENS=2048"
+FRONTIER = "PRESET=frontier TRAIN_BATCH_TOKENS=98304"
+FRONTIER_CPU = (
+    "PRESET=frontier VOCAB_SIZE=1024 NUM_LAYERS=4 MODEL_DIM=128 NUM_HEADS=2 NUM_KV_HEADS=1 "
+)
+FRONTIER_CPU += (
+    "LOOP_START=1 LOOP_END=2 PARALLEL_START_LAYER=3 TRAIN_SEQ_LEN=512 TRAIN_BATCH_TOKENS=2048"
+)
 CUDA = Scale(
     device="cuda",
     rounds=10,
     calls=10,
     settings=V9,
     byte_settings=BYTES,
+    frontier_settings=FRONTIER,
     eager="TRAIN_BATCH_TOKENS=32768",
     matrices="",
     ranks="TRAIN_BATCH_TOKENS=16384",
@@ -93,6 +102,7 @@ CPU = Scale(
     calls=1,
     settings="PRESET=cpu",
     byte_settings=BYTE_CPU,
+    frontier_settings=FRONTIER_CPU,
     eager="",
     matrices="",
     ranks="NUM_LAYERS=6 TRAIN_SEQ_LEN=128 TRAIN_BATCH_TOKENS=128",
@@ -188,11 +198,26 @@ def tolerance(machine: Machine, exact: float, rough: float) -> float:
 def random_model(h: tg.Hyperparameters, machine: Machine) -> tg.GPT:
     """Returns a model without zero weights, which would be faster than those of a trained model."""
     torch.manual_seed(h.seed)
-    model = tg.GPT(h, dtype=machine.device.dtype)
+    model = tg.GPT(h, tg.attend_on(machine.device), machine.device.dtype)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.02)
     return model.to(machine.device.device)
+
+
+def synthetic_weights(model: tg.GPT, seed: int = 0) -> tg.GPT:
+    """Returns the model with normal matrices, the sizes of whose rows and columns differ.
+
+    Their standard deviations have log-std 0.3 and 0.2, as in trained matrices.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 2:
+                rows = (0.3 * torch.randn(p.size(0), 1, generator=draw)).exp()
+                cols = (0.2 * torch.randn(1, p.size(1), generator=draw)).exp()
+                p.copy_(torch.randn(p.shape, generator=draw) * rows * cols)
+    return model
 
 
 def random_data(h: tg.Hyperparameters, val_tokens: int = 0) -> tg.Data:
@@ -205,16 +230,14 @@ def random_data(h: tg.Hyperparameters, val_tokens: int = 0) -> tg.Data:
         stream = tg.TokenStream(path.parent, "train", h.vocab_size)  # mapped: outlives the folder
     size = (torch.arange(h.vocab_size) >= 4).short()
     val = torch.from_numpy(draw.integers(4, h.vocab_size, val_tokens + 1).astype("<i4"))
-    train = tg.TrainingBatches(stream, h.train_batch_tokens, h.train_seq_len, tg.Ranks())
+    train = tg.TrainingBatches(stream, h, tg.Ranks())
     return tg.Data(tg.Validation(val, tg.ByteTable(size, 0 * size), canonical=False), train)
 
 
 def quantize_model(model: tg.GPT, hessians: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Returns the arrays of a model's artifact."""
-    stacks = tg.weight_stacks(model, hessians)
-    scales = tg.choose_scales(stacks, model.h.scale_rule, tg.Ranks())
-    codes = tg.quantize_stacks(stacks, scales, tg.Ranks())
-    return tg.artifact_arrays(model, codes, scales)
+    ranks = tg.Ranks()
+    return tg.artifact_arrays(model, tg.weight_stacks(model, hessians, ranks), 1.0, ranks)
 
 
 def calibration_batches(h: tg.Hyperparameters) -> Sequence[torch.Tensor]:

@@ -54,7 +54,7 @@ def main(path: str) -> None:
         model.load_state_dict(weights)
         began, hessians = time.perf_counter(), {}
         if sequences is not None:
-            hessians, _ = tg.collect_hessians(model, sequences.split(rows), ranks)
+            hessians = tg.collect_hessians(model, sequences.split(rows), ranks)
         arrays = quantize_model(model, hessians)
         seconds, stored = time.perf_counter() - began, tg.dequantize(arrays)
         alone = {n: stored[n] if roles[n] == "matrix" else w for n, w in weights.items()}

@@ -172,7 +172,7 @@ def gptq(scale: Scale, machine: Machine) -> Table:
     hessians: dict[str, torch.Tensor] = {}
 
     def collect() -> None:
-        hessians.update(tg.collect_hessians(model, calibration_batches(h), ranks)[0])
+        hessians.update(tg.collect_hessians(model, calibration_batches(h), ranks))
 
     ways = {
         "rounding": lambda: quantize_model(model, {}),

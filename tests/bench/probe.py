@@ -75,7 +75,7 @@ def main(stage: str, scale: str) -> None:
     if stage == "quantize":
 
         def once() -> None:
-            hessians, _ = tg.collect_hessians(model, calibration_batches(h), ranks)
+            hessians = tg.collect_hessians(model, calibration_batches(h), ranks)
             tg.pack_artifact(h, quantize_model(model, hessians), h.compressor)
 
     mark("model, data and optimizers" if stage == "step" else "model and data")

@@ -44,7 +44,10 @@ def drop_pages(folder: Path) -> None:
 def read_seconds(folder: Path, order: str, ranks: tg.Ranks, step: int) -> float:
     """Returns the seconds that the first rank's windows of a step take, from shards mapped anew."""
     stream = tg.TokenStream(folder, "train", 1024)
-    batches = tg.TrainingBatches(stream, ROWS * SEQ_LEN, SEQ_LEN, ranks, order)
+    h = tg.Hyperparameters(
+        train_batch_tokens=ROWS * SEQ_LEN, train_seq_len=SEQ_LEN, train_order=order
+    )
+    batches = tg.TrainingBatches(stream, h, ranks)
     began = time.perf_counter()
     batches.batch(step)
     return time.perf_counter() - began

@@ -14,15 +14,17 @@ from torch import Tensor, nn
 import train_gpt as tg
 
 
-def newton_schulz(gradient: Tensor, steps: int) -> Tensor:
+def newton_schulz(gradient: Tensor, steps: int, coefficients: str = "quintic") -> Tensor:
     """Returns about U V^T of one U S V^T [rows, cols]."""
+    table = tg.NEWTON_SCHULZ[coefficients]
     tall = gradient.size(0) > gradient.size(1)
     x = gradient / (gradient.norm() + 1e-7)
     if tall:
         x = x.T
-    for _ in range(steps):
+    for step in range(steps):
+        a, b, c = table[min(step, len(table) - 1)]
         gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        x = a * x + (b * gram + c * gram @ gram) @ x
     return x.T if tall else x
 
 
@@ -38,7 +40,8 @@ class Loop:
             "scalar": h.scalar_lr,
             "aux": h.jepa_lr,
         }
-        decays = dict.fromkeys(self.rates, h.adam_wd) | {"head": 0.0, "aux": 0.0}
+        tables = dict.fromkeys(("embed", "untied_embed"), h.embedding_wd)
+        decays = {"scalar": h.adam_wd, "head": 0.0, "aux": 0.0} | tables
         roles = tg.parameter_roles(model)
         groups: dict[str, list[nn.Parameter]] = {role: [] for role in ("matrix", *self.rates)}
         for name, p in model.named_parameters():
@@ -56,12 +59,12 @@ class Loop:
     def step(
         self,
         number: int,
-        scale: float,
+        phase: tg.Phase,
         inputs: Tensor,
         targets: Tensor,
         auxiliary: Callable[[slice], tg.Auxiliary] = lambda rows: tg.NO_AUXILIARY,
     ) -> float:
-        """Takes step `number` on ids [sequences, T] at `scale` times the learning rates.
+        """Takes step `number` on ids [sequences, T] with the rates and loops of a phase.
 
         `auxiliary` returns the inputs of the auxiliary losses of some sequences.
 
@@ -75,13 +78,14 @@ class Loop:
         total = 0.0
         for n in range(parts):
             part = slice(n * rows, (n + 1) * rows)
-            loss, terms = self.model.losses(inputs[part], targets[part], auxiliary(part))
+            batch = inputs[part], targets[part], auxiliary(part)
+            loss, terms = self.model.losses(*batch, phase.loops)
             (loss / parts).backward()
             total += terms["train_loss"].item() / parts
         nn.utils.clip_grad_norm_(self.model.parameters(), h.grad_clip_norm or math.inf)
-        self.muon(number, scale)
+        self.muon(number, phase.lr_scale)
         for group, rate in zip(self.adamw.param_groups, self.rates.values(), strict=True):
-            group["lr"] = rate * scale
+            group["lr"] = rate * phase.lr_scale
         self.adamw.step()
         decay = min(h.ema_decay, (1 + number) / (10 + number)) if h.ema_enabled else 0.0
         with torch.no_grad():
@@ -98,8 +102,11 @@ class Loop:
         momentum, lr = start + warm * (end - start), h.matrix_lr * scale
         for p, buffer in zip(self.matrices, self.momenta, strict=True):
             buffer.mul_(momentum).add_(p.grad)
-            direction = (p.grad + momentum * buffer).to(self.model.dtype)
-            update = newton_schulz(direction, h.muon_backend_steps).float()
+            direction = p.grad + momentum * buffer
+            if h.muon_row_normalize:
+                direction = direction / direction.norm(dim=1, keepdim=True).clamp_min(1e-7)
+            direction = direction.to(self.model.dtype)
+            update = newton_schulz(direction, h.muon_backend_steps, h.muon_coefficients).float()
             p.mul_(1 - lr * h.muon_wd)
             p.sub_(lr * max(1, p.size(0) / p.size(1)) ** 0.5 * update)
 

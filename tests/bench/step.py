@@ -1,5 +1,6 @@
 """A training step: its stages, its speed against the device's matrix products and a plain loop."""
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -8,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import nn
 
 import train_gpt as tg
 
@@ -38,18 +40,32 @@ STAGES = (
 )
 
 
-def flops_per_token(model: tg.GPT, h: tg.Hyperparameters) -> float:
+def visits(h: tg.Hyperparameters, loops: int) -> list[int]:
+    """Returns the layers in the order of a forward pass; with `loops`, some more than once."""
+    plan = tg.layer_plan(h, loops)
+    return [*plan.encoder, *plan.decoder]
+
+
+def product_weights(module: nn.Module) -> int:
+    """Returns the number of weights of a module's matrix products."""
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, tg.Linear))
+
+
+def flops_per_token(model: tg.GPT, loops: int) -> float:
     """Returns the floating-point operations of a training step for each token: 6 N + 6 L T d.
 
-    N: weights of all matrix products, the head with them, each 2 forward and 4 backward; the
-    JEPA head works on chunks. Attention, causal: T/2 keys and T/2 values of width d, likewise.
+    N: weights of all matrix products, those of a layer once for each of its visits, the head with
+    them, each 2 forward and 4 backward; the JEPA head works on chunks. Attention, causal, in L
+    visits: T/2 keys and T/2 values of width d, likewise.
     """
-    n = model.tok_emb.weight.numel() if h.tie_embeddings else 0  # as the head
-    for name, module in model.named_modules():
-        if isinstance(module, tg.Linear):
-            share = h.jepa_chunk_size if name.startswith("jepa.") else 1
-            n += module.weight.numel() / share
-    return 6 * n + 6 * h.num_layers * h.train_seq_len * h.model_dim
+    h = model.h
+    order = visits(h, loops)
+    n = sum(product_weights(model.blocks[layer]) for layer in order)
+    n += model.tok_emb.weight.numel() if h.tie_embeddings else 0  # as the head
+    for name, child in model.named_children():
+        if name != "blocks":
+            n += product_weights(child) / (h.jepa_chunk_size if name == "jepa" else 1)
+    return 6 * n + 6 * len(order) * h.train_seq_len * h.model_dim
 
 
 class Steps:
@@ -82,7 +98,7 @@ class Ours(Steps):
     def __init__(self, h: tg.Hyperparameters, machine: Machine, data: tg.Data) -> None:
         super().__init__(h, machine, data)
         log = tg.Log(silent=True)
-        self.trainer = tg.Trainer(self.model, data, h, tg.Ranks(), self.device, log)
+        self.trainer = tg.Trainer(self.model, data, tg.Ranks(), self.device, log, math.inf)
 
     def take(self, number: int) -> torch.Tensor:
         """Takes a step and updates the average."""
@@ -105,7 +121,7 @@ class Plain(Steps):
         device = self.device.device
         ids, targets = (x.to(device) for x in self.data.train.batch(number))
         auxiliary = partial(tg.auxiliary_inputs, self.phase, self.h, number, device=self.device)
-        return self.loop.step(number, self.phase.lr_scale, ids, targets, auxiliary)
+        return self.loop.step(number, self.phase, ids, targets, auxiliary)
 
 
 class Cut:
@@ -153,8 +169,10 @@ class Cut:
 
 
 def described(h: tg.Hyperparameters) -> str:
-    """Returns the sizes of a step."""
-    shape = f"{h.num_layers} layers x {h.model_dim}, sequences of {h.train_seq_len}"
+    """Returns the sizes of a step, with NUM_LOOPS in effect."""
+    count = len(visits(h, h.num_loops))
+    repeated = f" in {count} visits" if count > h.num_layers else ""
+    shape = f"{h.num_layers} layers{repeated} x {h.model_dim}, sequences of {h.train_seq_len}"
     return f"{shape}, {h.train_batch_tokens:,} tokens a step, vocabulary {h.vocab_size}"
 
 
@@ -163,7 +181,8 @@ def step(scale: Scale, machine: Machine, settings: str | None = None) -> Table:
     h, device = scale.h(settings or scale.settings), machine.device
     whole = Ours(h, machine, random_data(h))
     tg.check(whole.trainer.grad_accum == 1, "only steps of one micro-batch can be cut into stages")
-    cut, per_step = Cut(whole), flops_per_token(whole.model, h) * h.train_batch_tokens
+    loops, tokens = whole.phase.loops, h.train_batch_tokens
+    cut, per_step = Cut(whole), flops_per_token(whole.model, loops) * tokens
     like = {"device": device.device, "dtype": device.dtype}
     a, b = (torch.randn(scale.square, scale.square, **like) for _ in range(2))
     wide = whole.model.blocks[0].mlp.up.weight.detach().to(device.dtype)
@@ -177,11 +196,19 @@ def step(scale: Scale, machine: Machine, settings: str | None = None) -> Table:
 
     ways = {"step": whole, "step, cut": cut, square: partial(eightfold, a, b)}
     ways[mlp] = partial(eightfold, x, wide.mT)
+    if loops:
+        ways["step without repeated layers"] = unlooped = Ours(h, machine, random_data(h))
+        unlooped.phase = unlooped.phase._replace(loops=0)
     seconds = in_turns(ways, scale.rounds, device.now, warm=2)
     rows = rows_of(seconds)[:2]
     for stage in STAGES:
         times = [parts[stage] for parts in cut.times[-scale.rounds :]]
         rows.append(row(f"  {stage}", "s", times, seconds["step, cut"]))
+    if loops:
+        what = "step without repeated layers"
+        rows.append(row(what, "s", seconds[what], seconds["step"]))
+        fewer = flops_per_token(whole.model, 0) * tokens
+        rows.append(row("FLOPs without repeated layers", "%", [100 * fewer / per_step]))
     rates = {name: [n / s / 1e12 for s in seconds[name]] for name, n in operations.items()}
     rows.append(row("speed", "tokens/s", [h.train_batch_tokens / s for s in seconds["step"]]))
     rows += [row(name, "TFLOP/s", rates[name], rates[square]) for name in (square, mlp)]
@@ -194,6 +221,11 @@ def step(scale: Scale, machine: Machine, settings: str | None = None) -> Table:
 def step_of_bytes(scale: Scale, machine: Machine) -> Table:
     """The same of the byte stack with its JEPA head."""
     return step(scale, machine, scale.byte_settings)
+
+
+def step_of_frontier(scale: Scale, machine: Machine) -> Table:
+    """The same of PRESET=frontier with its repeated layers, and without these."""
+    return step(scale, machine, scale.frontier_settings)
 
 
 def loop(scale: Scale, machine: Machine) -> Table:
