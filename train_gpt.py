@@ -742,10 +742,9 @@ FREE_ON_RESUME = frozenset(
     max_unknown_fraction micro_batch_tokens iterations max_wallclock_seconds warmup_steps
     val_loss_every train_log_every eval_seq_len eval_stride eval_window eval_documents
     val_batch_size canonical_mask ttt_enabled ttt_mode ttt_chunk_tokens ttt_epochs ttt_lr
-    ttt_lora_rank ttt_lora_lr ttt_chunk_size ttt_batch_size ttt_beta2 ttt_weight_decay gptq_enabled
-    gptq_calib
-    gptq_calib_tokens gptq_embed matrix_bits embed_bits scale_rule matrix_clip_sigmas
-    embed_clip_sigmas compressor
+    ttt_lora_rank ttt_lora_lr ttt_chunk_size ttt_batch_size ttt_beta2 ttt_weight_decay
+    gptq_enabled gptq_calib gptq_calib_tokens gptq_embed matrix_bits embed_bits scale_rule
+    matrix_clip_sigmas embed_clip_sigmas compressor
     """.split()
 )
 
@@ -2646,29 +2645,29 @@ class AdapterLearner:
 
     def warm_up(self) -> None:
         """Compiles on random tokens, because no text may be read before it is scored."""
-        h = self.h
-        for documents in (1, self.documents):
-            self.start(documents)
-            shape = documents, h.window_tokens
-            ids = torch.randint(h.vocab_size, shape, device=self.device.device)
-            self.forward_logits(ids, h.ttt_chunk_size).sum().backward()
+        window, chunk = self.h.window_tokens, self.h.ttt_chunk_size
+        self.start()
+        for rows, length in ((1, window), (self.documents, window), (self.documents, chunk)):
+            shape = rows, length + 1  # with the last target, as score_windows has them
+            ids = torch.randint(self.h.vocab_size, shape, device=self.device.device)
+            self.forward_logits(ids[:, :-1], chunk).sum().backward()
 
     def describe(self, batches: Sequence[Batch]) -> str:
         """Returns how much there is to do, and the memory of adapters, gradients and moments."""
         begun = [len(batch.windows) for batch in batches if batch.begins]
         widths = sum(fan_in + fan_out for fan_in, fan_out in adapter_shapes(self.h).values())
-        memory = 4 * 4 * max(begun) * self.h.ttt_lora_rank * widths
+        memory = 4 * 4 * self.documents * self.h.ttt_lora_rank * widths
         return f"documents:{sum(begun)} batches:{len(begun)} adapters:{memory >> 20} MiB"
 
-    def start(self, documents: int) -> None:
-        """Starts the adapters of so many documents."""
+    def start(self) -> None:
+        """Starts the adapters of new documents."""
         h, rank, draws = self.h, self.h.ttt_lora_rank, torch.Generator().manual_seed(self.h.seed)
         self.adapters: dict[str, tuple[Tensor, Tensor]] = {}
         for name, (fan_in, fan_out) in adapter_shapes(h).items():
             a = torch.empty(rank, fan_in).uniform_(-1, 1, generator=draws) / fan_in**0.5
-            a = a.to(self.device.device).repeat(documents, 1, 1)
-            b = a.new_zeros(documents, fan_out, rank)
-            self.adapters[name] = a.requires_grad_(), b.requires_grad_()
+            a = a.to(self.device.device).repeat(self.documents, 1, 1)
+            b = a.new_zeros(self.documents, fan_out, rank)
+            self.adapters[name] = nn.Parameter(a), nn.Parameter(b)
         params = [p for pair in self.adapters.values() for p in pair]
         betas, decay = (0.0, h.ttt_beta2), h.ttt_weight_decay
         self.adamw = torch.optim.AdamW(params, h.ttt_lora_lr, betas, 1e-10, decay)
@@ -2680,7 +2679,7 @@ class AdapterLearner:
         The loss is the sum of each document's mean, so that documents do not influence each other.
         """
         if batch.begins:
-            self.start(len(batch.windows))
+            self.start()
         else:
             self.nats.mean(1).sum().backward()
             self.adamw.step()
@@ -2688,8 +2687,7 @@ class AdapterLearner:
 
     def forward_logits(self, ids: Tensor, last: int) -> Tensor:
         """Returns logits [B, last, V] of ids [B, T] of the first B documents."""
-        adapters = {name: (a[: len(ids)], b[: len(ids)]) for name, (a, b) in self.adapters.items()}
-        return self.model_logits(ids, last, adapters)
+        return self.model_logits(ids, last, self.adapters)
 
 
 def plan_documents(tokens: Tensor, seq_len: int, first: int, stride: int, rows: int) -> list[Batch]:
@@ -2889,7 +2887,9 @@ def by_document(
     window = h.window_tokens
 
     def forward_logits(ids: Tensor, last: int, adapters: Adapters = NO_LORA) -> Tensor:
-        return model.forward_logits(ids, last, window, adapters=adapters)
+        rows = len(ids)
+        own = {k: (a.narrow(0, 0, rows), b.narrow(0, 0, rows)) for k, (a, b) in adapters.items()}
+        return model.forward_logits(ids, last, window, adapters=own)
 
     compiled = device.compile(forward_logits, dynamic=True)
     if not adapts:

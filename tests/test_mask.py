@@ -128,7 +128,10 @@ VOCAB = 12
 
 @pytest.mark.parametrize(
     ("kind", "size"),  # where a window ends, so that one more token has a window of its own
-    [("plain", 96), ("sliding 20", 92), ("one pass", 192), ("ttt 32", 96), ("ttt 20", 92)],
+    [
+        *[("plain", 96), ("sliding 20", 92), ("one pass", 192), ("ttt 32", 96), ("ttt 20", 92)],
+        *[("documents", 96), ("lora", 96)],
+    ],
 )
 def test_the_distribution_is_fixed_before_the_target_and_sums_to_one(kind, size, cpu):
     """One run for each target: were its distribution not the same in all, the sum would differ."""
