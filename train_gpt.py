@@ -3959,12 +3959,11 @@ def load_checkpoint(path: Path, h: Hyperparameters) -> SavedModel:
         elif stored:
             stored = model_settings(Hyperparameters()) | stored
         h = replace(h, **{name: stored[name] for name in model_settings(h) if name in stored})
+        averages = {name: x for name, x in tensors.items() if name.startswith("average/")}
         share = stored.get("average_share", 1.0)
-        averages = {
-            name: tensors[name.replace("average/", "model/")].lerp(average, share)
-            for name, average in tensors.items()
-            if name.startswith("average/")
-        }
+        if share < 1:  # as at the end of a run
+            last = {name: tensors[name.replace("average/", "model/")] for name in averages}
+            averages = {name: last[name].lerp(x, share) for name, x in averages.items()}
         wrappers = r"^(average/)?((module|_orig_mod)\.)*"  # of DistributedDataParallel and compile
         weights = {
             re.sub(wrappers, "", name): tensor.float() if tensor.is_floating_point() else tensor
