@@ -387,6 +387,15 @@ def test_a_missing_package_is_named_before_training(package, env, byte_corpus, m
         assert line.endswith(f"needs the {package} package: pip install {package}")
 
 
+@pytest.mark.parametrize("name", ["result.json", "train.log", ARTIFACT, MODEL])
+def test_a_folder_in_the_place_of_a_file_is_refused_before_training(env, capsys, name):
+    Path("run", name).mkdir(parents=True)
+    for argv in (["--check"], []):
+        assert tg.main(argv, env) == 2
+        assert re.search("RUN_DIR=run: .*; choose another RUN_ID", capsys.readouterr().out)
+    assert [path.name for path in Path("run").iterdir()] == [name]
+
+
 def test_a_run_that_never_began_leaves_its_folder_free(done, env):
     """Once it has begun, no other run gets the folder. Another seed gives other weights."""
     env |= {"ITERATIONS": "1", "SEED": "1"}
