@@ -222,11 +222,10 @@ UNSUPPORTED_SETTINGS = frozenset(
     """
     VAL_BATCH_TOKENS GPTQ_CALIBRATION_BATCHES MUON_BETA2 TTT_EVAL_SEQ_LEN TTT_OPTIMIZER
     TTT_GRAD_STEPS TTT_MOMENTUM TTT_FREEZE_BLOCKS TTT_GRAD_CLIP TTT_BATCH_SEQS VAL_DOC_FRACTION
-    VAL_MAX_TOKENS ROPE_YARN
-    PHASED_TTT_ENABLED GLOBAL_TTT_LR MLP_CLIP_SIGMAS ATTN_CLIP_SIGMAS SLIDING_WINDOW_ENABLED
-    QAT_ENABLED GATED_ATTN_ENABLED GATED_ATTENTION ATTN_OUT_GATE_ENABLED CASEOPS_ENABLED
-    MTP_NUM_HEADS MTP_LOSS_WEIGHT EMBEDDING_DIM LQER_ENABLED MLP_HIDDEN DTG_ENABLED VALUE_RESIDUAL
-    QUANT_BITS ZSTD_LEVEL GPTQ_RESERVE_SECONDS JEPA_SIGREG JEPA_BACKBONE_GRAD
+    VAL_MAX_TOKENS ROPE_YARN PHASED_TTT_ENABLED GLOBAL_TTT_LR MLP_CLIP_SIGMAS ATTN_CLIP_SIGMAS
+    SLIDING_WINDOW_ENABLED QAT_ENABLED GATED_ATTN_ENABLED GATED_ATTENTION ATTN_OUT_GATE_ENABLED
+    CASEOPS_ENABLED MTP_NUM_HEADS MTP_LOSS_WEIGHT EMBEDDING_DIM LQER_ENABLED MLP_HIDDEN DTG_ENABLED
+    VALUE_RESIDUAL QUANT_BITS ZSTD_LEVEL GPTQ_RESERVE_SECONDS JEPA_SIGREG JEPA_BACKBONE_GRAD
     """.split()
 )
 
@@ -675,8 +674,8 @@ def model_rules(m: ModelSettings) -> list[str]:
         )
     if m.num_loops and not m.loop_start <= m.loop_end < m.num_layers:
         faults.append(
-            f"LOOP_START={m.loop_start} LOOP_END={m.loop_end}: must be the first and the last "
-            f"layer that NUM_LOOPS repeats, below NUM_LAYERS={m.num_layers}"
+            f"LOOP_START={m.loop_start}: must be at most LOOP_END={m.loop_end}, and that below "
+            f"NUM_LAYERS={m.num_layers}"
         )
     # Encoder visits and repeated layers have one lane.
     first = max(m.num_layers // 2, m.loop_end + 1 if m.num_loops else 1)
@@ -688,7 +687,7 @@ def model_rules(m: ModelSettings) -> list[str]:
         )
     if m.smear_gate and m.smear_gate_enabled:
         faults.append(
-            "SMEAR_GATE=1 SMEAR_GATE_ENABLED=1: two forms of one gate; set one of them to 0"
+            "SMEAR_GATE=1: must be 0 with SMEAR_GATE_ENABLED=1, the other form of the gate"
         )
     if m.gate_window > m.model_dim and (m.smear_gate_enabled or m.sparse_attn_gate_enabled):
         faults.append(f"GATE_WINDOW={m.gate_window}: must be at most MODEL_DIM={m.model_dim}")
@@ -2385,8 +2384,8 @@ class GPT(nn.Module):
             skips.append(lanes[0])
         for visit, layer in enumerate(plan.decoder):
             block: Any = self.blocks[layer]
-            if len(lanes) < block.lanes:
-                lanes = 2 * lanes
+            if len(lanes) < block.lanes:  # both lanes begin as the stream so far
+                lanes = (lanes[0], lanes[0])
             if skips and len(self.skip_weights):
                 lanes = (self.add_skip(lanes[0], skips.pop(), visit), *lanes[1:])
             lanes = block(lanes, context)

@@ -173,6 +173,14 @@ def test_heads_that_do_not_fit_are_refused(text, says):
         ("CHECKPOINT_EVERY=60m", "must be steps, such as 500, or seconds"),
         ("CHECKPOINT_EVERY=-5", "must be steps, such as 500, or seconds"),
         ("CHECKPOINT_EVERY=1.5", "must be steps, such as 500, or seconds"),
+        ("LOOP_START=3 LOOP_END=9 NUM_LOOPS=2 NUM_LAYERS=9", "below NUM_LAYERS=9"),
+        ("LOOP_START=5 LOOP_END=4 NUM_LOOPS=2", "must be at most LOOP_END=4"),
+        ("PARALLEL_START_LAYER=4", "at least 5 and below NUM_LAYERS=11"),
+        ("PARALLEL_START_LAYER=5 NUM_LOOPS=1", "at least 6 and below NUM_LAYERS=11"),
+        ("SMEAR_GATE=1 SMEAR_GATE_ENABLED=1", "must be 0 with SMEAR_GATE_ENABLED=1"),
+        ("GATE_WINDOW=513 SPARSE_ATTN_GATE_ENABLED=1", "at most MODEL_DIM=512"),
+        ("ENABLE_LOOPING_AT=1 NUM_LOOPS=1", "must be below 1"),
+        ("MIN_LR=0.3 SWA_ENABLED=1", "must be below SWA_START_FRAC=0.2"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(text, says):
@@ -213,6 +221,14 @@ def test_a_batch_is_divided_by_all_ranks(world_size, near):
 
 
 # ---- What is logged ----
+
+
+def test_a_setting_that_the_preset_makes_useless_is_logged():
+    env = {"PRESET": "frontier", "WARMDOWN_ITERS": "1000"}
+    says = "warning: WARMDOWN_ITERS is ignored, because WARMDOWN_FRAC=0.85; set WARMDOWN_FRAC=0"
+    assert says in tg.settings_notes(from_env(env), env)
+    env |= {"WARMDOWN_FRAC": "0"}
+    assert says not in tg.settings_notes(from_env(env), env)
 
 
 @fault(19)
