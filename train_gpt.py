@@ -33,6 +33,7 @@ d width of a head, V vocabulary size, L layers.
 import argparse
 import base64
 import bisect
+import copy
 import ctypes
 import difflib
 import hashlib
@@ -569,6 +570,21 @@ class Hyperparameters(ModelSettings):
         12.85, "SCALE_RULE=std: k of matrices; raised if the artifact is too large.", low=0.1
     )
     embed_clip_sigmas: float = setting(20.0, "SCALE_RULE=std: k of tables.", low=0.1)
+    quantizer: str = setting(
+        "scalar",
+        "Codes of a weight: scalar, or those of a trellis of 8 states (trellis) or 4 (trellis4), "
+        "which takes about a fifth of the loss at equal bytes; COMPRESSOR=range suits it.",
+        choices=("scalar", "trellis4", "trellis"),
+    )
+    sensitivity_tokens: int = setting(
+        0,
+        "Calibration tokens on which each matrix is rounded alone, to find how fine its codes must "
+        "be; 0 takes the same k for all.",
+    )
+    tune_scales: int = setting(
+        0,
+        "Steps of Adam on the scales of rows and the float16 weights after GPTQ, on training text.",
+    )
     compressor: str = setting(
         "zstd", "Codec of the artifact.", choices=("zstd", "lzma", "brotli", "range")
     )
@@ -616,6 +632,11 @@ class Hyperparameters(ModelSettings):
     def calibrates_on_text(self) -> bool:
         """Whether GPTQ reads training text, which counts as training."""
         return self.gptq_enabled and self.gptq_calib == "train"
+
+    @property
+    def quantizes_on_text(self) -> bool:
+        """Whether anything after the last step reads training text."""
+        return self.calibrates_on_text or self.tune_scales > 0
 
 
 def parse_value(text: str, kind: Any) -> Any:
@@ -3418,24 +3439,149 @@ class Trainer:
 GPTQ_BLOCK = 128  # columns
 CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)  # of a row's largest weight
 MIN_SCALE, MAX_SCALE = 2.0**-24, 65_504.0  # what float16 can hold
+TRELLIS_STEPS = 64  # at most, down a column
+TUNE_RATE = 0.006  # of Adam, falling to 0
+RATE_WEIGHT = 0.05  # squared errors, in units of the scale, that a nat of a code is worth
+
+
+class Quantizer:
+    """Codes of weights, and weights of codes, both in units of a row's scale.
+
+    With one state it is scalar: a weight is its code. With more it is a trellis (dependent
+    quantization, as in VVC, ITU-T H.266): a state walks down each column, the parity of a code
+    chooses the next one, and in odd states the code k means k - sign(k) / 2. A path through the
+    states places weights twice as finely as its codes cost.
+    """
+
+    def __init__(self, flips: Sequence[int]) -> None:
+        # State s leads to two: an even code to 2 s + flips[s], modulo the number of states, an odd
+        # one to the other of that pair. So s and s + half of their number lead to the same pair.
+        self.count, parity = len(flips), np.arange(2)
+        states, flip = np.arange(self.count)[:, None], np.array(flips)[:, None]
+        self.next_state = (2 * states + (parity ^ flip)) % self.count  # [state, parity of code]
+        # Where a code lies that leads to the first or the second of the pair, see nearest_codes.
+        self.subset = 2 * (states % 2) + (parity ^ flip)  # [state, 2]
+
+    def code_costs(self, x: Tensor, limit: int) -> Tensor:
+        """Returns what codes of matrices x [n, ...] cost: RATE_WEIGHT times their nats.
+
+        [n, 2, limit + 1], for even and odd states, by the size of a code. The entropy is that of
+        nearest codes, which differs little from that of a trellis.
+        """
+        if self.count == 1:
+            return x.new_zeros(len(x), 2, limit + 1)
+        size = x.abs().flatten(1)
+        halves = [size.round(), (size + 0.5).round() * (size > 0.25)]
+        codes = torch.stack(halves, 1).clamp(max=limit).long()
+        counts = x.new_full((len(x), 2, limit + 1), 0.5)
+        counts.scatter_add_(2, codes, x.new_ones(()).expand(codes.shape))
+        shares = counts / counts.sum(2, keepdim=True)
+        shares[:, :, 1:] /= 2  # either sign
+        return -RATE_WEIGHT * shares.log()
+
+    def encode(self, x: Tensor, limit: int, code_costs: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns codes of x [n, cols, rows], of size at most `limit`, and what they stand for.
+
+        They are those of the path of least cost: squared error, plus code_costs [n, 2, limit + 1].
+        """
+        if self.count == 1:
+            codes = x.round().clamp(-limit, limit)
+            return codes, codes
+        rows, size = x.size(2), x.abs()
+        candidates = nearest_codes(size, limit)
+        halves = torch.arange(4, device=x.device).view(4, 1, 1, 1) // 2
+        found = code_costs[:, halves.flatten()].movedim(1, 0)  # [4, n, limit + 1]
+        found = found.gather(2, candidates.flatten(2).long()).view_as(candidates)
+        costs = found + (size - reconstruct(candidates, halves)).square()
+        side = rows_side_by_side(rows)
+        steps = F.pad(costs, (0, -rows % side)).unflatten(3, (-1, side)).movedim(3, 0)
+        path = self.least_path(steps.flatten(2)).view(len(steps), *x.shape[:2], side)
+        path = path.movedim(0, 2).flatten(2)[:, :, :rows]
+        codes = candidates.gather(0, path[None]).squeeze(0).copysign(x)
+        return codes, reconstruct(codes, path // 2)
+
+    def least_path(self, costs: Tensor) -> Tensor:
+        """Returns the subset of each step, int64 [steps, lanes], on the path of least sum.
+
+        `costs` is [steps, 4 subsets, lanes]. Paths begin in state 0 (Viterbi's algorithm).
+        """
+        lanes, half = costs.size(2), self.count // 2
+        subset = torch.from_numpy(self.subset).to(costs.device)
+        total = costs.new_full((self.count, lanes), math.inf)
+        total[0] = 0
+        choices = []  # bool [half, 2, lanes]: whether the better way into a state is the second
+        for cost in costs:
+            ways = total.view(2, half, 1, lanes) + cost[subset].view(2, half, 2, lanes)
+            total, second = ways.min(0)
+            choices.append(second.bool())
+        state, path = total.view(self.count, lanes).argmin(0, keepdim=True), []
+        for second in reversed(choices):
+            before = state // 2 + half * second.view(self.count, lanes).gather(0, state)
+            path.append(subset[before, state % 2])
+            state = before
+        return torch.cat(path[::-1])
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Returns what codes [rows, cols] stand for, float32."""
+        side, values = rows_side_by_side(len(codes)), []
+        next_state = torch.from_numpy(self.next_state)
+        state = torch.zeros(side, codes.size(1), dtype=torch.int64)
+        for step in codes.long().split(side):
+            state = state[: len(step)]
+            values.append(reconstruct(step.float(), state % 2))
+            state = next_state[state, step % 2]
+        return torch.cat(values)
+
+
+# The flips of 4 and 8 states are those of the trellises of JPEG 2000 (ISO 15444-2).
+QUANTIZERS: dict[str, Quantizer] = {
+    "scalar": Quantizer((0,)),
+    "trellis4": Quantizer((0, 0, 1, 1)),
+    "trellis": Quantizer((0, 1, 1, 1, 1, 0, 0, 0)),
+}
+
+
+def rows_side_by_side(rows: int) -> int:
+    """Returns how many rows are one step of a trellis; their states do not depend on each other."""
+    return -(-rows // TRELLIS_STEPS)
+
+
+def reconstruct(codes: Tensor, odd: Tensor) -> Tensor:
+    """Returns what codes stand for; `odd` is 1 in odd states, 0 in even ones."""
+    return codes - 0.5 * odd * codes.sign()
+
+
+def nearest_codes(size: Tensor, limit: int) -> Tensor:
+    """Returns the nearest code of weights >= 0 in each subset, [4, ...].
+
+    The subsets: even codes of even states, odd codes of even states, and both of odd states.
+    """
+    codes = []
+    for odd, parity in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        pairs = ((size + odd / 2 - parity) / 2).round()
+        codes.append((2 * pairs + parity).clamp(parity, limit - (limit - parity) % 2))
+    return torch.stack(codes)
 
 
 class Quantized(NamedTuple):
-    """A stack of n quantized matrices: weight = codes * scales of their rows."""
+    """A stack of n quantized matrices."""
 
     codes: Tensor  # int8 [n, rows, cols]
     errors: Tensor  # [n, rows], squared errors, which a search for scales compares
 
 
-def quantize_rounding(limit: int, weight: Tensor, scales: Tensor, _: Tensor) -> Quantized:
-    """Quantizes matrices [n, rows, cols] to nearest; does not use the Hessian.
+def quantize_rounding(
+    quantizer: Quantizer, limit: int, weight: Tensor, scales: Tensor, _: Tensor
+) -> Quantized:
+    """Quantizes matrices [n, rows, cols], each weight alone; does not use the Hessian.
 
     `scales` is float16 [n, rows]; codes are from -limit to limit.
     """
-    scale = scales.float().unsqueeze(-1)
-    codes = (weight / scale).round().clamp(-limit, limit)
-    errors = (codes * scale - weight).square().sum(-1)
-    return Quantized(codes.to(torch.int8), errors)
+    scale = scales.float().unsqueeze(1)
+    x = weight.mT / scale
+    codes, values = quantizer.encode(x, limit, quantizer.code_costs(x, limit))
+    errors = ((values - x) * scale).square().sum(1)
+    return Quantized(codes.mT.to(torch.int8), errors)
 
 
 def inverse_cholesky(hessian: Tensor) -> Tensor:
@@ -3449,12 +3595,15 @@ def inverse_cholesky(hessian: Tensor) -> Tensor:
     return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
 
 
-def quantize_gptq(limit: int, weight: Tensor, scales: Tensor, hessian: Tensor) -> Quantized:
+def quantize_gptq(
+    quantizer: Quantizer, limit: int, weight: Tensor, scales: Tensor, hessian: Tensor
+) -> Quantized:
     """Quantizes matrices [n, rows, cols] by full GPTQ (arXiv 2210.17323).
 
     `hessian` [n, cols, cols] is X^T X of the inputs X. Columns are taken by falling diagonal; the
     error of each is spread over those after it, so that the output changes least. The errors of the
-    rows are weighted by the Hessian too.
+    rows are weighted by the Hessian too. The rows of a column do not depend on each other in this:
+    a trellis may walk down them.
     """
     cols = weight.size(2)
     diagonal = hessian.diagonal(dim1=1, dim2=2)
@@ -3463,6 +3612,7 @@ def quantize_gptq(limit: int, weight: Tensor, scales: Tensor, hessian: Tensor) -
     weight = weight.masked_fill((diagonal == 0).unsqueeze(1), 0)  # of inputs that are always 0
     rest = weight.take_along_dim(order, 2).mT.contiguous()  # [n, cols, rows]
     codes, scale = torch.empty_like(rest), scales.float().unsqueeze(1)
+    code_costs = quantizer.code_costs(rest / scale, limit)
     errors = torch.zeros_like(rest[:, 0])
     for start in range(0, cols, GPTQ_BLOCK):
         stop = min(start + GPTQ_BLOCK, cols)
@@ -3470,8 +3620,8 @@ def quantize_gptq(limit: int, weight: Tensor, scales: Tensor, hessian: Tensor) -
         for i in range(start, stop):
             one, before = slice(i, i + 1), slice(start, i)
             column = rest[:, one] - upper[:, before, one].mT @ residuals[:, : i - start]
-            codes[:, one] = (column / scale).round().clamp(-limit, limit)
-            residual = (column - codes[:, one] * scale) / upper[:, one, one]
+            codes[:, one], values = quantizer.encode(column / scale, limit, code_costs)
+            residual = (column - values * scale) / upper[:, one, one]
             residuals[:, i - start] = residual[:, 0]
         rest[:, stop:] -= upper[:, start:stop, stop:].mT @ residuals
         errors += residuals.square().sum(1)
@@ -3479,10 +3629,8 @@ def quantize_gptq(limit: int, weight: Tensor, scales: Tensor, hessian: Tensor) -
     return Quantized(codes.to(torch.int8), errors)
 
 
-# A quantizer maps the largest code, weights [n, rows, cols], scales [n, rows], and Hessians
-# [n, cols, cols] to a Quantized stack.
-Quantizer = Callable[[int, Tensor, Tensor, Tensor], Quantized]
-QUANTIZERS: dict[str, Quantizer] = {"rounding": quantize_rounding, "gptq": quantize_gptq}
+# Maps weights [n, rows, cols], scales [n, rows], and Hessians [n, cols, cols] to codes and errors.
+Solver = Callable[[Tensor, Tensor, Tensor], Quantized]
 
 
 def to_scales(values: Tensor) -> Tensor:
@@ -3490,13 +3638,13 @@ def to_scales(values: Tensor) -> Tensor:
     return values.clamp(MIN_SCALE, MAX_SCALE).half()
 
 
-def search_scales(quantizer: Quantizer, limit: int, weight: Tensor, hessian: Tensor) -> Tensor:
+def search_scales(solve: Solver, limit: int, weight: Tensor, hessian: Tensor) -> Tensor:
     """Returns scales [n, rows] of weights [n, rows, cols]: each row's clip ratio of least error."""
     n, rows = weight.shape[:2]
     peak = weight.abs().amax(-1)
     scales = torch.cat([to_scales(peak * ratio / limit) for ratio in CLIP_RATIOS], 1)
     # Rows do not depend on each other, so that one call can try all ratios.
-    errors = quantizer(limit, weight.repeat(1, len(CLIP_RATIOS), 1), scales, hessian).errors
+    errors = solve(weight.repeat(1, len(CLIP_RATIOS), 1), scales, hessian).errors
     best = errors.view(n, -1, rows).argmin(1, keepdim=True)
     return scales.view(n, -1, rows).take_along_dim(best, 1).squeeze(1)
 
@@ -3536,39 +3684,42 @@ class Stack(NamedTuple):
     names: list[str]
     role: Role
     limit: int  # the largest code
-    quantizer: Quantizer
+    solve: Solver
     weight: Tensor  # [n, rows, cols]
     hessian: Tensor  # [n, cols, cols]; for rounding [n, 0, cols]
     scales: Tensor  # float16 [n, rows]
 
     def quantize(self, weight: Tensor, scales: Tensor, hessian: Tensor) -> Tensor:
         """Returns the codes, int8, of some of the weights."""
-        return self.quantizer(self.limit, weight, scales, hessian).codes
+        return self.solve(weight, scales, hessian).codes
 
 
 def weight_stacks(model: GPT, hessians: Mapping[str, Tensor], ranks: Ranks) -> list[Stack]:
     """Returns all weights that are stored as codes; those with a Hessian are for GPTQ.
 
-    SCALE_RULE chooses their scales.
+    SCALE_RULE chooses their scales; the search for clips is that of a scalar quantizer. Raises
+    DivergenceError.
     """
     h, roles, weights = model.h, parameter_roles(model), dict(model.named_parameters())
-    groups: dict[tuple[torch.Size, Role, Quantizer], list[str]] = {}
+    check_finite(weights)
+    groups: dict[tuple[torch.Size, Role, bool], list[str]] = {}
     for name, p in weights.items():
         role = ROLES[roles[name]]
         if role.bits:
-            quantizer = QUANTIZERS["gptq" if name in hessians else "rounding"]
-            groups.setdefault((p.shape, role, quantizer), []).append(name)
+            groups.setdefault((p.shape, role, name in hessians), []).append(name)
     stacks = []
-    for (_, role, quantizer), names in groups.items():
+    for (_, role, has_hessian), names in groups.items():
         limit = 2 ** (getattr(h, role.bits) - 1) - 1
         weight = torch.stack([weights[name].detach() for name in names])
-        own = [hessians[name] for name in names if name in hessians]
+        quantize = quantize_gptq if has_hessian else quantize_rounding
+        own = [hessians[name] for name in names if has_hessian]
         hessian = torch.stack(own) if own else weight[:, :0]
-        find = partial(search_scales, quantizer, limit)
+        find = partial(search_scales, partial(quantize, QUANTIZERS["scalar"], limit), limit)
         if h.scale_rule == "std":
             find = partial(std_scales, getattr(h, role.clip_sigmas), limit)
         scales = ranks.map_over_ranks(find, weight, hessian)
-        stacks.append(Stack(names, role, limit, quantizer, weight, hessian, scales))
+        solve = partial(quantize, QUANTIZERS[h.quantizer], limit)
+        stacks.append(Stack(names, role, limit, solve, weight, hessian, scales))
     return stacks
 
 
@@ -3577,17 +3728,113 @@ def artifact_arrays(
 ) -> dict[str, Tensor]:
     """Returns the arrays of an artifact by name: codes, their scales, and the rest in float16.
 
-    The scales of matrices are multiplied by the factor. The ranks divide the weights of a stack.
+    The scales of matrices are multiplied by the factor, balanced ones all. The ranks divide the
+    weights of a stack.
     """
     arrays = {name: p.detach().half() for name, p in model.named_parameters()}
     for stack in stacks:
         scales = stack.scales
-        if stack.role == ROLES["matrix"]:
+        if stack.role == ROLES["matrix"] or model.h.sensitivity_tokens:
             scales = to_scales(scales.float() * factor)
         codes = ranks.map_over_ranks(stack.quantize, stack.weight, scales, stack.hessian)
         for name, of_weight, of_rows in zip(stack.names, codes, scales):
             arrays |= {f"{name}.codes": of_weight, f"{name}.scales": of_rows}
     return {name: arrays[name] for name in artifact_layout(model)}
+
+
+def dequantize(arrays: Mapping[str, Tensor], quantizer: Quantizer) -> dict[str, Tensor]:
+    """Returns the float32 weights by parameter name."""
+    weights = {}
+    for name, array in arrays.items():
+        parameter = name.removesuffix(".codes")
+        if name.endswith(".codes"):
+            scales = arrays[f"{parameter}.scales"].float()
+            weights[parameter] = quantizer.decode(array) * scales[:, None]
+        elif not name.endswith(".scales"):
+            weights[name] = array.float()
+    return weights
+
+
+def divergence(logits: Tensor, others: Tensor) -> Tensor:
+    """Returns the Kullback-Leibler divergence in nats, summed over all positions."""
+    logits, others = logits.log_softmax(-1), others.log_softmax(-1)
+    return F.kl_div(others, logits, reduction="sum", log_target=True)
+
+
+@torch.inference_mode()
+def balance_scales(model: GPT, stacks: Sequence[Stack], ids: Tensor, ranks: Ranks) -> list[Stack]:
+    """Returns stacks with scales for which all weights are about as sensitive as each other.
+
+    The sensitivity of a matrix is the divergence on ids [B, T] that its rounding alone causes, over
+    its number of weights. It grows as the square of the scale, so that one bit less for each weight
+    of a matrix then costs the same anywhere. The geometric mean of matrices' scales stays.
+    """
+    logits, sizes = model.forward_logits(ids), []
+    found: list[Tensor] = []
+    for stack in stacks:
+        scalar = partial(quantize_rounding, QUANTIZERS["scalar"], stack.limit)
+        codes = scalar(stack.weight, stack.scales, stack.hessian).codes
+        rounded = codes * stack.scales.float().unsqueeze(-1)
+        for name, weight, values in zip(stack.names, stack.weight, rounded):
+            nats = torch.zeros(1, dtype=torch.float64, device=ids.device)
+            if len(found) % ranks.world_size == ranks.rank:
+                parameter = model.get_parameter(name)
+                parameter.copy_(values)
+                nats += divergence(logits, model.forward_logits(ids))
+                parameter.copy_(weight)
+            found.append(nats / values.numel())
+            sizes.append(values.numel() if stack.role == ROLES["matrix"] else 0)
+    sensitivity = ranks.all_reduce_(torch.cat(found))
+    floor = sensitivity.mean() / 1000 + 1e-30  # of matrices that hardly matter
+    logs = sensitivity.clamp(min=floor).log() / 2
+    weights = torch.tensor(sizes, device=ids.device) / sum(sizes)
+    factors = ((logs * weights).sum() - logs).exp().float()
+    parts = factors.split([len(stack.names) for stack in stacks])
+    return [
+        stack._replace(scales=to_scales(stack.scales.float() * part.unsqueeze(-1)))
+        for stack, part in zip(stacks, parts)
+    ]
+
+
+def tune_scales(
+    model: GPT,
+    arrays: Mapping[str, Tensor],
+    quantizer: Quantizer,
+    batches: Iterable[Tensor],
+    steps: int,
+    ranks: Ranks,
+) -> dict[str, Tensor]:
+    """Returns by array of an artifact how to change it: factors of scales, and new float16 arrays.
+
+    Adam minimizes the divergence of the quantized model from `model` on batches of ids [B, T], each
+    divided among the ranks. The codes do not change.
+    """
+    student, roles = copy.deepcopy(model), parameter_roles(model)
+    student.load_state_dict(dequantize(arrays, quantizer))
+    named = dict(student.named_parameters())
+    gradient = bind_flat_gradient_([*named.values()])
+    gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
+    matrices = {name: p.detach().clone() for name, p in named.items() if ROLES[roles[name]].bits}
+    factors = {name: p.new_ones(len(p), 1) for name, p in matrices.items()}
+    floats = {name: p for name, p in named.items() if name not in matrices}
+    adam = torch.optim.Adam([*factors.values(), *floats.values()], betas=(0.9, 0.95))
+    for step, ids in enumerate(batches):
+        adam.param_groups[0]["lr"] = TUNE_RATE * (1 - step / steps)
+        own = ids[ranks.rank :: ranks.world_size].to(gradient.device)
+        if len(own):
+            with torch.no_grad():
+                logits = model.forward_logits(own)
+            (divergence(logits, student.forward_logits(own)) / ids.numel()).backward()
+        ranks.all_reduce_(gradient)
+        for name, factor in factors.items():
+            factor.grad = (gradients[name] * matrices[name]).sum(1, keepdim=True)
+        adam.step()
+        gradient.zero_()
+        with torch.no_grad():
+            for name, factor in factors.items():
+                named[name].copy_(matrices[name] * factor)
+    tuned = {f"{name}.scales": factor.squeeze(1) for name, factor in factors.items()}
+    return tuned | {name: p.detach().half() for name, p in floats.items()}
 
 
 @torch.inference_mode()
@@ -3636,10 +3883,10 @@ def random_sequences(count: int, seq_len: int, vocab_size: int, seed: int) -> Te
 # ---- Artifact: from codes to a file that fits, and back ----
 
 # An artifact, in order: a header of 48 bytes (magic and version, 12; length of the description,
-# uint32; SHA-256 of the whole file with this field zero), the description as JSON (the codec, and
-# the model's settings, from which every shape follows), and the arrays of artifact_layout as the
-# codec compresses them: all but `range` join them without padding into one stream.
-HEADER, MAGIC = struct.Struct("<12sI32s"), b"PGOLFGPT\2\0\0\0"
+# uint32; SHA-256 of the whole file with this field zero), the description as JSON (codec,
+# quantizer, and the model's settings, from which every shape follows), and the arrays of
+# artifact_layout as the codec compresses them: all but `range` join them without padding.
+HEADER, MAGIC = struct.Struct("<12sI32s"), b"PGOLFGPT\3\0\0\0"
 MAX_DESCRIPTION = 1 << 16  # bytes
 MAX_SCALE_FACTOR = 50  # beyond it nearly all codes are 0
 
@@ -3648,8 +3895,9 @@ class Codec(NamedTuple):
     """A lossless compressor of a list of arrays: int8 codes and float16."""
 
     package: str
-    compress: Callable[[Sequence[np.ndarray]], bytes]
-    decompress: Callable[[bytes | memoryview, Sequence[np.ndarray]], None]  # into arrays, or raises
+    compress: Callable[[Sequence[np.ndarray], Quantizer], bytes]
+    # Into the arrays, or raises.
+    decompress: Callable[[bytes | memoryview, Sequence[np.ndarray], Quantizer], None]
 
 
 def stream_codec(
@@ -3667,10 +3915,12 @@ def stream_codec(
     def as_stored(array: np.ndarray) -> np.ndarray:
         return array.T if transpose and array.dtype == np.int8 else array
 
-    def compress_arrays(arrays: Sequence[np.ndarray]) -> bytes:
+    def compress_arrays(arrays: Sequence[np.ndarray], _: Quantizer) -> bytes:
         return compress(b"".join(as_stored(array).tobytes() for array in arrays))
 
-    def decompress_arrays(data: bytes | memoryview, arrays: Sequence[np.ndarray]) -> None:
+    def decompress_arrays(
+        data: bytes | memoryview, arrays: Sequence[np.ndarray], _: Quantizer
+    ) -> None:
         raw, start = decompress(data, sum(array.nbytes for array in arrays)), 0
         for array in map(as_stored, arrays):
             part = np.frombuffer(raw, array.dtype, array.size, start)
@@ -3747,31 +3997,36 @@ BY_COLUMN, BY_ROW, AS_REST = range(3)  # ways to code an array
 class RangeCoder:
     """Encodes int8 codes by a range coder with adaptive frequencies; with `words` it decodes.
 
-    A code's frequencies are the counts of all codes so far whose columns had the same level. The
-    level of a column is that of its rows so far. Levels and counts are integers; the library takes
-    a quotient and products of counts as IEEE doubles, so every machine derives the same.
+    A code's frequencies are the counts of all codes so far whose columns had the same level, and
+    which were in an even, or an odd, state of their quantizer. The level of a column is that of its
+    rows so far. Levels and counts are integers; the library takes a quotient and products of counts
+    as IEEE doubles, so every machine derives the same.
     """
 
     def __init__(self, counts: np.ndarray, words: np.ndarray | None = None) -> None:
         from constriction import stream
 
-        self.counts = counts  # int64 [levels, 256], changed in place
+        self.counts = counts  # int64 [2 x levels, 256], changed in place
         self.categorical = partial(stream.model.Categorical, perfect=False)
         self.encoder = stream.queue.RangeEncoder()
         self.decoder = None if words is None else stream.queue.RangeDecoder(words)
 
-    def code(self, codes: np.ndarray) -> None:
+    def code(self, codes: np.ndarray, quantizer: Quantizer) -> None:
         """Encodes codes [rows, cols], or decodes into them."""
         rows, cols = codes.shape
         squares, row = np.zeros(cols, np.int64), 0
+        next_state, side = quantizer.next_state, rows_side_by_side(rows)
+        states = np.zeros((side, cols), np.int64)
         while row < rows:
-            block = codes[row : row + max(1, min(row, rows // MAX_BLOCKS))]
+            length = min(max(1, min(row, rows // MAX_BLOCKS)), side - row % side)
+            block, state = codes[row : row + length], states[row % side :][:length]
             mean = 256 * squares.sum() // max(row * cols, 1)
             means = (256 * squares + PRIOR_ROWS * mean) // (row + PRIOR_ROWS)
-            levels = np.searchsorted(LEVELS, means)
-            for level in np.unique(levels):
-                columns = levels == level
-                block[:, columns] = self.code_block(block[:, columns], self.counts[level])
+            contexts = np.searchsorted(LEVELS, means) + len(LEVELS) * (state[: len(block)] % 2)
+            for context in np.unique(contexts):
+                chosen = contexts == context
+                block[chosen] = self.code_block(block[chosen], self.counts[context])
+            state[: len(block)] = next_state[state[: len(block)], block % 2]
             squares += np.square(block, dtype=np.int64).sum(0)
             row += len(block)
 
@@ -3782,59 +4037,68 @@ class RangeCoder:
             counts += 1 + COUNT_START * total // max(total.sum(), 1)
         model = self.categorical(counts.astype(np.float64))
         if self.decoder is None:
-            symbols = codes.ravel() + np.int32(128)
+            symbols = codes + np.int32(128)
             self.encoder.encode(symbols, model)
         else:
             symbols = self.decoder.decode(model, codes.size)
         counts += COUNT_UNIT * np.bincount(symbols, minlength=256)
-        return (symbols - 128).reshape(codes.shape)
+        return symbols - 128
 
 
 # For what the range coder does not code: float16, and tables with rows that repeat.
 REST = stream_codec("lzma", partial(lzma_compress, lc=0, lp=1, pb=1), lzma_decompress)
 
 
-def choose_way(array: np.ndarray, counts: np.ndarray) -> int:
+def code_way(coder: RangeCoder, array: np.ndarray, way: int, quantizer: Quantizer) -> None:
+    """Encodes an array, or decodes into it, BY_COLUMN or BY_ROW; rows do not tell the states."""
+    if way == BY_COLUMN:
+        coder.code(array, quantizer)
+    elif way == BY_ROW:
+        coder.code(array.T, QUANTIZERS["scalar"])
+
+
+def choose_way(array: np.ndarray, counts: np.ndarray, quantizer: Quantizer) -> int:
     """Returns the way that takes the fewest bytes for an array after codes with these counts."""
     if array.dtype != np.int8:
         return AS_REST
     sizes = []
-    for codes in (array, array.T):
+    for way in (BY_COLUMN, BY_ROW):
         coder = RangeCoder(counts.copy())
-        coder.code(codes)
+        code_way(coder, array, way, quantizer)
         sizes.append(coder.encoder.get_compressed().nbytes)
-    sizes.append(len(REST.compress([array])))
+    sizes.append(len(REST.compress([array], quantizer)))
     return sizes.index(min(sizes))
 
 
-def range_compress(arrays: Sequence[np.ndarray]) -> bytes:
+def range_compress(arrays: Sequence[np.ndarray], quantizer: Quantizer) -> bytes:
     """Returns arrays, each coded in the way that suits it best.
 
     In order: the number of the range coder's words and the CRC-32 of the arrays, uint32; the way of
     each array, uint8; the words, uint32; the other arrays by the codec REST.
     """
-    coder, ways = RangeCoder(np.zeros((len(LEVELS), 256), np.int64)), []
+    coder, ways = RangeCoder(np.zeros((2 * len(LEVELS), 256), np.int64)), []
     for array in arrays:
-        ways.append(choose_way(array, coder.counts))
-        if ways[-1] != AS_REST:
-            coder.code(array.T if ways[-1] == BY_ROW else array)
+        ways.append(choose_way(array, coder.counts, quantizer))
+        code_way(coder, array, ways[-1], quantizer)
     words = coder.encoder.get_compressed().astype("<u4")
     checksum = zlib.crc32(b"".join(array.tobytes() for array in arrays))
-    rest = REST.compress([array for array, way in zip(arrays, ways) if way == AS_REST])
-    return struct.pack("<II", len(words), checksum) + bytes(ways) + words.tobytes() + rest
+    rest = [array for array, way in zip(arrays, ways) if way == AS_REST]
+    head = struct.pack("<II", len(words), checksum) + bytes(ways)
+    return head + words.tobytes() + REST.compress(rest, quantizer)
 
 
-def range_decompress(data: bytes | memoryview, arrays: Sequence[np.ndarray]) -> None:
+def range_decompress(
+    data: bytes | memoryview, arrays: Sequence[np.ndarray], quantizer: Quantizer
+) -> None:
     """Decodes into the arrays what range_compress has returned. Raises ValueError."""
     words, checksum = struct.unpack_from("<II", data)
     ways, start = bytes(data[8 : 8 + len(arrays)]), 8 + len(arrays)
-    counts = np.zeros((len(LEVELS), 256), np.int64)
+    counts = np.zeros((2 * len(LEVELS), 256), np.int64)
     coder = RangeCoder(counts, np.frombuffer(data, "<u4", words, start).astype(np.uint32))
     for array, way in zip(arrays, ways):
-        if way != AS_REST:
-            coder.code(array.T if way == BY_ROW else array)
+        code_way(coder, array, way, quantizer)
     rest = [array for array, way in zip(arrays, ways) if way == AS_REST]
-    REST.decompress(data[start + 4 * words :], rest)
+    REST.decompress(data[start + 4 * words :], rest, quantizer)
     found = zlib.crc32(b"".join(array.tobytes() for array in arrays))
     check(found == checksum, "its arrays are not those that were coded")
 
@@ -3849,10 +4113,11 @@ CODECS: dict[str, Codec] = {
 
 def load_codec(name: str) -> Codec:
     """Returns a codec that works here. Raises SettingsError for a package missing or too old."""
-    codec, array, copy = CODECS[name], np.eye(30, 40, dtype=np.int8), np.ones((30, 40), np.int8)
+    codec, scalar = CODECS[name], QUANTIZERS["scalar"]
+    array, copy = np.eye(30, 40, dtype=np.int8), np.ones((30, 40), np.int8)
     require(codec.package, f"COMPRESSOR={name}")
     try:
-        codec.decompress(codec.compress([array]), [copy])
+        codec.decompress(codec.compress([array], scalar), [copy], scalar)
         check(np.array_equal(array, copy), "a round trip fails")
     except Exception as error:
         raise SettingsError(
@@ -3868,11 +4133,14 @@ def artifact_header(body: bytes | memoryview, description_size: int) -> bytes:
     return HEADER.pack(MAGIC, description_size, digest.digest())
 
 
-def pack_artifact(settings: ModelSettings, arrays: Mapping[str, Tensor], compressor: str) -> bytes:
+def pack_artifact(h: Hyperparameters, arrays: Mapping[str, Tensor]) -> bytes:
     """Returns the bytes of an artifact, the same for the same arrays."""
-    described = {"codec": compressor, "settings": model_settings(settings)}
+    described = {"codec": h.compressor, "quantizer": h.quantizer, "settings": model_settings(h)}
     description = json.dumps(described, separators=(",", ":")).encode()
-    body = description + CODECS[compressor].compress([a.cpu().numpy() for a in arrays.values()])
+    payload = CODECS[h.compressor].compress(
+        [array.cpu().numpy() for array in arrays.values()], QUANTIZERS[h.quantizer]
+    )
+    body = description + payload
     return artifact_header(body, len(description)) + body
 
 
@@ -3892,10 +4160,11 @@ def unpack_artifact(
     body = blob[HEADER.size :]
     payload = body[description_size:]
     description = json.loads(bytes(body[:description_size]))
-    check(description["codec"] in CODECS, f"its codec is unknown: {description['codec']!r:.40}")
+    for kind, known in (("codec", CODECS), ("quantizer", QUANTIZERS)):
+        check(description[kind] in known, f"its {kind} is unknown: {description[kind]!r:.40}")
     odd = sorted(model_settings(h).keys() ^ description["settings"].keys())
     check(not odd, f"its settings are missing or unknown: {odd}; {remedy}")
-    h = replace(h, **description["settings"])
+    h = replace(h, **description["settings"], quantizer=description["quantizer"])
     with torch.device("meta"):
         layout = artifact_layout(GPT(h))
     size, stored = sum(array.nbytes for array in layout.values()), len(payload)
@@ -3907,27 +4176,16 @@ def unpack_artifact(
     )
     codec = load_codec(description["codec"])
     arrays = {name: torch.empty_like(like, device="cpu") for name, like in layout.items()}
-    codec.decompress(payload, [array.numpy() for array in arrays.values()])
+    quantizer = QUANTIZERS[h.quantizer]
+    codec.decompress(payload, [array.numpy() for array in arrays.values()], quantizer)
     return h, arrays
-
-
-def dequantize(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the float32 weights by parameter name."""
-    weights = {}
-    for name, array in arrays.items():
-        parameter = name.removesuffix(".codes")
-        if name.endswith(".codes"):
-            weights[parameter] = array.float() * arrays[f"{parameter}.scales"].float()[:, None]
-        elif not name.endswith(".scales"):
-            weights[name] = array.float()
-    return weights
 
 
 def load_artifact(path: Path, h: Hyperparameters) -> tuple[Hyperparameters, dict[str, Tensor]]:
     """Returns settings and float32 weights of an artifact. Raises DataError."""
     with raise_data_error(f"{path}: cannot be read as an artifact"):
         h, arrays = unpack_artifact(np.memmap(path, mode="r").data, h)
-        weights = dequantize(arrays)
+        weights = dequantize(arrays, QUANTIZERS[h.quantizer])
         check_finite(weights)
         return h, weights
 
@@ -3996,31 +4254,40 @@ def smallest_factor(size: Callable[[float], float], room: float) -> float:
 
 
 def pack_to_fit(
-    model: GPT, hessians: Mapping[str, Tensor], room: int, ranks: Ranks, log: Log
+    model: GPT,
+    stacks: Sequence[Stack],
+    room: int,
+    ranks: Ranks,
+    log: Log,
+    tune: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None,
 ) -> bytes:
     """Returns an artifact of at most `room` bytes, unless a scale factor of 50 does not suffice.
 
     If it would be too large the scales of all matrices are multiplied by one factor, found by
     bisection on the order-0 entropy of rounded codes. What the codec adds to the entropy is known
-    from the packing before, so that two suffice.
+    from the packing before, so that two suffice. `tune` sees the arrays of the first packing alone.
     """
     h = model.h
-    check_finite(dict(model.named_parameters()))
-    stacks = weight_stacks(model, hessians, ranks)
-    rounding = [stack._replace(quantizer=quantize_rounding) for stack in stacks]
+    scalar = partial(quantize_rounding, QUANTIZERS["scalar"])
+    rounding = [stack._replace(solve=partial(scalar, stack.limit)) for stack in stacks]
     matrices = [name for name, role in parameter_roles(model).items() if role == "matrix"]
 
     def size(factor: float) -> float:
         return entropy_size(artifact_arrays(model, rounding, factor, Ranks()))
 
-    added, packing = 0.0, 0
+    added, packing, tuned = 0.0, 0, {}
     while True:
         packing += 1
         margin = 0.0005 * max(packing - 1, 1) ** 2  # it grows, so that this ends
         target = (1 - margin) * room - added
         factor = ranks.broadcast_from_rank0(partial(smallest_factor, size, target))
         arrays = artifact_arrays(model, stacks, factor, ranks)
-        blob = ranks.broadcast_from_rank0(partial(pack_artifact, h, arrays, h.compressor))
+        if tune and packing == 1:
+            tuned = tune(arrays)
+        for name, values in tuned.items():
+            is_scale = name.endswith(".scales")
+            arrays[name] = to_scales(arrays[name].float() * values) if is_scale else values
+        blob = ranks.broadcast_from_rank0(partial(pack_artifact, h, arrays))
         codes = torch.cat([arrays[f"{name}.codes"].flatten() for name in matrices])
         entropy = code_entropy(codes)
         k = f", k {h.matrix_clip_sigmas * factor:.3f}" if h.scale_rule == "std" else ""
@@ -4106,7 +4373,8 @@ class Run:
 
     def __init__(self, env: Mapping[str, str], log: Log, result: dict[str, Any]) -> None:
         self.log, self.result = log, result
-        self.batch_seconds = 0.0  # of calibration
+        self.batch_seconds = self.tune_seconds = 0.0  # of a batch of calibration, a step of tuning
+        self.read_until = 0.0  # when training text was read last
         h = Hyperparameters.from_env(env)
         self.notes = settings_notes(h, env)
         lost = {"status": "failed", "reason": "another rank is gone, or silent"}
@@ -4126,8 +4394,8 @@ class Run:
         saved = self.ranks.broadcast_from_rank0(lambda: load_checkpoint(path, self.h))
         self.h = replace(saved.h, resume="")  # its own folder is never continued
         self.open_folder()
-        self.prepare(trains=self.h.calibrates_on_text)
-        if self.h.calibrates_on_text:  # on the text after the last step
+        self.prepare(trains=self.h.quantizes_on_text)
+        if self.h.quantizes_on_text:  # on the text after the last step
             self.check_training(str(path), saved, READING)
         self.write_program()
         self.quantize_and_score(self.load_model(saved.weights), 0.0, saved.step)
@@ -4143,7 +4411,7 @@ class Run:
         self.prepare()
         resume_from = self.read_resume(folder)
         model = self.initial_model()
-        deadline = h.training_seconds - self.calibration_seconds(model)
+        deadline = h.training_seconds - self.reserve_seconds(model)
         if only_checks:
             log(f"check:ok code:{len(self.twin)} bytes folder:{folder}")
             return
@@ -4298,9 +4566,15 @@ class Run:
         path, ends = (log.folder or Path()) / ARTIFACT, [self.device.now()]
         code, scores = len(self.twin), self.result.setdefault("scores", {})
         model.eval()
-        hessians = self.calibrate(model, self.h.training_seconds - train_seconds, step)
+        self.read_until = ends[0]
+        deadline = ends[0] + h.training_seconds - train_seconds
+        hessians = self.calibrate(model, step, deadline)
         ends.append(self.device.now())
-        blob = pack_to_fit(model, hessians, BYTES_LIMIT - code, self.ranks, log)
+        if h.calibrates_on_text:
+            self.read_until = ends[-1]
+        stacks = self.stacks(model, hessians, step)
+        tune = partial(self.tune, model, step, deadline) if h.tune_scales else None
+        blob = pack_to_fit(model, stacks, BYTES_LIMIT - code, self.ranks, log, tune)
         if not log.silent:
             write_atomically(path, blob)
         ends.append(self.device.now())
@@ -4317,8 +4591,7 @@ class Run:
         ends.append(self.device.now())
         stages = ("train", "calibrate", "pack", "diagnose", "eval")
         seconds = dict(zip(stages, (train_seconds, *np.diff(ends).tolist())))
-        if h.calibrates_on_text:  # reading training text counts as training
-            seconds["train"] += seconds["calibrate"]
+        seconds["train"] += self.read_until - ends[0]  # all until the last reading of its text
         log("seconds: " + " ".join(f"{name}:{value:.1f}" for name, value in seconds.items()))
         verdicts = self.check_limits(seconds, code + len(blob))
         self.result |= {
@@ -4345,53 +4618,112 @@ class Run:
             return random_sequences(count, length, h.vocab_size, h.seed).split(rows)
         return train.sequences(step * train.rows, count)[:, :length].split(rows)
 
-    def calibration_seconds(self, model: GPT) -> float:
-        """Returns the training seconds to keep for calibration, by the time of a batch."""
-        if not (self.h.calibrates_on_text and self.h.max_wallclock_seconds):
+    def reserve_seconds(self, model: GPT) -> float:
+        """Returns the training seconds to keep for what reads training text after the last step.
+
+        It is tried on random tokens: a batch of calibration, GPTQ, and steps of tuning.
+        """
+        h, now, ranks = self.h, self.device.now, self.ranks
+        if not (h.quantizes_on_text and h.max_wallclock_seconds):
             return 0.0
-        batches, device = self.calibration_batches(), self.device
-        for _ in range(2):  # a first batch takes longer than others
-            start = device.now()
-            collect_hessians(model, batches[:1], self.ranks)
-            (seconds,) = self.ranks.all_reduce_max(device.now() - start)
-        self.batch_seconds = seconds
-        reserve = 1.5 * seconds * sum(map(len, batches)) / len(batches[0])
-        self.log(f"gptq: {reserve:.1f} s are kept for {len(batches)} calibration batches")
-        if reserve >= self.h.max_wallclock_seconds:
+        batches, hessians, reserve = self.calibration_batches(), {}, 0.0
+        if h.gptq_enabled:
+            for _ in range(2):  # a first batch takes longer than others
+                start = now()
+                hessians = collect_hessians(model, batches[:1], ranks)
+                self.batch_seconds = now() - start
+            reserve = self.batch_seconds * sum(map(len, batches)) / len(batches[0])
+        if h.tune_scales or h.sensitivity_tokens:
+            start = now()
+            arrays = artifact_arrays(model, self.stacks(model, hessians), 1.0, ranks)
+            reserve += now() - start
+        if h.tune_scales:
+            ids = random_sequences(self.tune_rows, h.train_seq_len, h.vocab_size, h.seed)
+            for _ in range(2):
+                start = now()
+                tune_scales(model, arrays, QUANTIZERS[h.quantizer], [ids], 1, ranks)
+                self.tune_seconds = now() - start
+            reserve += self.tune_seconds * h.tune_scales
+        (reserve,) = ranks.all_reduce_max(1.5 * reserve)
+        self.log(f"gptq: {reserve:.1f} s are kept for quantizing on training text")
+        if reserve >= h.max_wallclock_seconds:
             raise SettingsError(
-                f"MAX_WALLCLOCK_SECONDS={self.h.max_wallclock_seconds:g}: calibration on training "
-                f"text takes about {reserve:.1f} s of it; raise it or lower GPTQ_CALIB_TOKENS"
+                f"MAX_WALLCLOCK_SECONDS={h.max_wallclock_seconds:g}: quantizing on training text "
+                f"takes about {reserve:.1f} s of it; raise it or lower GPTQ_CALIB_TOKENS or "
+                "TUNE_SCALES"
             )
         return reserve
 
-    def calibrate(self, model: GPT, seconds_left: float, step: int) -> dict[str, Tensor]:
+    def in_time(
+        self, what: str, batches: Iterable[Tensor], count: int, slowest: float, deadline: float
+    ) -> Iterator[Tensor]:
+        """Yields batches, none that could end after the deadline; the ranks agree.
+
+        A batch may take as long as the slowest so far.
+        """
+        now = self.device.now
+        for n, ids in enumerate(batches):
+            began = now()
+            (late,) = self.ranks.all_reduce_max(began + slowest - deadline)
+            if late > 0:
+                self.log(f"gptq: the time allowed {n} of {count} {what} batches")
+                return
+            yield ids
+            slowest = max(slowest, now() - began)
+
+    def calibrate(self, model: GPT, step: int, deadline: float) -> dict[str, Tensor]:
         """Returns the Hessians for GPTQ by name; a matrix without one is rounded.
 
-        Reads no batch of training text that could end after `seconds_left`: one may take as long as
-        the slowest so far.
+        No training text is read after the deadline.
         """
-        if not self.h.gptq_enabled:
+        h = self.h
+        if not h.gptq_enabled:
             return {}
-        batches, now = self.calibration_batches(step), self.device.now
-        deadline = now() + seconds_left if self.h.calibrates_on_text else math.inf
-
-        def in_time() -> Iterator[Tensor]:
-            slowest = self.batch_seconds
-            for n, ids in enumerate(batches):
-                began = now()
-                if began + slowest > deadline:
-                    self.log(f"gptq: the time allowed {n} of {len(batches)} calibration batches")
-                    return
-                yield ids
-                slowest = max(slowest, now() - began)
-
-        hessians = collect_hessians(model, in_time(), self.ranks)
+        batches = self.calibration_batches(step)
+        until = deadline if h.calibrates_on_text else math.inf
+        in_time = self.in_time("calibration", batches, len(batches), self.batch_seconds, until)
+        hessians = collect_hessians(model, in_time, self.ranks)
         if not any(x.any() for x in hessians.values()):
             return {}  # no batch was read
         usable = {name: x for name, x in hessians.items() if 0 < x.trace() < math.inf}
         for name in sorted(hessians.keys() - usable.keys()):
             self.log(f"gptq: {name} is rounded: no finite inputs calibrate it")
         return usable
+
+    def stacks(
+        self, model: GPT, hessians: Mapping[str, Tensor], step: int | None = None
+    ) -> list[Stack]:
+        """Returns what is to be quantized; the text of calibration balances its scales."""
+        stacks = weight_stacks(model, hessians, self.ranks)
+        if self.h.sensitivity_tokens:
+            ids = torch.cat([*self.calibration_batches(step)])
+            ids = ids[: max(self.h.sensitivity_tokens // ids.size(1), 1)]
+            stacks = balance_scales(model, stacks, self.device.send(ids), self.ranks)
+            if self.h.calibrates_on_text:
+                self.read_until = self.device.now()
+        return stacks
+
+    @property
+    def tune_rows(self) -> int:
+        """Sequences of a step of tuning, over all ranks."""
+        h = self.h
+        return max(min(h.micro_batch_tokens, h.train_batch_tokens) // h.train_seq_len, 1)
+
+    def tune(
+        self, model: GPT, step: int, deadline: float, arrays: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Returns what tune_scales finds on the text after that of calibration."""
+        h, train = self.h, self.data.train
+        assert train is not None
+        start, rows = step * train.rows, self.tune_rows
+        if h.calibrates_on_text:
+            start += sum(map(len, self.calibration_batches(step)))
+        batches = (train.sequences(start + n * rows, rows)[:, :-1] for n in range(h.tune_scales))
+        in_time = self.in_time("tuning", batches, h.tune_scales, self.tune_seconds, deadline)
+        quantizer = QUANTIZERS[h.quantizer]
+        tuned = tune_scales(model, arrays, quantizer, in_time, h.tune_scales, self.ranks)
+        self.read_until = self.device.now()
+        return tuned
 
     def score(self, scoring_pass: ScoringPass) -> Score:
         """Returns the score of a pass over the validation text."""

@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many as in the processes tha
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -119,24 +120,26 @@ def score_artifact(
 
 
 def quantize_matrices(
-    quantizer: str,
+    method: str,
     weight: torch.Tensor,
     hessian: torch.Tensor | None = None,
     bits: int = 6,
     factor: float = 1.0,
+    quantizer: str = "scalar",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scales of matrices [n, rows, cols], with a search for scales."""
-    quantize, limit = tg.QUANTIZERS[quantizer], 2 ** (bits - 1) - 1
+    """Codes and scales of matrices [n, rows, cols], by rounding or gptq; a search finds scales."""
+    limit, solve = 2 ** (bits - 1) - 1, {"rounding": tg.quantize_rounding, "gptq": tg.quantize_gptq}
     hessian = weight[:, :0] if hessian is None else hessian
-    scales = tg.search_scales(quantize, limit, weight, hessian)
-    scales = tg.to_scales(scales.float() * factor)
-    return quantize(limit, weight, scales, hessian).codes, scales
+    search = functools.partial(solve[method], tg.QUANTIZERS["scalar"], limit)
+    scales = tg.to_scales(tg.search_scales(search, limit, weight, hessian).float() * factor)
+    quantize = functools.partial(solve[method], tg.QUANTIZERS[quantizer], limit)
+    return quantize(weight, scales, hessian).codes, scales
 
 
 def artifact_of(model: tg.GPT) -> tuple[bytes, dict[str, torch.Tensor]]:
     """A model's artifact, quantized by rounding, and its arrays."""
     arrays = quantize_model(model, {})
-    return tg.pack_artifact(model.h, arrays, "zstd"), arrays
+    return tg.pack_artifact(tg.replace(model.h, compressor="zstd"), arrays), arrays
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

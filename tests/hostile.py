@@ -54,7 +54,7 @@ CODECS = [
 
 # ---- The formats, by their descriptions alone ----
 
-MAGIC = b"PGOLFGPT\2\0\0\0"  # with the version
+MAGIC = b"PGOLFGPT\3\0\0\0"  # with the version
 
 
 def lzma_filter(dictionary: int, **options: int) -> list[dict[str, int]]:
@@ -105,7 +105,8 @@ def artifact(text: bytes, payload: bytes, magic: bytes = MAGIC) -> bytes:
 
 def description(codec: object, settings: object, **more: object) -> bytes:
     """Returns the description of an artifact."""
-    return json.dumps({"codec": codec, "settings": settings, **more}).encode()
+    told = {"codec": codec, "quantizer": "scalar", "settings": settings, **more}
+    return json.dumps(told).encode()
 
 
 def parts(blob: bytes) -> tuple[bytes, bytes]:
@@ -127,7 +128,7 @@ def described(blob: bytes) -> tuple[str, dict, bytes]:
 
 def pack(model: tg.GPT, codec: str = "zstd") -> bytes:
     """Returns the artifact of a model, its matrices rounded."""
-    return tg.pack_artifact(model.h, quantize_model(model, {}), codec)
+    return tg.pack_artifact(tg.replace(model.h, compressor=codec), quantize_model(model, {}))
 
 
 def layout(blob: bytes) -> tuple[dict, bytes]:

@@ -227,7 +227,9 @@ def test_the_forecast_of_an_artifact_has_every_weight_and_its_k(capsys):
     changes = "SCALE_RULE=std MATRIX_CLIP_SIGMAS=9 EMBED_CLIP_SIGMAS=14 EMBED_BITS=7"
     h = SCALE.h(f"{TINY_TEXT} {changes}")
     model = harness.synthetic_weights(tg.GPT(h))
-    blob = tg.pack_to_fit(model, {}, 10**7, tg.Ranks(), tg.Log(silent=True))
+    blob = tg.pack_to_fit(
+        model, tg.weight_stacks(model, {}, tg.Ranks()), 10**7, tg.Ranks(), tg.Log(silent=True)
+    )
     arrays = tg.unpack_artifact(blob, h)[1]
     parts = forecast.artifact_parts(model, arrays, h.compressor)
     assert sum(part.weights for part in parts.values()) == sum(

@@ -77,7 +77,7 @@ def made(request) -> Made:
     """An artifact by every codec."""
     h = tiny()
     arrays = quantize_model(randomize(tg.GPT(h)), {})
-    blob = tg.pack_artifact(h, arrays, request.param)
+    blob = tg.pack_artifact(tg.replace(h, compressor=request.param), arrays)
     _, told, raw = described(blob)
     return Made(h, arrays, request.param, blob, *parts(blob), told, raw)
 
@@ -456,7 +456,9 @@ def test_numbers_that_are_not_finite_are_refused_by_name(value, made, good, tmp_
     for name in (f"{NAME}.scales", "smear.gate"):
         bad = made.arrays[name].clone()
         bad[3] = value
-        forged = tg.pack_artifact(made.h, {**made.arrays, name: bad}, made.codec)
+        forged = tg.pack_artifact(
+            tg.replace(made.h, compressor=made.codec), {**made.arrays, name: bad}
+        )
         says = f"{name.removesuffix('.scales')} is not finite float32"
         assert says in judge_bytes(tmp_path / "a", forged)
     weights = safetensors.torch.load(good)

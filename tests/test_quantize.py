@@ -18,7 +18,9 @@ from hostile import CODECS, MAGIC, artifact, compress, described, description, p
 import train_gpt as tg
 
 every_codec = pytest.mark.parametrize("codec", CODECS)
+every_method = pytest.mark.parametrize("method", ["rounding", "gptq"])
 every_quantizer = pytest.mark.parametrize("quantizer", tg.QUANTIZERS)
+SCALAR = tg.QUANTIZERS["scalar"]
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -29,14 +31,15 @@ def normal(*shape: int) -> torch.Tensor:
 
 
 def quantize_one(
-    quantizer: str, weight: torch.Tensor, bits: int
+    method: str, weight: torch.Tensor, bits: int, quantizer: str = "scalar"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes, scales and dequantized weights of one matrix, with an identity as its Hessian."""
     eye = torch.eye(weight.size(1))[None]
-    codes, scales = quantize_matrices(quantizer, weight[None], eye, bits)
+    codes, scales = quantize_matrices(method, weight[None], eye, bits, quantizer=quantizer)
     assert (codes.dtype, scales.dtype) == (torch.int8, torch.float16)
     assert codes.abs().max() <= 2 ** (bits - 1) - 1
-    return codes[0], scales[0], codes[0].double() * scales[0].double()[:, None]
+    values = tg.QUANTIZERS[quantizer].decode(codes[0]).double()
+    return codes[0], scales[0], values * scales[0].double()[:, None]
 
 
 @pytest.mark.parametrize("std", [1.0, 0.0003])
@@ -59,11 +62,11 @@ def test_each_row_takes_the_clip_of_least_error(bits, std):
     assert bits == 8 or ratios[3] < 0.89
 
 
-@every_quantizer
+@every_method
 @pytest.mark.fault(41)
-def test_rows_of_zeros_and_of_one_value(quantizer):
+def test_rows_of_zeros_and_of_one_value(method):
     weight = torch.stack((torch.zeros(16), torch.full((16,), 0.3), torch.full((16,), -2e4)))
-    codes, scales, back = quantize_one(quantizer, weight, 6)
+    codes, scales, back = quantize_one(method, weight, 6)
     assert scales.isfinite().all() and (scales > 0).all()
     assert not codes[0].any()
     torch.testing.assert_close(back.float(), weight, rtol=1e-3, atol=0)
@@ -119,7 +122,7 @@ def test_diverged_weights_are_not_quantized():
     model = tg.GPT(settings())
     model.blocks[1].mlp.up.weight.data[3, 4] = math.nan
     with pytest.raises(tg.DivergenceError, match=r"1\.mlp\.up\.weight is not finite float32"):
-        tg.pack_to_fit(model, {}, 10**6, tg.Ranks(), tg.Log())
+        tg.pack_to_fit(model, tg.weight_stacks(model, {}, tg.Ranks()), 10**6, tg.Ranks(), tg.Log())
 
 
 # ---- Codecs ----
@@ -140,11 +143,11 @@ def test_a_codec_returns_its_arrays_and_no_others(codec, rows):
     codes = (normal(rows, 64) * 5).to(torch.int8).numpy()
     scales = normal(rows).half().numpy()
     arrays = [codes, codes.T[:, :7], scales, np.float16([]), np.array(3, np.float16)]
-    packed = tg.CODECS[codec].compress(arrays)
-    assert tg.CODECS[codec].compress(arrays) == packed
+    packed = tg.CODECS[codec].compress(arrays, SCALAR)
+    assert tg.CODECS[codec].compress(arrays, SCALAR) == packed
     for data in (packed, memoryview(packed)):
         read = arrays_like(arrays)
-        tg.CODECS[codec].decompress(data, read)
+        tg.CODECS[codec].decompress(data, read, SCALAR)
         assert same(read, arrays)
     others = [codes[1:], *arrays[1:]], [*arrays, scales]
     for data, wrong in (
@@ -153,14 +156,14 @@ def test_a_codec_returns_its_arrays_and_no_others(codec, rows):
         (packed + packed, read),
     ):
         with pytest.raises(Exception, match=r"."):
-            tg.CODECS[codec].decompress(data, wrong)
+            tg.CODECS[codec].decompress(data, wrong, SCALAR)
 
 
 @every_codec
 def test_codes_compress_to_about_their_entropy(codec):
     codes = (normal(300, 100) * 5).to(torch.int8)
     entropy = tg.code_entropy(codes)
-    assert entropy < len(tg.CODECS[codec].compress([codes.numpy()])) < 1.06 * entropy
+    assert entropy < len(tg.CODECS[codec].compress([codes.numpy()], SCALAR)) < 1.06 * entropy
 
 
 needs_range = pytest.mark.parametrize("codec", [p for p in CODECS if p.values == ("range",)])
@@ -186,12 +189,13 @@ def known_arrays() -> list[np.ndarray]:
 def test_a_file_of_another_machine_is_decoded(codec):
     """tests/golden.range is the payload of known_arrays, written once; a change of the library or
     of the contexts that makes it unreadable would make every artifact unreadable."""
+    trellis = tg.QUANTIZERS["trellis"]
     golden, arrays = (Path(__file__).parent / "golden.range").read_bytes(), known_arrays()
     read = arrays_like(arrays)
-    tg.CODECS[codec].decompress(golden, read)
+    tg.CODECS[codec].decompress(golden, read, trellis)
     assert same(read, arrays)
     words = struct.unpack_from("<I", golden)[0]
-    assert tg.CODECS[codec].compress(arrays)[: 12 + 4 * words] == golden[: 12 + 4 * words]
+    assert tg.CODECS[codec].compress(arrays, trellis)[: 12 + 4 * words] == golden[: 12 + 4 * words]
 
 
 @needs_range
@@ -205,7 +209,7 @@ def test_the_range_codec_takes_the_best_way_of_each_array(codec):
         (np.ascontiguousarray(codes.T), tg.BY_ROW),
         (repeated, tg.AS_REST),
     ):
-        packed = tg.CODECS[codec].compress([array])
+        packed = tg.CODECS[codec].compress([array], SCALAR)
         assert packed[8] == way
         assert len(packed) < 0.95 * entropy
 
@@ -221,18 +225,24 @@ def packed(request) -> Packed:
     h = settings(train_seq_len=50, train_batch_tokens=1000)
     model = randomize(tg.GPT(h))
     arrays = quantize_model(model, {})
-    return h, model, arrays, tg.pack_artifact(h, arrays, request.param), request.param
+    return (
+        h,
+        model,
+        arrays,
+        tg.pack_artifact(tg.replace(h, compressor=request.param), arrays),
+        request.param,
+    )
 
 
 def test_the_file_satisfies_its_description_and_repeats(packed):
     """Read by the format alone: header, description, compressed codes, scales and float16."""
     h, model, arrays, blob, codec = packed
-    assert tg.pack_artifact(h, quantize_model(model, {}), codec) == blob
+    assert tg.pack_artifact(tg.replace(h, compressor=codec), quantize_model(model, {})) == blob
     magic, size = struct.unpack_from("<12sI", blob)
-    assert magic == b"PGOLFGPT\2\0\0\0" == MAGIC
+    assert magic == b"PGOLFGPT\3\0\0\0" == MAGIC
     assert resigned(blob) == blob  # by the SHA-256 of all but itself
     stated = json.loads(blob[48 : 48 + size])
-    assert stated == {"codec": codec, "settings": tg.model_settings(h)}
+    assert stated == {"codec": codec, "quantizer": "scalar", "settings": tg.model_settings(h)}
     names = [name for name, _ in model.named_parameters()]
     order = [f"{n}.codes" for n in names] + [f"{n}.scales" for n in names] + names
     raw = b""
@@ -285,10 +295,11 @@ def test_damage_and_other_formats_are_refused_by_name(packed, tmp_path):
         (blob[:-1], "checksum"),
         (blob + b"\0", "checksum"),
         (artifact(text, payload, b"PGOLFXXX" + MAGIC[8:]), "it begins with b'PGOLFXXX"),
-        (artifact(text, payload, b"PGOLFGPT\2\1\0\0"), "it begins with b'PGOLFGPT"),
+        (artifact(text, payload, b"PGOLFGPT\3\1\0\0"), "it begins with b'PGOLFGPT"),
         (old, "score it by the train_gpt.py of its own run"),
         (artifact(b"\xff{", payload), "UnicodeDecodeError"),
-        (artifact(b'{"codec":"zstd"}', payload), "KeyError('settings')"),
+        (artifact(b'{"codec":"zstd"}', payload), "KeyError('quantizer')"),
+        (artifact(description(codec, told, quantizer="?"), payload), "its quantizer is unknown"),
         (artifact(longest + b" ", payload), "its description has 65537 bytes"),
         (artifact(description("gzip", told), payload), "its codec is unknown: 'gzip'"),
         (artifact(description("x" * 50_000, told), payload), "its codec is unknown: 'xxx"),

@@ -156,9 +156,16 @@ ODD = (
 )
 
 
-def quantize_codes(name: str, weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+def search(method: Callable[..., tg.Quantized], *stacks: torch.Tensor) -> torch.Tensor:
+    """The scales of matrices by a search."""
+    return tg.search_scales(functools.partial(method, tg.QUANTIZERS["scalar"], 31), 31, *stacks)
+
+
+def quantize_codes(
+    method: str, quantizer: str, weight: torch.Tensor, hessian: torch.Tensor
+) -> torch.Tensor:
     """The codes of matrices alone."""
-    return quantize_matrices(name, weight, hessian)[0]
+    return quantize_matrices(method, weight, hessian, quantizer=quantizer)[0]
 
 
 def collectives() -> None:
@@ -171,8 +178,13 @@ def collectives() -> None:
     assert ranks.broadcast_from_rank0(lambda: made.append(own) or f"by {own}") == "by 0"
     assert made == [0] * (own == 0)
     draw = torch.Generator().manual_seed(0)
-    quantizers = [functools.partial(tg.search_scales, q, 31) for q in tg.QUANTIZERS.values()]
-    quantizers += [functools.partial(quantize_codes, name) for name in tg.QUANTIZERS]
+    methods = (tg.quantize_rounding, tg.quantize_gptq)
+    quantizers = [functools.partial(search, method) for method in methods]
+    quantizers += [
+        functools.partial(quantize_codes, method, quantizer)
+        for method in ("rounding", "gptq")
+        for quantizer in tg.QUANTIZERS
+    ]
     for n in (1, 2, 3, 5, 8):
         x = torch.randn(n, 6, 4, generator=draw)
         inputs = torch.randn(n, 9, 4, generator=draw)

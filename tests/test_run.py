@@ -173,7 +173,7 @@ def test_an_artifact_of_any_sequence_length_is_probed_at_the_window(done, env, m
     """On a CPU only as far as the probe compares."""
     h, arrays = tg.unpack_artifact((done.folder / ARTIFACT).read_bytes(), tg.Hyperparameters())
     longer = dataclasses.replace(h, train_seq_len=1 << 20)
-    Path("long.ptz").write_bytes(tg.pack_artifact(longer, arrays, "zstd"))
+    Path("long.ptz").write_bytes(tg.pack_artifact(tg.replace(longer, compressor="zstd"), arrays))
     lengths = []
     before_call("attend_sdpa", lambda _, q, *__: lengths.append(q.size(1)), monkeypatch.setattr)
     probed = []

@@ -33,7 +33,9 @@ def pack(model: tg.GPT, room: int, capsys, codec: str = "zstd") -> tuple[bytes, 
     """The artifact of a model, made to fit; bytes, entropy, bits a code and factor of each try."""
     capsys.readouterr()
     model.h = tg.replace(model.h, compressor=codec)
-    blob = tg.pack_to_fit(model, {}, room, tg.Ranks(), tg.Log())
+    blob = tg.pack_to_fit(
+        model, tg.weight_stacks(model, {}, tg.Ranks()), room, tg.Ranks(), tg.Log()
+    )
     line = r"size: (\d+) bytes packed, .* codes (\d+) bytes, ([\d.]+) bits .* factor ([\d.]+)"
     return blob, [[*map(float, x)] for x in re.findall(line, capsys.readouterr().out)]
 

@@ -57,7 +57,9 @@ def artifact_parts(
             sigmas = torch.cat(ratios).median().item()
             entropy = 8 * sum(map(tg.code_entropy, codes)) / sum(x.numel() for x in codes)
             scales = sum(arrays[f"{name}.scales"].nbytes for name in names)
-        packed = tg.CODECS[compressor].compress([x.numpy() for x in codes])
+        packed = tg.CODECS[compressor].compress(
+            [x.numpy() for x in codes], tg.QUANTIZERS[model.h.quantizer]
+        )
         parts[role] = Part(
             weights=sum(x.numel() for x in codes),
             bits=getattr(model.h, stored) if stored else 16,
@@ -74,7 +76,9 @@ def artifact_table(h: tg.Hyperparameters) -> list[str]:
     model = synthetic_weights(tg.GPT(h))
     program = len(tg.packed_source(tg.read_program()[0]))
     room = tg.BYTES_LIMIT - program
-    blob = tg.pack_to_fit(model, {}, room, tg.Ranks(), tg.Log(silent=True))
+    blob = tg.pack_to_fit(
+        model, tg.weight_stacks(model, {}, tg.Ranks()), room, tg.Ranks(), tg.Log(silent=True)
+    )
     parts = artifact_parts(model, tg.unpack_artifact(blob, h)[1], h.compressor)
     lines = [
         f"Forecast of the artifact: synthetic weights, SCALE_RULE={h.scale_rule}, "

@@ -56,7 +56,10 @@ def main(path: str) -> None:
         if sequences is not None:
             hessians = tg.collect_hessians(model, sequences.split(rows), ranks)
         arrays = quantize_model(model, hessians)
-        seconds, stored = time.perf_counter() - began, tg.dequantize(arrays)
+        seconds, stored = (
+            time.perf_counter() - began,
+            tg.dequantize(arrays, tg.QUANTIZERS[h.quantizer]),
+        )
         alone = {n: stored[n] if roles[n] == "matrix" else w for n, w in weights.items()}
         for what, changed in (("all", stored), ("matrices alone", alone)):
             model.load_state_dict(changed)

@@ -195,7 +195,7 @@ def packing(scale: Scale, machine: Machine) -> Table:
     total, codes = len(codes), codes[: scale.codes // h.model_dim * h.model_dim]
     matrix, least = codes.view(-1, h.model_dim).numpy(), tg.code_entropy(codes)
     codecs = {
-        name: partial(codec.compress, [matrix])
+        name: partial(codec.compress, [matrix], tg.QUANTIZERS["scalar"])
         for name, codec in tg.CODECS.items()
         if find_spec(codec.package)
     }
@@ -206,7 +206,7 @@ def packing(scale: Scale, machine: Machine) -> Table:
         packed[name] = len(codecs[name]())
 
     def pack() -> None:
-        packed["the artifact"] = len(tg.pack_artifact(h, arrays, h.compressor))
+        packed["the artifact"] = len(tg.pack_artifact(h, arrays))
 
     ways = {name: partial(compress, name) for name in codecs}
     rows = rows_of(in_turns(ways, max(scale.rounds // 2, 1), warm=0))

@@ -76,7 +76,7 @@ def main(stage: str, scale: str) -> None:
 
         def once() -> None:
             hessians = tg.collect_hessians(model, calibration_batches(h), ranks)
-            tg.pack_artifact(h, quantize_model(model, hessians), h.compressor)
+            tg.pack_artifact(h, quantize_model(model, hessians))
 
     mark("model, data and optimizers" if stage == "step" else "model and data")
     for name in (f"first {stage}", f"second {stage}"):
