@@ -3559,6 +3559,8 @@ def nearest_codes(size: Tensor, limit: int) -> Tensor:
     codes = []
     for odd, parity in ((0, 0), (0, 1), (1, 0), (1, 1)):
         pairs = ((size + odd / 2 - parity) / 2).round()
+        if odd > parity:  # 0 lies nearer to its neighbor than all others do
+            pairs *= size > 0.75
         codes.append((2 * pairs + parity).clamp(parity, limit - (limit - parity) % 2))
     return torch.stack(codes)
 
@@ -3718,6 +3720,8 @@ def weight_stacks(model: GPT, hessians: Mapping[str, Tensor], ranks: Ranks) -> l
         if h.scale_rule == "std":
             find = partial(std_scales, getattr(h, role.clip_sigmas), limit)
         scales = ranks.map_over_ranks(find, weight, hessian)
+        if h.sensitivity_tokens:  # some codes will be much finer
+            limit = 127
         solve = partial(quantize, QUANTIZERS[h.quantizer], limit)
         stacks.append(Stack(names, role, limit, solve, weight, hessian, scales))
     return stacks
@@ -3790,10 +3794,12 @@ def balance_scales(model: GPT, stacks: Sequence[Stack], ids: Tensor, ranks: Rank
     weights = torch.tensor(sizes, device=ids.device) / sum(sizes)
     factors = ((logs * weights).sum() - logs).exp().float()
     parts = factors.split([len(stack.names) for stack in stacks])
-    return [
-        stack._replace(scales=to_scales(stack.scales.float() * part.unsqueeze(-1)))
-        for stack, part in zip(stacks, parts)
-    ]
+    balanced = []
+    for stack, part in zip(stacks, parts):
+        least = stack.weight.abs().amax(2) / stack.limit  # below it codes are clipped
+        scales = torch.maximum(stack.scales.float() * part.unsqueeze(-1), least)
+        balanced.append(stack._replace(scales=to_scales(scales)))
+    return balanced
 
 
 def tune_scales(
@@ -3835,6 +3841,15 @@ def tune_scales(
                 named[name].copy_(matrices[name] * factor)
     tuned = {f"{name}.scales": factor.squeeze(1) for name, factor in factors.items()}
     return tuned | {name: p.detach().half() for name, p in floats.items()}
+
+
+def change_arrays(arrays: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the arrays of an artifact as tune_scales has found."""
+    changed = dict(arrays)
+    for name, values in tuned.items():
+        is_scale = name.endswith(".scales")
+        changed[name] = to_scales(arrays[name].float() * values) if is_scale else values
+    return changed
 
 
 @torch.inference_mode()
@@ -4284,9 +4299,7 @@ def pack_to_fit(
         arrays = artifact_arrays(model, stacks, factor, ranks)
         if tune and packing == 1:
             tuned = tune(arrays)
-        for name, values in tuned.items():
-            is_scale = name.endswith(".scales")
-            arrays[name] = to_scales(arrays[name].float() * values) if is_scale else values
+        arrays = change_arrays(arrays, tuned)
         blob = ranks.broadcast_from_rank0(partial(pack_artifact, h, arrays))
         codes = torch.cat([arrays[f"{name}.codes"].flatten() for name in matrices])
         entropy = code_entropy(codes)
@@ -4645,7 +4658,7 @@ class Run:
                 self.tune_seconds = now() - start
             reserve += self.tune_seconds * h.tune_scales
         (reserve,) = ranks.all_reduce_max(1.5 * reserve)
-        self.log(f"gptq: {reserve:.1f} s are kept for quantizing on training text")
+        self.log(f"gptq: {reserve:.1f} s are kept to quantize on training text")
         if reserve >= h.max_wallclock_seconds:
             raise SettingsError(
                 f"MAX_WALLCLOCK_SECONDS={h.max_wallclock_seconds:g}: quantizing on training text "

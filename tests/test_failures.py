@@ -517,7 +517,7 @@ def test_time_for_calibration_on_text_is_kept_and_a_slower_one_ends_with_what_it
     env |= {"GPTQ_CALIB_TOKENS": "1024", "ITERATIONS": "1000"}
     status = tg.main([], env)
     said, trained = capsys.readouterr().out, 13 + batches * seconds
-    assert "gptq: 6.0 s are kept for 8 calibration batches" in said
+    assert "gptq: 6.0 s are kept to quantize on training text" in said
     allowed = f"gptq: the time allowed {batches} of 8 calibration batches"
     assert (allowed in said) is (batches < 8)
     assert result()["seconds"]["train"] == trained
@@ -531,7 +531,7 @@ def test_a_cap_that_calibration_alone_would_exceed_is_refused(env, monkeypatch, 
     before_call("GPT.backbone", lambda *_: now.__setitem__(0, now[0] + 3), monkeypatch.setattr)
     env |= {"GPTQ_ENABLED": "1", "GPTQ_CALIB": "train", "MAX_WALLCLOCK_SECONDS": "20"}
     assert tg.main([], env | {"GPTQ_CALIB_TOKENS": "1024"}) == 2
-    said = "MAX_WALLCLOCK_SECONDS=20: calibration on training text takes about 36.0 s"
+    said = "MAX_WALLCLOCK_SECONDS=20: quantizing on training text takes about 36.0 s"
     assert said in capsys.readouterr().out
     assert tg.PROGRAM not in files()  # the folder can be used again
     assert tg.main(["--check"], env | {"GPTQ_CALIB_TOKENS": "1024", "RUN_DIR": "other"}) == 2

@@ -47,6 +47,10 @@ SETTINGS = {
     "SKIP_GATES_ENABLED": "1",
     "SPARSE_ATTN_GATE_ENABLED": "1",
     "MUON_ROW_NORMALIZE": "1",
+    # What divides the quantizing among the ranks.
+    "QUANTIZER": "trellis",
+    "SENSITIVITY_TOKENS": "192",
+    "TUNE_SCALES": "3",
 }
 # By default three ranks, which do not divide the work evenly.
 WORLDS = [3, *(pytest.param(world, marks=pytest.mark.slow) for world in (2, 4))]
