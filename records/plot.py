@@ -7,12 +7,15 @@ one trial. The kinds of plot:
 
     loss      training loss over --x, and its difference to --base
     scores    the score of each trial and seed by --score, and its difference to --base
+    bytes     what quantizing loses over the bytes of the artifact, by trials that share their
+              first words
     schedule  learning-rate scale, Muon's momentum, JEPA's weight and repeated layers over --x
 """
 
 import argparse
 import io
 import math
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable
@@ -309,6 +312,34 @@ def draw_scores(figure: Figure, trials: Trials, base: str, x: str, chosen: str |
     return notes
 
 
+def family(name: str) -> str:
+    """Returns the name of a trial without the size at its end: `std` of std_3.0_bits."""
+    return re.sub(r"_[\d.]+_(bits|kB)$", "", name)
+
+
+def draw_bytes(figure: Figure, trials: Trials, base: str, x: str, chosen: str | None) -> list[str]:
+    """Draws what quantizing loses over the bytes of the artifact, a line for each family."""
+    score, axes = chosen or "plain", figure.subplots()
+    points: dict[str, list[tuple[float, float]]] = {}
+    for name, of_trial in trials.items():
+        lost = [
+            (run.sizes["model"], run.scores[score].val_bpb - run.scores["float"].val_bpb)
+            for run in of_trial
+            if run.sizes and {"float", score} <= run.scores.keys()
+        ]
+        size, bpb = np.mean(lost, axis=0) if lost else (0, 0)
+        if bpb > 0:
+            points.setdefault(family(name), []).append((size / 1000, bpb))
+    if not points:
+        raise PlotError(f"bytes: no run has bytes and a {score} score worse than before int6.")
+    handles = [axes.plot(*np.transpose(sorted(found)))[0] for found in points.values()]
+    axes.set_yscale("log")
+    axes.set_xlabel("kilobytes of the artifact")
+    axes.set_ylabel(f"bits per byte lost ({score} - float)")
+    add_legend(figure, "Quantization", handles, map(label, points))
+    return ["Means over seeds; a logarithmic axis."]
+
+
 # ---- Figures, files and the command line ----
 
 # By kind: the function that draws and returns notes, what a run must have, and whether it has it.
@@ -316,6 +347,7 @@ KINDS: dict[str, tuple[Callable[..., list[str]], str, Callable[[Run], Any]]] = {
     "loss": (draw_loss, "training losses", lambda run: run.curve),
     "scores": (draw_scores, "scores", lambda run: run.scores),
     "schedule": (draw_schedule, "settings", lambda run: "iterations" in run.settings),
+    "bytes": (draw_bytes, "scores before quantization", lambda run: "float" in run.scores),
 }
 
 

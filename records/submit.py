@@ -205,7 +205,7 @@ def draw_plots(runs: list[Run], folder: Path, base: str) -> list[Path]:
     """Draws the losses, and the scores of several trials; returns the PNG files."""
     from plot import draw
 
-    kinds = ("loss", "scores") if base else ("loss",)
+    kinds = ["loss" if any(run.curve for run in runs) else "bytes"] + ["scores"] * bool(base)
     return [draw(runs, kind, folder, base=base) for kind in kinds]
 
 
@@ -257,7 +257,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--date", default=str(date.today()), help="YYYY-MM-DD (default: today)")
     parser.add_argument("--text", type=Path, metavar="FILE.md", help="more text for README.md")
     parser.add_argument(
-        "--plots", action="store_true", help="draw the losses, and scores of trials"
+        "--plots", action="store_true", help="draw the losses, or bytes, and scores of trials"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "records", help="default: records/")
     return parser.parse_args(argv)

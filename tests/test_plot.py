@@ -138,11 +138,34 @@ def test_the_losses_of_a_failed_run_are_not_compared(tmp_path):
 
 def test_a_run_is_read_from_its_log(finished):
     folder = finished / "tiny/seed42"
-    for kind in plot.KINDS:
+    for kind in ("loss", "scores", "schedule"):
         assert plot.make([read_run(folder / "train.log")], kind).axes
     figure = plot.make([read_run(folder / "train.log")], "loss", x="tokens")
     assert names_of(figure) == ["tiny (1)"]
     assert [*points_of(figure)] == pytest.approx([0.001024 * n for n in range(1, 7)])
+
+
+# ---- Bytes ----
+
+
+def test_what_quantizing_loses_is_a_line_for_trials_that_differ_in_size(tmp_path):
+    trials = {
+        f"{name}_{bits}_bits": {
+            "scores": {"float": 2.0, "plain": 2.0 + lost},
+            "bytes": {"code": 1000, "model": 1000 * size, "total": 1000 + 1000 * size},
+        }
+        for name, bits, size, lost in (
+            ("std", "3.0", 650, 0.01),
+            ("std", "2.4", 600, 0.02),
+            ("trellis", "3.0", 640, 0.008),
+            ("better", "3.0", 700, -0.001),
+        )
+    }
+    figure = plot.make(runs_of(tmp_path, **trials), "bytes")
+    assert names_of(figure) == ["std", "trellis"]
+    lines = [[*zip(*line.get_data(), strict=True)] for line in figure.axes[0].lines]
+    assert lines[0] == pytest.approx([(600, 0.02), (650, 0.01)])
+    assert lines[1] == pytest.approx([(640, 0.008)])
 
 
 # ---- Loss and schedule ----
@@ -384,6 +407,6 @@ def test_a_kind_that_cannot_be_drawn_leaves_the_others(tmp_path, capsys):
     folder = write_run(tmp_path / "a\udcff", settings={"seed": 1337})
     assert plot.main([str(folder), "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr()
-    assert len([*tmp_path.glob("*.png")]) == 2
+    assert len([*tmp_path.glob("*.png")]) == 3
     assert "Without settings: a\\udcff seed 1337." in printed.out
     assert printed.err.startswith("error: schedule: ")
