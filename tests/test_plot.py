@@ -149,23 +149,22 @@ def test_a_run_is_read_from_its_log(finished):
 
 
 def test_what_quantizing_loses_is_a_line_for_trials_that_differ_in_size(tmp_path):
-    trials = {
-        f"{name}_{bits}_bits": {
-            "scores": {"float": 2.0, "plain": 2.0 + lost},
-            "bytes": {"code": 1000, "model": 1000 * size, "total": 1000 + 1000 * size},
-        }
-        for name, bits, size, lost in (
-            ("std", "3.0", 650, 0.01),
-            ("std", "2.4", 600, 0.02),
-            ("trellis", "3.0", 640, 0.008),
-            ("better", "3.0", 700, -0.001),
-        )
-    }
-    figure = plot.make(runs_of(tmp_path, **trials), "bytes")
+    for name, size, lost in (
+        ("std_3.0_bits", 650, 0.01),
+        ("std_2.4_bits", 600, 0.02),
+        ("trellis_3.0_bits", 640, 0.008),
+        ("better_3.0_bits", 700, -0.001),
+    ):
+        for seed, more in ((1, 0.001), (2, -0.001)):
+            sizes = {"code": 1, "model": 1000 * size, "total": 1000 * size + 1}
+            folder = write_run(tmp_path / name / f"seed{seed}", seed, bpb=2.0, bytes=sizes)
+            result = json.loads((folder / "result.json").read_text())
+            result["scores"]["float"]["val_bpb"] = 2.0 - lost - more
+            (folder / "result.json").write_text(json.dumps(result))
+    figure = plot.make(read_runs([tmp_path]), "bytes")
     assert names_of(figure) == ["std", "trellis"]
-    lines = [[*zip(*line.get_data(), strict=True)] for line in figure.axes[0].lines]
-    assert lines[0] == pytest.approx([(600, 0.02), (650, 0.01)])
-    assert lines[1] == pytest.approx([(640, 0.008)])
+    assert points_of(figure, line=0) == pytest.approx({600: 0.02, 650: 0.01})
+    assert points_of(figure, line=1) == pytest.approx({640: 0.008})
 
 
 # ---- Loss and schedule ----
