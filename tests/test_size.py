@@ -54,14 +54,16 @@ def test_the_log_has_bytes_and_entropy(capsys):
     assert 0.5 * packed < entropy < packed
 
 
-@pytest.mark.parametrize("rule", ["search", "std"])
+@pytest.mark.parametrize(
+    ("rule", "quantizer"), [("search", "scalar"), ("std", "scalar"), ("std", "trellis")]
+)
 @pytest.mark.parametrize(
     ("codec", "part"),
     [("zstd", 0.95), *(pytest.param(*p.values, 0.6, marks=p.marks) for p in CODECS)],
 )
-def test_one_factor_widens_the_scales_until_it_fits(codec, part, rule, capsys):
+def test_one_factor_widens_the_scales_until_it_fits(codec, part, rule, quantizer, capsys):
     """The overhead of a codec on so small a model is noisy."""
-    model = large_model(scale_rule=rule, matrix_clip_sigmas=4.0)
+    model = large_model(scale_rule=rule, matrix_clip_sigmas=4.0, quantizer=quantizer)
     free, _ = pack(model, 10**7, capsys, codec)
     room = int(part * len(free))
     blob, tries = pack(model, room, capsys, codec)
