@@ -580,12 +580,14 @@ class Hyperparameters(ModelSettings):
     )
     sensitivity_tokens: int = setting(
         0,
-        "Calibration tokens on which each matrix is rounded alone, to find how fine its codes must "
-        "be; 0 takes the same k for all.",
+        "Calibration tokens on which each matrix is rounded alone, to choose how fine its codes "
+        "are; 0 takes one k. Codes then range to 127, and *_BITS only set the scales before.",
+        high=32_768,
     )
     tune_scales: int = setting(
         0,
-        "Steps of Adam on the scales of rows and the float16 weights after GPTQ, on training text.",
+        "Steps of Adam on row scales and float16 weights after GPTQ, on training text; GPTQ itself "
+        "then counts as training.",
     )
     compressor: str = setting(
         "zstd", "Codec of the artifact.", choices=("zstd", "lzma", "brotli", "range")
@@ -632,8 +634,9 @@ class Hyperparameters(ModelSettings):
 
     @property
     def calibrates_on_text(self) -> bool:
-        """Whether GPTQ reads training text, which counts as training."""
-        return self.gptq_enabled and self.gptq_calib == "train"
+        """Whether calibration reads training text, which counts as training."""
+        calibrates = self.gptq_enabled or self.sensitivity_tokens > 0
+        return calibrates and self.gptq_calib == "train"
 
     @property
     def quantizes_on_text(self) -> bool:
@@ -766,7 +769,7 @@ FREE_ON_RESUME = frozenset(
     val_batch_size canonical_mask ttt_enabled ttt_mode ttt_chunk_tokens ttt_epochs ttt_lr
     ttt_lora_rank ttt_lora_lr ttt_chunk_size ttt_batch_size ttt_beta2 ttt_weight_decay
     gptq_enabled gptq_calib gptq_calib_tokens gptq_embed matrix_bits embed_bits scale_rule
-    matrix_clip_sigmas embed_clip_sigmas compressor
+    matrix_clip_sigmas embed_clip_sigmas quantizer sensitivity_tokens tune_scales compressor
     """.split()
 )
 
@@ -3442,7 +3445,7 @@ GPTQ_BLOCK = 128  # columns
 CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)  # of a row's largest weight
 MIN_SCALE, MAX_SCALE = 2.0**-24, 65_504.0  # what float16 can hold
 TRELLIS_STEPS = 64  # at most, down a column
-TUNE_RATE = 0.006  # of Adam, falling to 0
+TUNE_RATE, TUNE_TOKENS = 0.006, 16_384  # of Adam, falling to 0; of a step, at most
 RATE_WEIGHT = 0.05  # squared errors, in units of the scale, that a nat of a code is worth
 
 
@@ -3450,18 +3453,19 @@ class Quantizer:
     """Codes of weights, and weights of codes, both in units of a row's scale.
 
     With one state it is scalar: a weight is its code. With more it is a trellis (dependent
-    quantization, as in VVC, ITU-T H.266): a state walks down each column, the parity of a code
-    chooses the next one, and in odd states the code k means k - sign(k) / 2. A path through the
-    states places weights twice as finely as its codes cost.
+    quantization, as in VVC, ITU-T H.266): each column has a state, the parity of a code chooses the
+    state of the next code, and in odd states the code k means k - sign(k) / 2. The values of even
+    and odd states together have half the spacing of either.
     """
 
     def __init__(self, flips: Sequence[int]) -> None:
         # State s leads to two: an even code to 2 s + flips[s], modulo the number of states, an odd
         # one to the other of that pair. So s and s + half of their number lead to the same pair.
-        self.count, parity = len(flips), np.arange(2)
-        states, flip = np.arange(self.count)[:, None], np.array(flips)[:, None]
-        self.next_state = (2 * states + (parity ^ flip)) % self.count  # [state, parity of code]
-        # Where a code lies that leads to the first or the second of the pair, see nearest_codes.
+        self.num_states, parity = len(flips), np.arange(2)
+        states, flip = np.arange(self.num_states)[:, None], np.array(flips)[:, None]
+        # By state and by parity of the code.
+        self.next_state = (2 * states + (parity ^ flip)) % self.num_states
+        # The subset of nearest_codes that leads to the first, and to the second state of the pair.
         self.subset = 2 * (states % 2) + (parity ^ flip)  # [state, 2]
 
     def code_costs(self, x: Tensor, limit: int) -> Tensor:
@@ -3470,11 +3474,11 @@ class Quantizer:
         [n, 2, limit + 1], for even and odd states, by the size of a code. The entropy is that of
         nearest codes, which differs little from that of a trellis.
         """
-        if self.count == 1:
+        if self.num_states == 1:
             return x.new_zeros(len(x), 2, limit + 1)
         size = x.abs().flatten(1)
-        halves = [size.round(), (size + 0.5).round() * (size > 0.25)]
-        codes = torch.stack(halves, 1).clamp(max=limit).long()
+        nearest = [size.round(), (size + 0.5).round() * (size > 0.25)]
+        codes = torch.stack(nearest, 1).clamp(max=limit).long()
         counts = x.new_full((len(x), 2, limit + 1), 0.5)
         counts.scatter_add_(2, codes, x.new_ones(()).expand(codes.shape))
         shares = counts / counts.sum(2, keepdim=True)
@@ -3486,15 +3490,15 @@ class Quantizer:
 
         They are those of the path of least cost: squared error, plus code_costs [n, 2, limit + 1].
         """
-        if self.count == 1:
+        if self.num_states == 1:
             codes = x.round().clamp(-limit, limit)
             return codes, codes
         rows, size = x.size(2), x.abs()
         candidates = nearest_codes(size, limit)
-        halves = torch.arange(4, device=x.device).view(4, 1, 1, 1) // 2
-        found = code_costs[:, halves.flatten()].movedim(1, 0)  # [4, n, limit + 1]
-        found = found.gather(2, candidates.flatten(2).long()).view_as(candidates)
-        costs = found + (size - reconstruct(candidates, halves)).square()
+        odd = torch.arange(4, device=x.device).view(4, 1, 1, 1) // 2
+        by_subset = code_costs.movedim(1, 0).repeat_interleave(2, 0)  # [4, n, limit + 1]
+        rates = by_subset.gather(2, candidates.flatten(2).long()).view_as(candidates)
+        costs = rates + (size - reconstruct(candidates, odd)).square()
         side = rows_side_by_side(rows)
         steps = F.pad(costs, (0, -rows % side)).unflatten(3, (-1, side)).movedim(3, 0)
         path = self.least_path(steps.flatten(2)).view(len(steps), *x.shape[:2], side)
@@ -3507,18 +3511,18 @@ class Quantizer:
 
         `costs` is [steps, 4 subsets, lanes]. Paths begin in state 0 (Viterbi's algorithm).
         """
-        lanes, half = costs.size(2), self.count // 2
-        subset = torch.from_numpy(self.subset).to(costs.device)
-        total = costs.new_full((self.count, lanes), math.inf)
+        lanes, half = costs.size(2), self.num_states // 2
+        subset = torch.from_numpy(self.subset).to(costs.device, non_blocking=True)
+        total = costs.new_full((self.num_states, lanes), math.inf)
         total[0] = 0
         choices = []  # bool [half, 2, lanes]: whether the better way into a state is the second
         for cost in costs:
             ways = total.view(2, half, 1, lanes) + cost[subset].view(2, half, 2, lanes)
             total, second = ways.min(0)
             choices.append(second.bool())
-        state, path = total.view(self.count, lanes).argmin(0, keepdim=True), []
+        state, path = total.view(self.num_states, lanes).argmin(0, keepdim=True), []
         for second in reversed(choices):
-            before = state // 2 + half * second.view(self.count, lanes).gather(0, state)
+            before = state // 2 + half * second.view(self.num_states, lanes).gather(0, state)
             path.append(subset[before, state % 2])
             state = before
         return torch.cat(path[::-1])
@@ -3526,8 +3530,8 @@ class Quantizer:
     def decode(self, codes: Tensor) -> Tensor:
         """Returns what codes [rows, cols] stand for, float32."""
         side, values = rows_side_by_side(len(codes)), []
-        next_state = torch.from_numpy(self.next_state)
-        state = torch.zeros(side, codes.size(1), dtype=torch.int64)
+        next_state = torch.from_numpy(self.next_state).to(codes.device)
+        state = codes.new_zeros(side, codes.size(1), dtype=torch.int64)
         for step in codes.long().split(side):
             state = state[: len(step)]
             values.append(reconstruct(step.float(), state % 2))
@@ -3577,7 +3581,7 @@ class Quantized(NamedTuple):
 def quantize_rounding(
     quantizer: Quantizer, limit: int, weight: Tensor, scales: Tensor, _: Tensor
 ) -> Quantized:
-    """Quantizes matrices [n, rows, cols], each weight alone; does not use the Hessian.
+    """Quantizes matrices [n, rows, cols]; does not use the Hessian.
 
     `scales` is float16 [n, rows]; codes are from -limit to limit.
     """
@@ -3734,8 +3738,8 @@ def artifact_arrays(
 ) -> dict[str, Tensor]:
     """Returns the arrays of an artifact by name: codes, their scales, and the rest in float16.
 
-    The scales of matrices are multiplied by the factor, balanced ones all. The ranks divide the
-    weights of a stack.
+    The scales of matrices are multiplied by the factor, with SENSITIVITY_TOKENS those of all codes.
+    The ranks divide the weights of a stack.
     """
     arrays = {name: p.detach().half() for name, p in model.named_parameters()}
     for stack in stacks:
@@ -3815,19 +3819,21 @@ def tune_scales(
     """Returns by array of an artifact how to change it: factors of scales, and new float16 arrays.
 
     Adam minimizes the divergence of the quantized model from `model` on batches of ids [B, T], each
-    divided among the ranks. The codes do not change.
+    divided among the ranks. The codes do not change. Returns {} after less than half of the steps,
+    when the rate is still high.
     """
     student, roles = copy.deepcopy(model), parameter_roles(model)
     student.load_state_dict(dequantize(arrays, quantizer))
     named = dict(student.named_parameters())
     gradient = bind_flat_gradient_([*named.values()])
-    gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
+    gradients = {name: p.grad for name, p in named.items() if p.grad is not None}  # all
     matrices = {name: p.detach().clone() for name, p in named.items() if ROLES[roles[name]].bits}
     factors = {name: p.new_ones(len(p), 1) for name, p in matrices.items()}
     floats = {name: p for name, p in named.items() if name not in matrices}
     adam = torch.optim.Adam([*factors.values(), *floats.values()], betas=(0.9, 0.95))
-    for step, ids in enumerate(batches):
-        adam.param_groups[0]["lr"] = TUNE_RATE * (1 - step / steps)
+    done = 0
+    for ids in batches:
+        adam.param_groups[0]["lr"] = TUNE_RATE * (1 - done / steps)
         own = ids[ranks.rank :: ranks.world_size].to(gradient.device)
         if len(own):
             with torch.no_grad():
@@ -3841,6 +3847,9 @@ def tune_scales(
         with torch.no_grad():
             for name, factor in factors.items():
                 named[name].copy_(matrices[name] * factor)
+        done += 1
+    if 2 * done < steps:
+        return {}
     tuned = {f"{name}.scales": factor.squeeze(1) for name, factor in factors.items()}
     return tuned | {name: p.detach().half() for name, p in floats.items()}
 
@@ -4110,6 +4119,7 @@ def range_decompress(
     """Decodes into the arrays what range_compress has returned. Raises ValueError."""
     words, checksum = struct.unpack_from("<II", data)
     ways, start = bytes(data[8 : 8 + len(arrays)]), 8 + len(arrays)
+    check(max(ways, default=0) <= AS_REST, "an array is coded in an unknown way")
     counts = np.zeros((2 * len(LEVELS), 256), np.int64)
     coder = RangeCoder(counts, np.frombuffer(data, "<u4", words, start).astype(np.uint32))
     for array, way in zip(arrays, ways):
@@ -4388,7 +4398,8 @@ class Run:
 
     def __init__(self, env: Mapping[str, str], log: Log, result: dict[str, Any]) -> None:
         self.log, self.result = log, result
-        self.batch_seconds = self.tune_seconds = 0.0  # of a batch of calibration, a step of tuning
+        self.slowest: dict[str, float] = {}  # seconds of a batch after the last step, by purpose
+        self.stack_seconds = 0.0  # of prepare_stacks
         self.read_until = 0.0  # when training text was read last
         h = Hyperparameters.from_env(env)
         self.notes = settings_notes(h, env)
@@ -4585,9 +4596,7 @@ class Run:
         deadline = ends[0] + h.training_seconds - train_seconds
         hessians = self.calibrate(model, step, deadline)
         ends.append(self.device.now())
-        if h.calibrates_on_text:
-            self.read_until = ends[-1]
-        stacks = self.stacks(model, hessians, step)
+        stacks = self.prepare_stacks(model, hessians, step, deadline)
         tune = partial(self.tune, model, step, deadline) if h.tune_scales else None
         blob = pack_to_fit(model, stacks, BYTES_LIMIT - code, self.ranks, log, tune)
         if not log.silent:
@@ -4621,45 +4630,77 @@ class Run:
             "train_tokens": len(self.data.train.stream) if self.data.train else 0,
         }
 
-    def calibration_batches(self, step: int | None = None) -> Sequence[Tensor]:
-        """Returns the ids [B, T] that calibrate GPTQ after `step` steps; None: of random tokens.
+    @property
+    def calibration_shape(self) -> tuple[int, int]:
+        """How many sequences calibrate, and how many tokens each has."""
+        h = self.h
+        length = min(h.train_seq_len, h.gptq_calib_tokens)  # a file may state any TRAIN_SEQ_LEN
+        return max(h.gptq_calib_tokens // length, 1), length
+
+    def calibration_ids(self, step: int | None, count: int) -> Tensor:
+        """Returns the first ids [count, T] for calibration after `step` steps; None: random ones.
 
         GPTQ_CALIB=train takes the text that step `step` would train on.
         """
-        h, train = self.h, self.data.train
-        length = min(h.train_seq_len, h.gptq_calib_tokens)  # a file may state any TRAIN_SEQ_LEN
-        count, rows = max(h.gptq_calib_tokens // length, 1), max(h.micro_batch_tokens // length, 1)
-        if h.gptq_calib == "random" or train is None or step is None:
-            return random_sequences(count, length, h.vocab_size, h.seed).split(rows)
-        return train.sequences(step * train.rows, count)[:, :length].split(rows)
+        h, train, length = self.h, self.data.train, self.calibration_shape[1]
+        if not h.calibrates_on_text or train is None or step is None:
+            return random_sequences(count, length, h.vocab_size, h.seed)
+        return train.sequences(step * train.rows, count)[:, :length]
+
+    def before(
+        self, deadline: float | None, what: str, batches: Iterable[Tensor], count: int
+    ) -> Iterator[Tensor]:
+        """Yields batches of training text, none that could end after the deadline.
+
+        A batch may take as long as the slowest so far; the ranks agree. Without a deadline they are
+        no training text, and all are yielded.
+        """
+        now = self.device.now
+        for n, ids in enumerate(batches):
+            began, slowest = now(), self.slowest.get(what, 0.0)
+            if deadline is not None:
+                (late,) = self.ranks.all_reduce_max(began + slowest - deadline)
+                if late > 0:
+                    self.log(f"gptq: the time allowed {n} of {count} {what} batches")
+                    return
+            yield ids
+            ended = now()
+            self.slowest[what] = max(slowest, ended - began)
+            if deadline is not None:
+                self.read_until = ended
 
     def reserve_seconds(self, model: GPT) -> float:
         """Returns the training seconds to keep for what reads training text after the last step.
 
-        It is tried on random tokens: a batch of calibration, GPTQ, and steps of tuning.
+        All of it is tried on random tokens: a batch of calibration, and what follows in its time.
         """
         h, now, ranks = self.h, self.device.now, self.ranks
         if not (h.quantizes_on_text and h.max_wallclock_seconds):
             return 0.0
-        batches, hessians, reserve = self.calibration_batches(), {}, 0.0
+        count, hessians, kept = self.calibration_shape[0], {}, 0.0
         if h.gptq_enabled:
-            for _ in range(2):  # a first batch takes longer than others
-                start = now()
-                hessians = collect_hessians(model, batches[:1], ranks)
-                self.batch_seconds = now() - start
-            reserve = self.batch_seconds * sum(map(len, batches)) / len(batches[0])
-        if h.tune_scales or h.sensitivity_tokens:
+            batches = self.calibration_ids(None, count).split(self.calibration_rows)
+            for _ in range(2):  # the first batch takes longer than others
+                self.slowest = {}
+                trial = self.before(None, "calibration", batches[:1], 1)
+                hessians = collect_hessians(model, trial, ranks)
+            kept += self.slowest["calibration"] * count / len(batches[0])
+        if h.sensitivity_tokens or h.tune_scales:
             start = now()
-            arrays = artifact_arrays(model, self.stacks(model, hessians), 1.0, ranks)
-            reserve += now() - start
+            stacks = self.prepare_stacks(model, hessians, None, None)
+            self.stack_seconds = now() - start
+            kept += self.stack_seconds
         if h.tune_scales:
-            ids = random_sequences(self.tune_rows, h.train_seq_len, h.vocab_size, h.seed)
+            start = now()
+            arrays, quantizer = artifact_arrays(model, stacks, 1.0, ranks), QUANTIZERS[h.quantizer]
+            kept += now() - start
+            rows = self.tune_rows
+            ids = random_sequences(2 * rows, h.train_seq_len, h.vocab_size, h.seed).split(rows)
             for _ in range(2):
-                start = now()
-                tune_scales(model, arrays, QUANTIZERS[h.quantizer], [ids], 1, ranks)
-                self.tune_seconds = now() - start
-            reserve += self.tune_seconds * h.tune_scales
-        (reserve,) = ranks.all_reduce_max(1.5 * reserve)
+                self.slowest.pop("tuning", None)
+                tune_scales(model, arrays, quantizer, self.before(None, "tuning", ids, 2), 2, ranks)
+            kept += self.slowest["tuning"] * h.tune_scales
+        (reserve,) = ranks.all_reduce_max(1.5 * kept)
         self.log(f"gptq: {reserve:.1f} s are kept to quantize on training text")
         if reserve >= h.max_wallclock_seconds:
             raise SettingsError(
@@ -4669,34 +4710,22 @@ class Run:
             )
         return reserve
 
-    def in_time(
-        self, what: str, batches: Iterable[Tensor], count: int, slowest: float, deadline: float
-    ) -> Iterator[Tensor]:
-        """Yields batches, none that could end after the deadline; the ranks agree.
-
-        A batch may take as long as the slowest so far.
-        """
-        now = self.device.now
-        for n, ids in enumerate(batches):
-            began = now()
-            (late,) = self.ranks.all_reduce_max(began + slowest - deadline)
-            if late > 0:
-                self.log(f"gptq: the time allowed {n} of {count} {what} batches")
-                return
-            yield ids
-            slowest = max(slowest, now() - began)
+    @property
+    def calibration_rows(self) -> int:
+        """Sequences of a batch of calibration."""
+        return max(self.h.micro_batch_tokens // self.calibration_shape[1], 1)
 
     def calibrate(self, model: GPT, step: int, deadline: float) -> dict[str, Tensor]:
         """Returns the Hessians for GPTQ by name; a matrix without one is rounded.
 
-        No training text is read after the deadline.
+        No training text is read later than leaves time for prepare_stacks.
         """
-        h = self.h
-        if not h.gptq_enabled:
+        if not self.h.gptq_enabled:
             return {}
-        batches = self.calibration_batches(step)
-        until = deadline if h.calibrates_on_text else math.inf
-        in_time = self.in_time("calibration", batches, len(batches), self.batch_seconds, until)
+        count = self.calibration_shape[0]
+        batches = self.calibration_ids(step, count).split(self.calibration_rows)
+        until = deadline - self.stack_seconds if self.h.calibrates_on_text else None
+        in_time = self.before(until, "calibration", batches, len(batches))
         hessians = collect_hessians(model, in_time, self.ranks)
         if not any(x.any() for x in hessians.values()):
             return {}  # no batch was read
@@ -4705,24 +4734,25 @@ class Run:
             self.log(f"gptq: {name} is rounded: no finite inputs calibrate it")
         return usable
 
-    def stacks(
-        self, model: GPT, hessians: Mapping[str, Tensor], step: int | None = None
+    def prepare_stacks(
+        self, model: GPT, hessians: Mapping[str, Tensor], step: int | None, deadline: float | None
     ) -> list[Stack]:
-        """Returns what is to be quantized; the text of calibration balances its scales."""
-        stacks = weight_stacks(model, hessians, self.ranks)
-        if self.h.sensitivity_tokens:
-            ids = torch.cat([*self.calibration_batches(step)])
-            ids = ids[: max(self.h.sensitivity_tokens // ids.size(1), 1)]
+        """Returns what is to be quantized, with its scales: balanced, if the time allows it."""
+        stacks, h = weight_stacks(model, hessians, self.ranks), self.h
+        if not h.sensitivity_tokens:
+            return stacks
+        count, length = self.calibration_shape
+        count = min(max(h.sensitivity_tokens // length, 1), count)
+        until = deadline if h.calibrates_on_text else None
+        batches = (self.calibration_ids(step, count) for _ in range(1))  # not read yet
+        for ids in self.before(until, "sensitivity", batches, 1):
             stacks = balance_scales(model, stacks, self.device.send(ids), self.ranks)
-            if self.h.calibrates_on_text:
-                self.read_until = self.device.now()
         return stacks
 
     @property
     def tune_rows(self) -> int:
         """Sequences of a step of tuning, over all ranks."""
-        h = self.h
-        return max(min(h.micro_batch_tokens, h.train_batch_tokens) // h.train_seq_len, 1)
+        return max(min(self.h.micro_batch_tokens, TUNE_TOKENS) // self.h.train_seq_len, 1)
 
     def tune(
         self, model: GPT, step: int, deadline: float, arrays: Mapping[str, Tensor]
@@ -4730,15 +4760,12 @@ class Run:
         """Returns what tune_scales finds on the text after that of calibration."""
         h, train = self.h, self.data.train
         assert train is not None
-        start, rows = step * train.rows, self.tune_rows
+        start, rows, steps = step * train.rows, self.tune_rows, h.tune_scales
         if h.calibrates_on_text:
-            start += sum(map(len, self.calibration_batches(step)))
-        batches = (train.sequences(start + n * rows, rows)[:, :-1] for n in range(h.tune_scales))
-        in_time = self.in_time("tuning", batches, h.tune_scales, self.tune_seconds, deadline)
-        quantizer = QUANTIZERS[h.quantizer]
-        tuned = tune_scales(model, arrays, quantizer, in_time, h.tune_scales, self.ranks)
-        self.read_until = self.device.now()
-        return tuned
+            start += self.calibration_shape[0]
+        batches = (train.sequences(start + n * rows, rows)[:, :-1] for n in range(steps))
+        in_time = self.before(deadline, "tuning", batches, steps)
+        return tune_scales(model, arrays, QUANTIZERS[h.quantizer], in_time, steps, self.ranks)
 
     def score(self, scoring_pass: ScoringPass) -> Score:
         """Returns the score of a pass over the validation text."""

@@ -188,6 +188,11 @@ def test_a_whole_run(tmp_path, byte_corpus, monkeypatch, compiled, auxiliary):
         "RUN_ID": "gpu",
         "WARMUP_STEPS": "2",
         "EVAL_WINDOW": "64",
+        "GPTQ_ENABLED": "1",
+        "QUANTIZER": "trellis",
+        "SENSITIVITY_TOKENS": "1024",
+        "TUNE_SCALES": "4",
+        "MAX_WALLCLOCK_SECONDS": "600",
     }
     assert tg.main([], env) == 0
     result = json.loads((tmp_path / "logs/gpu/result.json").read_text())
