@@ -273,7 +273,7 @@ def test_a_run_calibrates_on_the_text_that_it_states_and_never_on_validation_tex
     if calib == "random":
         assert seconds["train"] == trained
     else:
-        assert seconds["train"] - trained == pytest.approx(seconds["calibrate"])
+        assert seconds["train"] - trained == pytest.approx(seconds["calibrate"], rel=0.2)
 
 
 def test_the_head_is_quantized_by_the_inputs_it_reads():

@@ -300,6 +300,7 @@ def odd_words(payload: bytes) -> dict[str, bytes]:
         "words of ones": made(b"\xff" * len(words)),
         "words too many": made(words, count=(1 << 32) - 1),
         "ways of floats": made(words, bytes(TINY_ARRAYS)),
+        "unknown ways": made(words, bytes([9]) * TINY_ARRAYS),
         "no ways": payload[:8],
         "a head cut": payload[:7],
         "by row": made(words, bytes([tg.BY_ROW if way == 0 else way for way in ways])),
