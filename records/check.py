@@ -226,8 +226,10 @@ class Check:
         same = any(may_share_weights(run, other) for other in trained)
         needed = "those of a run of its seed, by the score before int6"
         self.expect(same, file, "weights of no run here", needed)
-        calibrating = run.settings.get("gptq_calib") == "train"  # counts as training
-        allowed = run.seconds.get("calibrate", 0) + 0.1 if calibrating else 0
+        calibrating = run.settings.get("gptq_calib") == "train"
+        tuning = run.settings.get("tune_scales") or run.settings.get("sensitivity_tokens")
+        stages = ["calibrate"] * calibrating + ["calibrate", "pack"] * bool(tuning)
+        allowed = sum(run.seconds.get(stage, 0) + 0.1 for stage in {*stages})  # reading text counts
         own = run.seconds.get("train", 0)
         idle = not run.curve and own <= allowed
         self.expect(idle, file, f"{own} s of training", "none, where others trained")

@@ -202,10 +202,14 @@ def requirements(source: str, run: Run) -> list[str]:
 
 
 def draw_plots(runs: list[Run], folder: Path, base: str) -> list[Path]:
-    """Draws the losses, and the scores of several trials; returns the PNG files."""
+    """Draws the losses, or the bytes of repacked weights, and the scores of several trials.
+
+    Returns the PNG files.
+    """
     from plot import draw
 
-    kinds = ["loss" if any(run.curve for run in runs) else "bytes"] + ["scores"] * bool(base)
+    repacked = any(run.scores and not run.steps for run in runs)
+    kinds = ["bytes" if repacked else "loss"] + ["scores"] * bool(base)
     return [draw(runs, kind, folder, base=base) for kind in kinds]
 
 
