@@ -334,6 +334,7 @@ def draw_bytes(figure: Figure, trials: Trials, base: str, x: str, chosen: str | 
         raise PlotError(f"bytes: no run has bytes and a {score} score worse than before int6.")
     handles = [axes.plot(*np.transpose(sorted(found)))[0] for found in points.values()]
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("kilobytes of the artifact")
     axes.set_ylabel(f"bits per byte lost ({score} - float)")
     add_legend(figure, "Quantization", handles, map(label, points))
