@@ -575,7 +575,7 @@ class Hyperparameters(ModelSettings):
     quantizer: str = setting(
         "scalar",
         "Codes of a weight: scalar, or those of a trellis of 8 states (trellis) or 4 (trellis4), "
-        "which takes about a fifth of the loss at equal bytes; COMPRESSOR=range suits it.",
+        "which loses less at equal bytes. COMPRESSOR=range compresses them best.",
         choices=("scalar", "trellis4", "trellis"),
     )
     sensitivity_tokens: int = setting(
@@ -746,6 +746,11 @@ def rules(h: Hyperparameters, world_size: int) -> list[str]:
         faults.append(
             f"MIN_LR={h.min_lr:g}: must be below SWA_START_FRAC={h.swa_start_frac:g}, or "
             "SWA_ENABLED=1 averages nothing"
+        )
+    if h.sensitivity_tokens > h.gptq_calib_tokens:
+        faults.append(
+            f"SENSITIVITY_TOKENS={h.sensitivity_tokens}: must be at most "
+            f"GPTQ_CALIB_TOKENS={h.gptq_calib_tokens}"
         )
     if h.run_id and not is_plain_name(h.run_id):
         faults.append(f"RUN_ID={h.run_id!r}: must be a name of letters, digits and - _ . + =")
@@ -3459,8 +3464,8 @@ class Quantizer:
     """
 
     def __init__(self, flips: Sequence[int]) -> None:
-        # State s leads to two: an even code to 2 s + flips[s], modulo the number of states, an odd
-        # one to the other of that pair. So s and s + half of their number lead to the same pair.
+        # An even code leads from state s to 2 s + flips[s] modulo num_states, an odd code to the
+        # other state of that pair. States s and s + num_states / 2 lead to the same pair.
         self.num_states, parity = len(flips), np.arange(2)
         states, flip = np.arange(self.num_states)[:, None], np.array(flips)[:, None]
         # By state and by parity of the code.
@@ -3565,7 +3570,7 @@ def nearest_codes(size: Tensor, limit: int) -> Tensor:
     codes = []
     for odd, parity in ((0, 0), (0, 1), (1, 0), (1, 1)):
         pairs = ((size + odd / 2 - parity) / 2).round()
-        if odd > parity:  # 0 lies nearer to its neighbor than all others do
+        if odd > parity:  # the values are 0, 1.5, 3.5, ...: 0 is nearest up to 0.75
             pairs *= size > 0.75
         codes.append((2 * pairs + parity).clamp(parity, limit - (limit - parity) % 2))
     return torch.stack(codes)
@@ -3610,8 +3615,8 @@ def quantize_gptq(
 
     `hessian` [n, cols, cols] is X^T X of the inputs X. Columns are taken by falling diagonal; the
     error of each is spread over those after it, so that the output changes least. The errors of the
-    rows are weighted by the Hessian too. The rows of a column do not depend on each other in this:
-    a trellis may walk down them.
+    rows are weighted by the Hessian too. The rows of a column do not depend on each other, so that
+    a trellis can encode each column as a whole.
     """
     cols = weight.size(2)
     diagonal = hessian.diagonal(dim1=1, dim2=2)
@@ -3697,6 +3702,10 @@ class Stack(NamedTuple):
     hessian: Tensor  # [n, cols, cols]; for rounding [n, 0, cols]
     scales: Tensor  # float16 [n, rows]
 
+    def with_rounding(self) -> "Stack":
+        """Returns the stack with codes by rounding to nearest, for estimates."""
+        return self._replace(solve=partial(quantize_rounding, QUANTIZERS["scalar"], self.limit))
+
     def quantize(self, weight: Tensor, scales: Tensor, hessian: Tensor) -> Tensor:
         """Returns the codes, int8, of some of the weights."""
         return self.solve(weight, scales, hessian).codes
@@ -3726,7 +3735,7 @@ def weight_stacks(model: GPT, hessians: Mapping[str, Tensor], ranks: Ranks) -> l
         if h.scale_rule == "std":
             find = partial(std_scales, getattr(h, role.clip_sigmas), limit)
         scales = ranks.map_over_ranks(find, weight, hessian)
-        if h.sensitivity_tokens:  # some codes will be much finer
+        if h.sensitivity_tokens:  # balance_scales makes some scales much smaller
             limit = 127
         solve = partial(quantize, QUANTIZERS[h.quantizer], limit)
         stacks.append(Stack(names, role, limit, solve, weight, hessian, scales))
@@ -3773,17 +3782,17 @@ def divergence(logits: Tensor, others: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def balance_scales(model: GPT, stacks: Sequence[Stack], ids: Tensor, ranks: Ranks) -> list[Stack]:
-    """Returns stacks with scales for which all weights are about as sensitive as each other.
+    """Returns stacks whose scales are balanced: every matrix and table is equally sensitive.
 
-    The sensitivity of a matrix is the divergence on ids [B, T] that its rounding alone causes, over
-    its number of weights. It grows as the square of the scale, so that one bit less for each weight
-    of a matrix then costs the same anywhere. The geometric mean of matrices' scales stays.
+    The sensitivity of a matrix is the divergence on ids [B, T] that rounding it alone causes,
+    divided by its number of weights. It grows as the square of the scale. With equal sensitivities
+    a bit less for each weight costs the same in every matrix. The geometric mean of the scales of
+    matrices stays.
     """
     logits, sizes = model.forward_logits(ids), []
     found: list[Tensor] = []
     for stack in stacks:
-        scalar = partial(quantize_rounding, QUANTIZERS["scalar"], stack.limit)
-        codes = scalar(stack.weight, stack.scales, stack.hessian).codes
+        codes = stack.with_rounding().quantize(stack.weight, stack.scales, stack.hessian)
         rounded = codes * stack.scales.float().unsqueeze(-1)
         for name, weight, values in zip(stack.names, stack.weight, rounded):
             nats = torch.zeros(1, dtype=torch.float64, device=ids.device)
@@ -3795,14 +3804,14 @@ def balance_scales(model: GPT, stacks: Sequence[Stack], ids: Tensor, ranks: Rank
             found.append(nats / values.numel())
             sizes.append(values.numel() if stack.role == ROLES["matrix"] else 0)
     sensitivity = ranks.all_reduce_(torch.cat(found))
-    floor = sensitivity.mean() / 1000 + 1e-30  # of matrices that hardly matter
+    floor = sensitivity.mean() / 1000 + 1e-30  # else a scale could grow without bound
     logs = sensitivity.clamp(min=floor).log() / 2
     weights = torch.tensor(sizes, device=ids.device) / sum(sizes)
     factors = ((logs * weights).sum() - logs).exp().float()
     parts = factors.split([len(stack.names) for stack in stacks])
     balanced = []
     for stack, part in zip(stacks, parts):
-        least = stack.weight.abs().amax(2) / stack.limit  # below it codes are clipped
+        least = stack.weight.abs().amax(2) / stack.limit  # smaller scales would clip codes
         scales = torch.maximum(stack.scales.float() * part.unsqueeze(-1), least)
         balanced.append(stack._replace(scales=to_scales(scales)))
     return balanced
@@ -3826,7 +3835,7 @@ def tune_scales(
     student.load_state_dict(dequantize(arrays, quantizer))
     named = dict(student.named_parameters())
     gradient = bind_flat_gradient_([*named.values()])
-    gradients = {name: p.grad for name, p in named.items() if p.grad is not None}  # all
+    gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
     matrices = {name: p.detach().clone() for name, p in named.items() if ROLES[roles[name]].bits}
     factors = {name: p.new_ones(len(p), 1) for name, p in matrices.items()}
     floats = {name: p for name, p in named.items() if name not in matrices}
@@ -3855,7 +3864,7 @@ def tune_scales(
 
 
 def change_arrays(arrays: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the arrays of an artifact as tune_scales has found."""
+    """Returns the arrays of an artifact with the changes that tune_scales has returned."""
     changed = dict(arrays)
     for name, values in tuned.items():
         is_scale = name.endswith(".scales")
@@ -4045,14 +4054,15 @@ class RangeCoder:
         states = np.zeros((side, cols), np.int64)
         while row < rows:
             length = min(max(1, min(row, rows // MAX_BLOCKS)), side - row % side)
-            block, state = codes[row : row + length], states[row % side :][:length]
+            block = codes[row : row + length]
+            state = states[row % side :][: len(block)]
             mean = 256 * squares.sum() // max(row * cols, 1)
             means = (256 * squares + PRIOR_ROWS * mean) // (row + PRIOR_ROWS)
-            contexts = np.searchsorted(LEVELS, means) + len(LEVELS) * (state[: len(block)] % 2)
+            contexts = np.searchsorted(LEVELS, means) + len(LEVELS) * (state % 2)
             for context in np.unique(contexts):
                 chosen = contexts == context
                 block[chosen] = self.code_block(block[chosen], self.counts[context])
-            state[: len(block)] = next_state[state[: len(block)], block % 2]
+            state[:] = next_state[state, block % 2]
             squares += np.square(block, dtype=np.int64).sum(0)
             row += len(block)
 
@@ -4076,7 +4086,10 @@ REST = stream_codec("lzma", partial(lzma_compress, lc=0, lp=1, pb=1), lzma_decom
 
 
 def code_way(coder: RangeCoder, array: np.ndarray, way: int, quantizer: Quantizer) -> None:
-    """Encodes an array, or decodes into it, BY_COLUMN or BY_ROW; rows do not tell the states."""
+    """Encodes an array, or decodes into it, if it is coded BY_COLUMN or BY_ROW.
+
+    By row the states are not known, because they follow from the codes above in the column.
+    """
     if way == BY_COLUMN:
         coder.code(array, quantizer)
     elif way == BY_ROW:
@@ -4295,8 +4308,7 @@ def pack_to_fit(
     from the packing before, so that two suffice. `tune` sees the arrays of the first packing alone.
     """
     h = model.h
-    scalar = partial(quantize_rounding, QUANTIZERS["scalar"])
-    rounding = [stack._replace(solve=partial(scalar, stack.limit)) for stack in stacks]
+    rounding = [stack.with_rounding() for stack in stacks]
     matrices = [name for name, role in parameter_roles(model).items() if role == "matrix"]
 
     def size(factor: float) -> float:
@@ -4637,23 +4649,24 @@ class Run:
         length = min(h.train_seq_len, h.gptq_calib_tokens)  # a file may state any TRAIN_SEQ_LEN
         return max(h.gptq_calib_tokens // length, 1), length
 
-    def calibration_ids(self, step: int | None, count: int) -> Tensor:
-        """Returns the first ids [count, T] for calibration after `step` steps; None: random ones.
+    def calibration_batches(self, step: int | None, count: int) -> Sequence[Tensor]:
+        """Returns `count` sequences for calibration after `step` steps; None: random ones.
 
-        GPTQ_CALIB=train takes the text that step `step` would train on.
+        GPTQ_CALIB=train takes the text that step `step` would train on. A batch is ids [B, T].
         """
         h, train, length = self.h, self.data.train, self.calibration_shape[1]
+        rows = max(h.micro_batch_tokens // length, 1)
         if not h.calibrates_on_text or train is None or step is None:
-            return random_sequences(count, length, h.vocab_size, h.seed)
-        return train.sequences(step * train.rows, count)[:, :length]
+            return random_sequences(count, length, h.vocab_size, h.seed).split(rows)
+        return train.sequences(step * train.rows, count)[:, :length].split(rows)
 
-    def before(
+    def batches_before(
         self, deadline: float | None, what: str, batches: Iterable[Tensor], count: int
     ) -> Iterator[Tensor]:
-        """Yields batches of training text, none that could end after the deadline.
+        """Yields the batches of training text for which there is time before the deadline.
 
-        A batch may take as long as the slowest so far; the ranks agree. Without a deadline they are
-        no training text, and all are yielded.
+        A batch may take as long as the slowest so far; the ranks agree. The deadline of batches
+        that are not training text is None, and all of them are yielded.
         """
         now = self.device.now
         for n, ids in enumerate(batches):
@@ -4672,17 +4685,18 @@ class Run:
     def reserve_seconds(self, model: GPT) -> float:
         """Returns the training seconds to keep for what reads training text after the last step.
 
-        All of it is tried on random tokens: a batch of calibration, and what follows in its time.
+        They are measured on random tokens: a batch of calibration, balancing, GPTQ if tuning
+        follows it, and two steps of tuning.
         """
         h, now, ranks = self.h, self.device.now, self.ranks
         if not (h.quantizes_on_text and h.max_wallclock_seconds):
             return 0.0
         count, hessians, kept = self.calibration_shape[0], {}, 0.0
         if h.gptq_enabled:
-            batches = self.calibration_ids(None, count).split(self.calibration_rows)
+            batches = self.calibration_batches(None, count)
             for _ in range(2):  # the first batch takes longer than others
                 self.slowest = {}
-                trial = self.before(None, "calibration", batches[:1], 1)
+                trial = self.batches_before(None, "calibration", batches[:1], 1)
                 hessians = collect_hessians(model, trial, ranks)
             kept += self.slowest["calibration"] * count / len(batches[0])
         if h.sensitivity_tokens or h.tune_scales:
@@ -4698,8 +4712,12 @@ class Run:
             ids = random_sequences(2 * rows, h.train_seq_len, h.vocab_size, h.seed).split(rows)
             for _ in range(2):
                 self.slowest.pop("tuning", None)
-                tune_scales(model, arrays, quantizer, self.before(None, "tuning", ids, 2), 2, ranks)
+                tune_scales(
+                    model, arrays, quantizer, self.batches_before(None, "tuning", ids, 2), 2, ranks
+                )
             kept += self.slowest["tuning"] * h.tune_scales
+        if self.device.is_cuda:  # the trial is not part of the training's peak
+            torch.cuda.reset_peak_memory_stats()
         (reserve,) = ranks.all_reduce_max(1.5 * kept)
         self.log(f"gptq: {reserve:.1f} s are kept to quantize on training text")
         if reserve >= h.max_wallclock_seconds:
@@ -4710,22 +4728,16 @@ class Run:
             )
         return reserve
 
-    @property
-    def calibration_rows(self) -> int:
-        """Sequences of a batch of calibration."""
-        return max(self.h.micro_batch_tokens // self.calibration_shape[1], 1)
-
     def calibrate(self, model: GPT, step: int, deadline: float) -> dict[str, Tensor]:
         """Returns the Hessians for GPTQ by name; a matrix without one is rounded.
 
-        No training text is read later than leaves time for prepare_stacks.
+        Reading ends early enough for prepare_stacks to end before the deadline.
         """
         if not self.h.gptq_enabled:
             return {}
-        count = self.calibration_shape[0]
-        batches = self.calibration_ids(step, count).split(self.calibration_rows)
+        batches = self.calibration_batches(step, self.calibration_shape[0])
         until = deadline - self.stack_seconds if self.h.calibrates_on_text else None
-        in_time = self.before(until, "calibration", batches, len(batches))
+        in_time = self.batches_before(until, "calibration", batches, len(batches))
         hessians = collect_hessians(model, in_time, self.ranks)
         if not any(x.any() for x in hessians.values()):
             return {}  # no batch was read
@@ -4741,11 +4753,11 @@ class Run:
         stacks, h = weight_stacks(model, hessians, self.ranks), self.h
         if not h.sensitivity_tokens:
             return stacks
-        count, length = self.calibration_shape
-        count = min(max(h.sensitivity_tokens // length, 1), count)
+        count = max(h.sensitivity_tokens // self.calibration_shape[1], 1)
         until = deadline if h.calibrates_on_text else None
-        batches = (self.calibration_ids(step, count) for _ in range(1))  # not read yet
-        for ids in self.before(until, "sensitivity", batches, 1):
+        # A generator, so that no text is read if it is too late.
+        batches = (torch.cat([*self.calibration_batches(step, count)]) for _ in range(1))
+        for ids in self.batches_before(until, "sensitivity", batches, 1):
             stacks = balance_scales(model, stacks, self.device.send(ids), self.ranks)
         return stacks
 
@@ -4764,7 +4776,7 @@ class Run:
         if h.calibrates_on_text:
             start += self.calibration_shape[0]
         batches = (train.sequences(start + n * rows, rows)[:, :-1] for n in range(steps))
-        in_time = self.before(deadline, "tuning", batches, steps)
+        in_time = self.batches_before(deadline, "tuning", batches, steps)
         return tune_scales(model, arrays, QUANTIZERS[h.quantizer], in_time, steps, self.ranks)
 
     def score(self, scoring_pass: ScoringPass) -> Score:

@@ -209,7 +209,9 @@ def draw_plots(runs: list[Run], folder: Path, base: str) -> list[Path]:
     from plot import draw
 
     repacked = any(run.scores and not run.steps for run in runs)
-    kinds = ["bytes" if repacked else "loss"] + ["scores"] * bool(base)
+    kinds = ["bytes" if repacked else "loss"]
+    if base:
+        kinds.append("scores")
     return [draw(runs, kind, folder, base=base) for kind in kinds]
 
 

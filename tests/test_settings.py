@@ -175,6 +175,7 @@ def test_heads_that_do_not_fit_are_refused(text, says):
         ("CHECKPOINT_EVERY=1.5", "must be steps, such as 500, or seconds"),
         ("LOOP_START=3 LOOP_END=9 NUM_LOOPS=2 NUM_LAYERS=9", "below NUM_LAYERS=9"),
         ("LOOP_START=5 LOOP_END=4 NUM_LOOPS=2", "must be at most LOOP_END=4"),
+        ("SENSITIVITY_TOKENS=9 GPTQ_CALIB_TOKENS=8", "must be at most GPTQ_CALIB_TOKENS=8"),
         ("PARALLEL_START_LAYER=4", "at least 5 and below NUM_LAYERS=11"),
         ("PARALLEL_START_LAYER=5 NUM_LOOPS=1", "at least 6 and below NUM_LAYERS=11"),
         ("SMEAR_GATE=1 SMEAR_GATE_ENABLED=1", "must be 0 with SMEAR_GATE_ENABLED=1"),

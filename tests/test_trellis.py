@@ -101,7 +101,7 @@ def test_codes_decode_to_what_the_encoder_meant(name, rows):
 
 @every_trellis
 def test_a_trellis_is_finer_at_an_equal_entropy(name):
-    """Normal weights: at least 0.6 dB less error, of 1.53 dB that any quantizer can gain."""
+    """Normal weights: at least 0.7 dB less error, of 1.53 dB that any quantizer can gain."""
     x = normal(1, 1024, 64)
 
     def measure(quantizer: tg.Quantizer, scale: float) -> tuple[float, float]:
@@ -116,7 +116,7 @@ def test_a_trellis_is_finer_at_an_equal_entropy(name):
     scalar = [measure(tg.QUANTIZERS["scalar"], scale) for scale in np.geomspace(0.3, 0.5, 60)]
     equal = min(scalar, key=lambda found: abs(found[0] - bits))
     assert abs(equal[0] - bits) < 0.02
-    assert 10 * math.log10(equal[1] / error) > 0.6
+    assert 10 * math.log10(equal[1] / error) > 0.7
 
 
 # ---- GPTQ with it ----
@@ -141,7 +141,7 @@ def test_each_column_is_the_path_for_what_the_columns_before_left(name, n, rows,
         order = square.diagonal().argsort(descending=True, stable=True)
         damping = 0.01 * square.diagonal().mean() + 1e-6
         inverse = torch.linalg.inv(square + damping * torch.eye(cols))
-        costs = quantizer.code_costs((own / scale.float()[:, None]).mT[None], limit)
+        costs = quantizer.code_costs((rest.float() / scale.float()[:, None]).mT[None], limit)
         values, same = quantizer.decode(codes).double() * scale[:, None], 0
         for i in order.tolist():
             x = (rest[:, i] / scale).float()
@@ -151,7 +151,7 @@ def test_each_column_is_the_path_for_what_the_columns_before_left(name, n, rows,
             rest -= torch.outer(delta, inverse[i])
             inverse -= torch.outer(inverse[i], inverse[i]) / inverse[i, i]
             inverse[i, i] = 1.0  # of a column that is done
-        assert same >= 0.9 * cols
+        assert same >= 0.97 * cols
         assert (codes[:, 3] == 0).all() == (square.diagonal()[3] == 0)
 
 
@@ -177,14 +177,13 @@ def test_gptq_loses_less_with_a_trellis(name):
 @every_trellis
 def test_an_artifact_of_a_trellis_is_read_as_it_was_meant(name, codec, tmp_path):
     """By every codec; matrices without a Hessian, and tables, have trellises too."""
-    h = settings(quantizer=name, compressor=codec, scale_rule="std", matrix_clip_sigmas=6.0)
-    model = random_model(quantizer=name, compressor=codec, scale_rule="std")
-    model.h = h
+    changes = {"quantizer": name, "compressor": codec, "scale_rule": "std"}
+    model = random_model(**changes, matrix_clip_sigmas=6.0)
     hessians = collect(model, [some_ids(8, 64)])
     del hessians["blocks.0.attn.c_q.weight"]
     arrays = quantize_model(model, hessians)
     path = tmp_path / "a.ptz"
-    path.write_bytes(tg.pack_artifact(h, arrays))
+    path.write_bytes(tg.pack_artifact(model.h, arrays))
     read, weights = tg.load_artifact(path, settings())
     assert read.quantizer == name
     for key, codes in arrays.items():

@@ -166,7 +166,7 @@ def scoring(scale: Scale, machine: Machine) -> Table:
 
 
 def gptq(scale: Scale, machine: Machine) -> Table:
-    """Seconds of GPTQ: collecting Hessians, solving, and rounding alone."""
+    """Seconds of GPTQ: collecting Hessians, solving with each quantizer, and rounding alone."""
     h, ranks = scale.h(scale.settings), tg.Ranks()
     model = random_model(h, machine).eval()
     hessians: dict[str, torch.Tensor] = {}
@@ -174,10 +174,15 @@ def gptq(scale: Scale, machine: Machine) -> Table:
     def collect() -> None:
         hessians.update(tg.collect_hessians(model, calibration_batches(h), ranks))
 
+    def solve(quantizer: str) -> None:
+        model.h = tg.replace(h, quantizer=quantizer)
+        quantize_model(model, hessians)
+
     ways = {
         "rounding": lambda: quantize_model(model, {}),
         "GPTQ, collecting Hessians": collect,
-        "GPTQ, solving": lambda: quantize_model(model, hessians),
+        "GPTQ, solving": partial(solve, "scalar"),
+        "GPTQ, solving with a trellis": partial(solve, "trellis"),
     }
     rows = rows_of(in_turns(ways, max(scale.rounds // 2, 1), machine.device.now))
     sizes = f"{len(hessians)} matrices of {h.num_layers} layers x {h.model_dim}"
