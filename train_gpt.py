@@ -151,6 +151,9 @@ FRONTIER = SP8192 | {
     "ttt_lora_rank": 80,
     "ttt_beta2": 0.99,
     "ttt_weight_decay": 0.5,
+    "phased_ttt_prefix_docs": 2500,
+    "ttt_lr": 0.001,
+    "ttt_epochs": 1,
 }
 PRESETS: dict[str, dict[str, Any]] = {
     # A first run: the embedded corpus, a few minutes on two cores.
@@ -541,6 +544,9 @@ class Hyperparameters(ModelSettings):
     ttt_lr: float = setting(0.002, "SGD TTT: initial learning rate; falls to 0 as a cosine.")
     ttt_lora_rank: int = setting(96, "LoRA TTT: rank of the adapters.", low=1, high=65_536)
     ttt_lora_lr: float = setting(1e-4, "LoRA TTT: learning rate of AdamW.")
+    phased_ttt_prefix_docs: int = setting(
+        0, "LoRA TTT: documents after which SGD trains all weights on them, once; 0 omits that."
+    )
     ttt_chunk_size: int = setting(
         48, "LoRA TTT: tokens of a document scored before a step on them.", low=1
     )
@@ -772,7 +778,8 @@ FREE_ON_RESUME = frozenset(
     max_unknown_fraction micro_batch_tokens iterations max_wallclock_seconds warmup_steps
     val_loss_every train_log_every eval_seq_len eval_stride eval_window eval_documents
     val_batch_size canonical_mask ttt_enabled ttt_mode ttt_chunk_tokens ttt_epochs ttt_lr
-    ttt_lora_rank ttt_lora_lr ttt_chunk_size ttt_batch_size ttt_beta2 ttt_weight_decay
+    ttt_lora_rank ttt_lora_lr phased_ttt_prefix_docs ttt_chunk_size ttt_batch_size ttt_beta2
+    ttt_weight_decay
     gptq_enabled gptq_calib gptq_calib_tokens gptq_embed matrix_bits embed_bits scale_rule
     matrix_clip_sigmas embed_clip_sigmas quantizer sensitivity_tokens tune_scales compressor
     """.split()
@@ -2660,6 +2667,39 @@ class TestTimeLearner:
         self.gradient.zero_()
 
 
+class PrefixLearner(TestTimeLearner):
+    """Trains the model once, on the first documents, when all of them are scored (PR #1610)."""
+
+    def __init__(self, model: GPT, h: Hyperparameters, device: Device, ranks: Ranks) -> None:
+        super().__init__(model, h, device, ranks)
+        self.model, self.documents = model, h.phased_ttt_prefix_docs
+        self.begun = 0  # documents
+        self.scored: list[Tensor] = []  # positions, by batch
+
+    def learn_before(self, batch: Batch, text: Tensor) -> None:
+        """Learns before a batch that begins documents, because those before are then complete."""
+        if self.learned:
+            return
+        if batch.begins and self.begun >= self.documents:
+            self.learn_documents(text, torch.cat(self.scored).sort().values.to(text.device))
+            return
+        self.begun += len(batch.windows) * batch.begins
+        starts, skips, counts = batch.windows.unsqueeze(-1).unbind(1)
+        offsets = torch.arange(batch.last)
+        positions = starts + batch.seq_len - batch.last + offsets
+        self.scored.append(positions[(skips <= offsets) & (offsets < skips + counts)])
+
+    def learn_documents(self, text: Tensor, positions: Tensor) -> None:
+        """Takes the steps of all chunks of the documents, joined in the order of the text."""
+        # The last position of a document predicts a BOS, with which the next one begins.
+        tokens = torch.cat((text[positions], text[positions[-1:] + 1]))
+        self.model.requires_grad_(True)
+        for begin in range(0, len(positions), self.chunk_tokens):
+            self.learn(tokens[begin : begin + self.chunk_tokens + 1], begin / len(positions))
+            self.learned += 1
+        self.model.requires_grad_(False)  # else a step on adapters would have gradients of it too
+
+
 class AdapterLearner:
     """Trains an adapter for each document on what is scored of it, by AdamW (LoRA, PR #1530).
 
@@ -2687,7 +2727,8 @@ class AdapterLearner:
         begun = [len(batch.windows) for batch in batches if batch.begins]
         widths = sum(fan_in + fan_out for fan_in, fan_out in adapter_shapes(self.h).values())
         memory = 4 * 4 * self.documents * self.h.ttt_lora_rank * widths
-        return f"documents:{sum(begun)} batches:{len(begun)} adapters:{memory >> 20} MiB"
+        sgd = f"sgd_after:{self.h.phased_ttt_prefix_docs} documents"
+        return f"documents:{sum(begun)} batches:{len(begun)} adapters:{memory >> 20} MiB {sgd}"
 
     def start(self) -> None:
         """Starts the adapters of new documents."""
@@ -2907,28 +2948,34 @@ def one_pass(model: GPT, window: int, device: Device) -> ScoringPass:
     return ScoringPass(device.compile(forward_logits), 16 * window, 15 * window)
 
 
-def by_document(
-    model: GPT, h: Hyperparameters, device: Device, adapts: bool = False
-) -> ScoringPass:
-    """Returns the pass that reads each document by itself, with or without adapters.
+def by_document(model: GPT, h: Hyperparameters, device: Device) -> ScoringPass:
+    """Returns the pass that reads each document by itself.
 
     One compiled program is for all lengths. RoPE has the base of a whole window in all of them.
     """
-    window = h.window_tokens
 
-    def forward_logits(ids: Tensor, last: int, adapters: Adapters = NO_LORA) -> Tensor:
-        rows = len(ids)
-        own = {k: (a.narrow(0, 0, rows), b.narrow(0, 0, rows)) for k, (a, b) in adapters.items()}
-        return model.forward_logits(ids, last, window, adapters=own)
+    def forward_logits(ids: Tensor, last: int) -> Tensor:
+        return model.forward_logits(ids, last, h.window_tokens)
 
     compiled = device.compile(forward_logits, dynamic=True)
-    if not adapts:
-        return ScoringPass(compiled, window, h.stride_tokens, documents=True)
+    return ScoringPass(compiled, h.window_tokens, h.stride_tokens, documents=True)
+
+
+def with_adapters(model: GPT, h: Hyperparameters, device: Device, ranks: Ranks) -> ScoringPass:
+    """Returns the pass over documents with adapters, and SGD on the first ones if that is set."""
+
+    def forward_logits(ids: Tensor, last: int, adapters: Adapters) -> Tensor:
+        rows = len(ids)
+        own = {k: (a.narrow(0, 0, rows), b.narrow(0, 0, rows)) for k, (a, b) in adapters.items()}
+        return model.forward_logits(ids, last, h.window_tokens, adapters=own)
+
+    learner = PrefixLearner(model, h, device, ranks) if h.phased_ttt_prefix_docs else None
     model.requires_grad_(False)
-    learner = AdapterLearner(compiled, h, device)
+    adapters = AdapterLearner(device.compile(forward_logits, dynamic=True), h, device)
     if device.compiled:
-        learner.warm_up()
-    return ScoringPass(learner.forward_logits, window, h.ttt_chunk_size, adapters=learner)
+        adapters.warm_up()
+    sizes = h.window_tokens, h.ttt_chunk_size
+    return ScoringPass(adapters.forward_logits, *sizes, learner, adapters=adapters)
 
 
 # ---- Optimizers: Muon, AdamW, the average of the weights ----
@@ -4809,7 +4856,7 @@ class Run:
         if h.eval_documents:
             last = add("documents", "final_int6_documents", by_document(model, h, device))
         if h.ttt_enabled and h.ttt_mode == "lora":
-            last = add("ttt", "legal_ttt", by_document(model, h, device, adapts=True))
+            last = add("ttt", "legal_ttt", with_adapters(model, h, device, self.ranks))
         elif h.ttt_enabled:
             learner = TestTimeLearner(model, h, device, self.ranks)
             last = add("ttt", "legal_ttt", ScoringPass(forward_logits, window, stride, learner))

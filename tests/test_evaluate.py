@@ -191,8 +191,10 @@ def make_pass(kind: str, model: tg.GPT, h: tg.Hyperparameters, cpu: tg.Device) -
         return tg.ScoringPass(model.forward_logits, 32, 32)
     if kind == "one pass":
         return tg.one_pass(model, WINDOW, cpu)
-    if kind in ("documents", "lora"):
-        return tg.by_document(model, h, cpu, adapts=kind == "lora")
+    if kind == "documents":
+        return tg.by_document(model, h, cpu)
+    if kind == "lora":
+        return tg.with_adapters(model, h, cpu, tg.Ranks())
     learner = tg.TestTimeLearner(model, h, cpu, tg.Ranks()) if "ttt" in kind else None
     h = tg.replace(h, eval_stride=int(kind.split()[-1]))
     return sliding(model, h, learner)

@@ -72,9 +72,18 @@ class Recorder:
         return self.found
 
 
+def documents_pass(
+    model: tg.GPT, h: tg.Hyperparameters, adapts: bool, device: tg.Device = CPU
+) -> tg.ScoringPass:
+    """The pass over documents, with adapters or without."""
+    if adapts:
+        return tg.with_adapters(model, h, device, tg.Ranks())
+    return tg.by_document(model, h, device)
+
+
 def recorded(model: tg.GPT, h: tg.Hyperparameters, text: torch.Tensor, adapts: bool):
     """Log-probabilities [N, 260] of every position by the pass over documents."""
-    return Recorder(tg.by_document(model, h, CPU, adapts), text).score()
+    return Recorder(documents_pass(model, h, adapts), text).score()
 
 
 @hypothesis_settings(max_examples=60, derandomize=True, deadline=None)
@@ -141,7 +150,7 @@ def test_adapters_that_do_not_learn_change_no_bit():
     """And the score is that of the documents in windows."""
     model, text = random_model(**LORA), text_of(*LENGTHS)
     h = settings(**LORA, ttt_lora_lr=0)
-    given, batches = tg.by_document(model, h, CPU, adapts=True), []
+    given, batches = documents_pass(model, h, adapts=True), []
 
     def both(ids: torch.Tensor, last: int) -> torch.Tensor:
         logits = given.forward_logits(ids, last)
@@ -252,6 +261,63 @@ def test_adapters_equal_a_document_at_a_time(features, in_float64):
     assert (found - plain).abs().max() > 0.01
 
 
+# ---- SGD on the first documents ----
+
+PHASED = LORA | {"phased_ttt_prefix_docs": 7, "ttt_chunk_tokens": 64, "ttt_lr": 0.3}
+EIGHT = sorted(range(20), key=lambda n: -LENGTHS[n])[
+    :8
+]  # two whole batches, the first to be scored
+
+
+def spans() -> list[slice]:
+    """The positions of each document."""
+    return [slice(a, b) for a, b in pairwise([0, *torch.tensor(LENGTHS).cumsum(0).tolist()])]
+
+
+def test_documents_after_the_first_ones_meet_a_trained_model(in_float64):
+    """The steps are those of a loop with torch's own SGD and clipping; adapters do not learn."""
+    values = PHASED | {"ttt_lora_lr": 0.0, "ttt_epochs": 2, "doc_attention": 1}
+    h, text = settings(**values), text_of(*LENGTHS)
+    model, slow = (random_model(torch.float64, **values) for _ in range(2))
+    before = recorded(slow.requires_grad_(False), h, text, adapts=False)
+    found = recorded(model, h, text, adapts=True)
+
+    stream = torch.cat([text[spans()[n]] for n in sorted(EIGHT)] + [text[-1:] * 0 + tg.BOS_ID])
+    sgd = torch.optim.SGD(slow.requires_grad_(True).parameters(), momentum=0.9)
+    for begin in range(0, len(stream) - 1, 64):
+        sgd.param_groups[0]["lr"] = 0.15 * (1 + math.cos(math.pi * begin / (len(stream) - 1)))
+        chunk = stream[begin : begin + 65]
+        rows = (len(chunk) - 1) // WINDOW
+        for _ in range(2 * (rows > 0)):
+            sgd.zero_grad()
+            inputs, targets = (chunk[a : a + rows * WINDOW].view(rows, WINDOW) for a in (0, 1))
+            slow(inputs, targets).backward()
+            torch.nn.utils.clip_grad_norm_(slow.parameters(), 1.0)
+            sgd.step()
+    after = recorded(slow.requires_grad_(False), h, text, adapts=False)
+    for n, span in enumerate(spans()):
+        want = before if n in EIGHT else after
+        torch.testing.assert_close(found[span], want[span], atol=1e-6, rtol=0)
+    assert (after - before).abs().max() > 0.1
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_training_on_the_first_documents_reaches_later_ones_only():
+    """A token of theirs changes the scores of others after them; one of the others never does."""
+    values = PHASED | {"ttt_lora_lr": 0.01}
+    h, text = settings(**values), text_of(*LENGTHS)
+    before = recorded(random_model(**values), h, text, adapts=True)
+    for changed in (EIGHT[0], EIGHT[7], next(n for n in range(20) if LENGTHS[n] == 24)):
+        other = text.clone()
+        t = spans()[changed].start + 1
+        other[t] = 4 + (other[t] + 77) % 256
+        same = (before == recorded(random_model(**values), h, other, adapts=True)).all(1)
+        for n, span in enumerate(spans()):
+            if n != changed:
+                assert same[span].all() == (n in EIGHT or changed not in EIGHT), n
+        assert same[t - 1]
+
+
 # ---- Runs ----
 
 
@@ -259,7 +325,8 @@ def test_the_scores_of_an_artifact(tmp_path):
     """What the log says before and after, with the expected time of a slow pass."""
     path, text = tmp_path / "artifact", text_of(*LENGTHS)
     path.write_bytes(artifact_of(random_model(**LORA))[0])
-    val, h = tg.Validation(text.int(), BYTE_TABLE, False), settings(**LORA, eval_documents=1)
+    val = tg.Validation(text.int(), BYTE_TABLE, False)
+    h = settings(**LORA, eval_documents=1, phased_ttt_prefix_docs=4)
     found = score_artifact(path, h, val, CPU, tg.Log(tmp_path))
     assert list(found) == ["plain", "sliding", "documents", "ttt"]
     assert {of["tokens"] for of in found.values()} == {len(text) - 1}
@@ -269,7 +336,7 @@ def test_the_scores_of_an_artifact(tmp_path):
     for line in (
         f"final_int6_documents_exact val_loss:{found['documents']['val_loss']:.8f} ",
         f"legal_ttt_exact val_loss:{found['ttt']['val_loss']:.8f} ",
-        "ttt_lora documents:20 batches:5 adapters:0 MiB",
+        "ttt_lora documents:20 batches:5 adapters:0 MiB sgd_after:4 documents",
     ):
         assert f"\n{line}" in log
     assert re.search(r"\nttt_lora expected_time:\d+s of 600.0s\n", log)
@@ -279,7 +346,8 @@ def test_three_ranks_give_the_score_of_one(byte_corpus, tmp_path, capsys):
     """Whatever documents a rank takes."""
     (tmp_path / "artifact").write_bytes(artifact_of(random_model(num_layers=2))[0])
     command = ["--eval", str(tmp_path / "artifact")]
-    env = {name.upper(): str(value) for name, value in FAST.items()}
+    sgd = {"phased_ttt_prefix_docs": 4, "ttt_lr": 0.1, "ttt_chunk_tokens": 512}
+    env = {name.upper(): str(value) for name, value in (FAST | sgd).items()}
     env |= {"DATA_PATH": str(byte_corpus), "EVAL_DOCUMENTS": "1", "EVAL_STRIDE": "0"}
     assert tg.main(command, env) == 0
     one = exact_scores(capsys.readouterr().out)
@@ -307,11 +375,11 @@ def test_documents_of_all_lengths_share_few_programs(adapts, monkeypatch):
 
         return torch.compile(function, backend=backend, dynamic=dynamic, fullgraph=True)
 
-    want = score(tg.by_document(model, h, CPU, adapts), val, CPU)
+    want = score(documents_pass(model, h, adapts), val, CPU)
     device = tg.replace(CPU, compiled=True)
     monkeypatch.setattr(tg.Device, "compile", lambda _, *given, **how: compile_(*given, **how))
     torch.compiler.reset()
-    found = score(tg.by_document(model, h, device, adapts), val, device)
+    found = score(documents_pass(model, h, adapts, device), val, device)
     assert found.nats == pytest.approx(want.nats, rel=1e-6)
     assert compiled == [True]
     assert 1 < len(programs) <= (3 if adapts else 4)
