@@ -47,15 +47,14 @@ def score_positions(
             scoring_pass.adapters.prepare(batch)
         sent = batch._replace(windows=run.device.send(batch.windows))
         with torch.inference_mode(scoring_pass.adapters is None):
-            nats, scored, text_bytes = train_gpt.score_windows(
-                scoring_pass.forward_logits, val, sent
-            )
+            scores = train_gpt.score_windows(scoring_pass.forward_logits, val, sent)
         if scoring_pass.adapters:
-            scoring_pass.adapters.nats = nats
+            scoring_pass.adapters.nats = scores[0]
+        nats, scored, text_bytes = scores.detach().cpu()
         first = batch.windows[:, :1] + batch.seq_len - batch.last
-        there = scored.bool().cpu()
-        positions = (first + torch.arange(batch.last))[there]
-        found[:, positions] = torch.stack((nats.detach().cpu()[there], text_bytes.cpu()[there]))
+        positions = first + torch.arange(batch.last)
+        here = scored.bool()
+        found[:, positions[here]] = torch.stack((nats[here], text_bytes[here]))
     return found[0], found[1]
 
 

@@ -2,13 +2,14 @@
 
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BYTE_TABLE, artifact_of, score, score_artifact, settings
+from conftest import BYTE_TABLE, ROOT, artifact_of, score, score_artifact, settings
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -18,6 +19,10 @@ from test_model import OFF, ON, random_model, some_ids
 from test_ranks import exact_scores
 
 import train_gpt as tg
+
+sys.path.insert(0, str(ROOT / "records"))
+
+import by_position
 
 WINDOW, CHUNK = 32, 8
 SIZES = {"eval_seq_len": WINDOW, "eval_stride": CHUNK, "ttt_chunk_size": CHUNK, "ttt_batch_size": 4}
@@ -356,6 +361,29 @@ def test_three_ranks_give_the_score_of_one(byte_corpus, tmp_path, capsys):
     assert one["legal_ttt"] != one["final_int6_documents"]
     for name, values in exact_scores(ranks.said()).items():
         assert values == pytest.approx(one[name], abs=1e-5 if name == "legal_ttt" else 2e-7), name
+
+
+def test_the_gain_by_position_adds_up_to_the_scores(byte_corpus, tmp_path, capsys, monkeypatch):
+    """Of all positions together; the first ones of a document gain nothing from its adapter."""
+    (tmp_path / "artifact").write_bytes(artifact_of(random_model(num_layers=2))[0])
+    env = {name.upper(): str(value) for name, value in (FAST | {"ttt_chunk_size": 16}).items()}
+    env |= {"DATA_PATH": str(byte_corpus), "EVAL_DOCUMENTS": "1", "EVAL_STRIDE": "0"}
+    assert tg.main(["--eval", str(tmp_path / "artifact")], env) == 0
+    want = exact_scores(capsys.readouterr().out)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    out = tmp_path / "gain.png"
+    assert by_position.main([str(tmp_path / "artifact"), "--out", str(out)]) == 0
+    rows = {}
+    for line in capsys.readouterr().out.replace(",", "").splitlines():
+        name, *cells = (cell.strip(" %") for cell in line.strip("│ ").split("│"))
+        if len(cells) == 5:
+            rows[name] = [float(cell) for cell in cells]
+    for name, column in (("final_int6_documents", 1), ("legal_ttt", 2)):
+        assert rows["all"][column] == pytest.approx(want[name][1], abs=6e-5)
+    assert rows["0-15"][3] == pytest.approx(0, abs=0.01)
+    assert sum(row[0] for name, row in rows.items() if name != "all") == rows["all"][0]
+    assert out.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
