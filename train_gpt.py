@@ -3025,22 +3025,17 @@ class Muon:
         matrices: Mapping[str, Tensor],
         lr: float,
         weight_decay: float,
-        ns_steps: int,
+        h: Hyperparameters,
         dtype: torch.dtype,
         ranks: Ranks,
-        coefficients: str = "quintic",
-        row_normalize: bool = False,
-        slow_share: float = 0.0,
     ) -> None:
-        self.lr, self.weight_decay, self.row_normalize = lr, weight_decay, row_normalize
-        self.slow_share = slow_share
-        self.dtype, self.ranks = dtype, ranks
-        self.orthogonalize = partial(newton_schulz, steps=ns_steps, coefficients=coefficients)
+        self.lr, self.weight_decay = lr, weight_decay
+        self.h, self.dtype, self.ranks = h, dtype, ranks
         shapes = sorted({p.shape for p in matrices.values()})
         self.names = [[n for n, p in matrices.items() if p.shape == shape] for shape in shapes]
         self.stacks = [[matrices[name] for name in names] for names in self.names]
         self.momenta = [torch.zeros_like(torch.stack(stack)) for stack in self.stacks]
-        self.slow_momenta = [torch.zeros_like(x) for x in self.momenta] if slow_share else []
+        self.slow_momenta = [x.clone() for x in self.momenta] if h.muon_slow_share else []
 
     @torch.no_grad()
     def step(self, lr_scale: float | Tensor, momentum: float) -> None:
@@ -3049,19 +3044,22 @@ class Muon:
         The rows of the update may be normalized before (MuonEq-R, PR #1285). The update of a matrix
         [rows, cols] is multiplied by max(1, rows / cols) ** 0.5.
         """
-        lr = self.lr * lr_scale
+        h, lr = self.h, self.lr * lr_scale
+        orthogonalize = partial(
+            newton_schulz, steps=h.muon_backend_steps, coefficients=h.muon_coefficients
+        )
         for n, (stack, buffer) in enumerate(zip(self.stacks, self.momenta)):
             gradient = torch.stack([p.grad for p in stack])  # type: ignore[misc]
-            if self.slow_share:
+            if h.muon_slow_share:
                 slow = self.slow_momenta[n].lerp_(gradient, 1 - self.SLOW)
                 fast = buffer.lerp_(gradient, 1 - self.FAST)
-                update = gradient.lerp_(fast.lerp(slow, self.slow_share), momentum)
+                update = gradient.lerp_(fast.lerp(slow, h.muon_slow_share), momentum)
             else:
                 buffer.mul_(momentum).add_(gradient)
                 update = gradient.add_(buffer, alpha=momentum)
-            if self.row_normalize:
+            if h.muon_row_normalize:
                 update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-            update = self.ranks.map_over_ranks(self.orthogonalize, update.to(self.dtype))
+            update = self.ranks.map_over_ranks(orthogonalize, update.to(self.dtype))
             rows, cols = stack[0].shape
             torch._foreach_mul_(stack, 1 - lr * self.weight_decay)
             update = update.float().mul_(-lr * max(1, rows / cols) ** 0.5)
@@ -3090,17 +3088,7 @@ class Optimizers:
             lr = getattr(h, role.learning_rate)
             decay = getattr(h, role.weight_decay) if role.weight_decay else 0.0
             if role.optimizer == "muon":
-                self.muon = Muon(
-                    by_role[name],
-                    lr,
-                    decay,
-                    h.muon_backend_steps,
-                    model.dtype,
-                    ranks,
-                    h.muon_coefficients,
-                    h.muon_row_normalize,
-                    h.muon_slow_share,
-                )
+                self.muon = Muon(by_role[name], lr, decay, h, model.dtype, ranks)
             else:
                 params = [*by_role[name].values()]
                 groups.append({"params": params, "lr": 0.0, "base_lr": lr, "weight_decay": decay})

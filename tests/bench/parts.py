@@ -86,8 +86,7 @@ def muon(scale: Scale, machine: Machine) -> Table:
         p.grad = torch.randn_like(p)
 
     def optimizer(matrices: dict[str, torch.Tensor], dtype: torch.dtype) -> tg.Muon:
-        steps = h.muon_backend_steps
-        return tg.Muon(matrices, h.matrix_lr, h.muon_wd, steps, dtype, tg.Ranks())
+        return tg.Muon(matrices, h.matrix_lr, h.muon_wd, h, dtype, tg.Ranks())
 
     stacked = optimizer(matrices, device.dtype)
     single = [optimizer({name: p}, device.dtype) for name, p in matrices.items()]
