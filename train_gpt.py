@@ -152,8 +152,6 @@ FRONTIER = SP8192 | {
     "ttt_beta2": 0.99,
     "ttt_weight_decay": 0.5,
     "phased_ttt_prefix_docs": 2500,
-    "ttt_lr": 0.001,
-    "ttt_epochs": 1,
 }
 PRESETS: dict[str, dict[str, Any]] = {
     # A first run: the embedded corpus, a few minutes on two cores.
@@ -228,7 +226,9 @@ UNSUPPORTED_SETTINGS = frozenset(
     """
     VAL_BATCH_TOKENS GPTQ_CALIBRATION_BATCHES MUON_BETA2 TTT_EVAL_SEQ_LEN TTT_OPTIMIZER
     TTT_GRAD_STEPS TTT_MOMENTUM TTT_FREEZE_BLOCKS TTT_GRAD_CLIP TTT_BATCH_SEQS VAL_DOC_FRACTION
-    VAL_MAX_TOKENS ROPE_YARN PHASED_TTT_ENABLED GLOBAL_TTT_LR MLP_CLIP_SIGMAS ATTN_CLIP_SIGMAS
+    VAL_MAX_TOKENS ROPE_YARN PHASED_TTT_ENABLED PHASED_TTT_NUM_PHASES GLOBAL_TTT_MOMENTUM
+    GLOBAL_TTT_BATCH_SEQS GLOBAL_TTT_GRAD_CLIP GLOBAL_TTT_RESPECT_DOC_BOUNDARIES
+    GLOBAL_TTT_WARMUP_CHUNKS GLOBAL_TTT_WARMUP_START_LR MLP_CLIP_SIGMAS ATTN_CLIP_SIGMAS
     SLIDING_WINDOW_ENABLED QAT_ENABLED GATED_ATTN_ENABLED GATED_ATTENTION ATTN_OUT_GATE_ENABLED
     CASEOPS_ENABLED MTP_NUM_HEADS MTP_LOSS_WEIGHT EMBEDDING_DIM LQER_ENABLED MLP_HIDDEN DTG_ENABLED
     VALUE_RESIDUAL QUANT_BITS ZSTD_LEVEL GPTQ_RESERVE_SECONDS JEPA_SIGREG JEPA_BACKBONE_GRAD
@@ -545,7 +545,16 @@ class Hyperparameters(ModelSettings):
     ttt_lora_rank: int = setting(96, "LoRA TTT: rank of the adapters.", low=1, high=65_536)
     ttt_lora_lr: float = setting(1e-4, "LoRA TTT: learning rate of AdamW.")
     phased_ttt_prefix_docs: int = setting(
-        0, "LoRA TTT: documents after which SGD trains all weights on them, once; 0 omits that."
+        0,
+        "LoRA TTT: once so many documents, the longest ones, are scored, SGD trains all weights on "
+        "them; rounded up to whole batches of TTT_BATCH_SIZE; 0 omits that.",
+    )
+    global_ttt_lr: float = setting(
+        0.001, "That SGD: initial learning rate; falls to 0 as a cosine."
+    )
+    global_ttt_epochs: int = setting(1, "That SGD: passes over a chunk.")
+    global_ttt_chunk_tokens: int = setting(
+        32_768, "That SGD: tokens of a chunk; only whole chunks are learned.", low=2
     )
     ttt_chunk_size: int = setting(
         48, "LoRA TTT: tokens of a document scored before a step on them.", low=1
@@ -778,8 +787,8 @@ FREE_ON_RESUME = frozenset(
     max_unknown_fraction micro_batch_tokens iterations max_wallclock_seconds warmup_steps
     val_loss_every train_log_every eval_seq_len eval_stride eval_window eval_documents
     val_batch_size canonical_mask ttt_enabled ttt_mode ttt_chunk_tokens ttt_epochs ttt_lr
-    ttt_lora_rank ttt_lora_lr phased_ttt_prefix_docs ttt_chunk_size ttt_batch_size ttt_beta2
-    ttt_weight_decay
+    ttt_lora_rank ttt_lora_lr phased_ttt_prefix_docs global_ttt_lr global_ttt_epochs
+    global_ttt_chunk_tokens ttt_chunk_size ttt_batch_size ttt_beta2 ttt_weight_decay
     gptq_enabled gptq_calib gptq_calib_tokens gptq_embed matrix_bits embed_bits scale_rule
     matrix_clip_sigmas embed_clip_sigmas quantizer sensitivity_tokens tune_scales compressor
     """.split()
@@ -2621,6 +2630,17 @@ class Batch(NamedTuple):
         """Tokens that it reads."""
         return len(self.windows) * self.seq_len
 
+    def scored(self) -> Tensor:
+        """Returns which of their last positions the windows score, bool [n, last]."""
+        skips, counts = self.windows[:, 1:2], self.windows[:, 2:]
+        offsets = torch.arange(self.last, device=skips.device)
+        return (skips <= offsets) & (offsets < skips + counts)
+
+    def positions(self) -> Tensor:
+        """Returns the positions of the text that the windows score, int64, window by window."""
+        first = self.windows[:, :1] + self.seq_len - self.last
+        return (first + torch.arange(self.last, device=first.device))[self.scored()]
+
 
 class TestTimeLearner:
     """Trains a model on scored text by SGD, at a rate that falls as half a cosine (PR #549)."""
@@ -2668,35 +2688,48 @@ class TestTimeLearner:
 
 
 class PrefixLearner(TestTimeLearner):
-    """Trains the model once, on the first documents, when all of them are scored (PR #1610)."""
+    """Trains the model once, on the first documents of a pass, when they are scored (PR #1610).
 
-    def __init__(self, model: GPT, h: Hyperparameters, device: Device, ranks: Ranks) -> None:
+    Unlike there, the documents are joined in the order of the text.
+    """
+
+    def __init__(
+        self, model: GPT, h: Hyperparameters, device: Device, ranks: Ranks, log: Log
+    ) -> None:
         super().__init__(model, h, device, ranks)
-        self.model, self.documents = model, h.phased_ttt_prefix_docs
-        self.begun = 0  # documents
-        self.scored: list[Tensor] = []  # positions, by batch
+        self.epochs, self.lr = h.global_ttt_epochs, h.global_ttt_lr
+        self.chunk_tokens = max(h.global_ttt_chunk_tokens, self.seq_len)
+        self.model, self.log = model, log
+        self.waits_for, self.begun = h.phased_ttt_prefix_docs, 0  # documents
+        self.positions: list[Tensor] = []  # of the documents begun, by batch
+        memory = 2 * self.gradient.nbytes >> 20
+        log(f"ttt_sgd after:{self.waits_for} documents gradient and momentum:{memory} MiB")
 
     def learn_before(self, batch: Batch, text: Tensor) -> None:
-        """Learns before a batch that begins documents, because those before are then complete."""
-        if self.learned:
-            return
-        if batch.begins and self.begun >= self.documents:
-            self.learn_documents(text, torch.cat(self.scored).sort().values.to(text.device))
-            return
-        self.begun += len(batch.windows) * batch.begins
-        starts, skips, counts = batch.windows.unsqueeze(-1).unbind(1)
-        offsets = torch.arange(batch.last)
-        positions = starts + batch.seq_len - batch.last + offsets
-        self.scored.append(positions[(skips <= offsets) & (offsets < skips + counts)])
+        """Learns before a batch that begins documents, if enough documents lie before it.
 
-    def learn_documents(self, text: Tensor, positions: Tensor) -> None:
-        """Takes the steps of all chunks of the documents, joined in the order of the text."""
+        These are complete then. Ranks that are ahead wait for the gradients of the others, which
+        score first.
+        """
+        if batch.begins and self.begun >= self.waits_for > 0:
+            self.learn_documents(text)
+            self.waits_for = 0
+        if self.waits_for:
+            self.begun += len(batch.windows) * batch.begins
+            self.positions.append(batch.positions())
+
+    def learn_documents(self, text: Tensor) -> None:
+        """Takes the steps of all whole chunks of the documents, joined."""
+        positions = torch.cat(self.positions).sort().values.to(text.device)
+        self.positions.clear()
         # The last position of a document predicts a BOS, with which the next one begins.
         tokens = torch.cat((text[positions], text[positions[-1:] + 1]))
+        chunks = len(positions) // self.chunk_tokens
+        self.log(f"ttt_sgd documents:{self.begun} tokens:{len(positions)} chunks:{chunks}")
         self.model.requires_grad_(True)
-        for begin in range(0, len(positions), self.chunk_tokens):
-            self.learn(tokens[begin : begin + self.chunk_tokens + 1], begin / len(positions))
-            self.learned += 1
+        for n in range(chunks):
+            begin = n * self.chunk_tokens
+            self.learn(tokens[begin : begin + self.chunk_tokens + 1], n / chunks)
         self.model.requires_grad_(False)  # else a step on adapters would have gradients of it too
 
 
@@ -2711,7 +2744,7 @@ class AdapterLearner:
     ) -> None:
         self.model_logits, self.h, self.device = forward_logits, h, device
         self.documents = h.ttt_batch_size  # at once
-        self.nats: Tensor  # [B, n], the last scores of the documents, with their graph
+        self.nats = torch.empty(0)  # [B, n], the last scores of the documents, with their graph
 
     def warm_up(self) -> None:
         """Compiles on random tokens, because no text may be read before it is scored."""
@@ -2727,12 +2760,12 @@ class AdapterLearner:
         begun = [len(batch.windows) for batch in batches if batch.begins]
         widths = sum(fan_in + fan_out for fan_in, fan_out in adapter_shapes(self.h).values())
         memory = 4 * 4 * self.documents * self.h.ttt_lora_rank * widths
-        sgd = f"sgd_after:{self.h.phased_ttt_prefix_docs} documents"
-        return f"documents:{sum(begun)} batches:{len(begun)} adapters:{memory >> 20} MiB {sgd}"
+        return f"documents:{sum(begun)} batches:{len(begun)} adapters:{memory >> 20} MiB"
 
     def start(self) -> None:
         """Starts the adapters of new documents."""
         h, rank, draws = self.h, self.h.ttt_lora_rank, torch.Generator().manual_seed(self.h.seed)
+        self.nats = torch.empty(0)  # else the graph of the documents before stays in memory
         self.adapters: dict[str, tuple[Tensor, Tensor]] = {}
         for name, (fan_in, fan_out) in adapter_shapes(h).items():
             a = torch.empty(rank, fan_in).uniform_(-1, 1, generator=draws) / fan_in**0.5
@@ -2839,18 +2872,15 @@ def score_windows(
     They are 0 where a window does not score. A token that is forbidden after the previous one has
     probability 0; the softmax is over the others. The nats keep their graph.
     """
-    starts, skips, counts = batch.windows.unsqueeze(-1).unbind(1)  # each [n, 1]
     offsets = torch.arange(batch.seq_len + 1, device=batch.windows.device)
-    ids = val.tokens[(starts + offsets).clamp(max=len(val.tokens) - 1)].long()
+    ids = val.tokens[(batch.windows[:, :1] + offsets).clamp(max=len(val.tokens) - 1)].long()
     inputs, targets = ids[:, :-1], ids[:, -batch.last :]
     previous = inputs[:, -batch.last :]
     logits = forward_logits(inputs, batch.last).flatten(0, 1)
     if val.forbidden is not None:
         logits = logits.masked_fill_(val.forbidden[previous.flatten()], -math.inf)
     nats = F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
-    text_bytes = val.table.text_bytes(previous, targets)
-    positions = offsets[: batch.last]
-    scored = (skips <= positions) & (positions < skips + counts)
+    text_bytes, scored = val.table.text_bytes(previous, targets), batch.scored()
     return torch.stack((nats.double(), scored, text_bytes)).where(scored, 0)
 
 
@@ -2862,13 +2892,14 @@ def score(
     device: Device,
     log: Log,
     batch_tokens: int,
+    observe: Callable[[Batch, Tensor], None] | None = None,
 ) -> Score:
     """Scores the validation text by one pass, in the order of the text or of documents' lengths.
 
     Each position is scored once. Batches of `batch_tokens` are divided among the ranks. Before a
-    batch the learner, if there is one, trains on the chunks whose positions are all scored, and the
-    adapters, if there are any, on the batch before. Where the memory runs out, half as many windows
-    are scored at once.
+    batch the learner, if there is one, trains on the chunks or documents whose positions are all
+    scored, and the adapters, if there are any, on the batch before. Where the memory runs out, half
+    as many windows are scored at once. `observe` receives what `score_windows` returns.
     """
     began, total = device.now(), len(val.tokens) - 1
     learner, adapters = scoring_pass.learner, scoring_pass.adapters
@@ -2890,6 +2921,8 @@ def score(
                     found = score_windows(scoring_pass.forward_logits, val, part)
                     if adapters:
                         adapters.nats = found[0]
+                if observe:
+                    observe(part, found.detach())
                 sums.add_(found.sum((1, 2)))
                 windows = windows[most:]
             except Exception as error:
@@ -2961,21 +2994,22 @@ def by_document(model: GPT, h: Hyperparameters, device: Device) -> ScoringPass:
     return ScoringPass(compiled, h.window_tokens, h.stride_tokens, documents=True)
 
 
-def with_adapters(model: GPT, h: Hyperparameters, device: Device, ranks: Ranks) -> ScoringPass:
-    """Returns the pass over documents with adapters, and SGD on the first ones if that is set."""
+def with_adapters(
+    model: GPT, h: Hyperparameters, device: Device, ranks: Ranks, log: Log
+) -> ScoringPass:
+    """Returns the pass over documents with adapters, and with SGD on the longest if that is set."""
 
     def forward_logits(ids: Tensor, last: int, adapters: Adapters) -> Tensor:
         rows = len(ids)
         own = {k: (a.narrow(0, 0, rows), b.narrow(0, 0, rows)) for k, (a, b) in adapters.items()}
         return model.forward_logits(ids, last, h.window_tokens, adapters=own)
 
-    learner = PrefixLearner(model, h, device, ranks) if h.phased_ttt_prefix_docs else None
+    sgd = PrefixLearner(model, h, device, ranks, log) if h.phased_ttt_prefix_docs else None
     model.requires_grad_(False)
-    adapters = AdapterLearner(device.compile(forward_logits, dynamic=True), h, device)
+    lora = AdapterLearner(device.compile(forward_logits, dynamic=True), h, device)
     if device.compiled:
-        adapters.warm_up()
-    sizes = h.window_tokens, h.ttt_chunk_size
-    return ScoringPass(adapters.forward_logits, *sizes, learner, adapters=adapters)
+        lora.warm_up()
+    return ScoringPass(lora.forward_logits, h.window_tokens, h.ttt_chunk_size, sgd, adapters=lora)
 
 
 # ---- Optimizers: Muon, AdamW, the average of the weights ----
@@ -4814,10 +4848,12 @@ class Run:
         in_time = self.batches_before(deadline, "tuning", batches, steps)
         return tune_scales(model, arrays, QUANTIZERS[h.quantizer], in_time, steps, self.ranks)
 
-    def score(self, scoring_pass: ScoringPass) -> Score:
+    def score(
+        self, scoring_pass: ScoringPass, observe: Callable[[Batch, Tensor], None] | None = None
+    ) -> Score:
         """Returns the score of a pass over the validation text."""
-        tokens = scoring_batch_tokens(self.h, self.device)
-        return score(scoring_pass, self.data.val, self.ranks, self.device, self.log, tokens)
+        tokens, val = scoring_batch_tokens(self.h, self.device), self.data.val
+        return score(scoring_pass, val, self.ranks, self.device, self.log, tokens, observe)
 
     def score_artifact(self, path: Path, scores: dict[str, Any]) -> None:
         """Reads an artifact back from disk; adds its scores to `scores` as they are known."""
@@ -4844,7 +4880,7 @@ class Run:
         if h.eval_documents:
             last = add("documents", "final_int6_documents", by_document(model, h, device))
         if h.ttt_enabled and h.ttt_mode == "lora":
-            last = add("ttt", "legal_ttt", with_adapters(model, h, device, self.ranks))
+            last = add("ttt", "legal_ttt", with_adapters(model, h, device, self.ranks, log))
         elif h.ttt_enabled:
             learner = TestTimeLearner(model, h, device, self.ranks)
             last = add("ttt", "legal_ttt", ScoringPass(forward_logits, window, stride, learner))

@@ -1,10 +1,10 @@
-"""Tell at which positions of the documents adapters gain, for an artifact.
+"""Show how much adapters gain at each position of the documents.
 
-    VOCAB_SIZE=1024 PHASED_TTT_PREFIX_DOCS=40 python records/by_position.py logs/run --out gain.png
+    PRESET=frontier python records/by_position.py logs/run --out gain.png
 
-The validation text is scored document by document, without adapters and with them. Settings in the
-environment are those of train_gpt.py --eval. Prints bits per byte and the share of the gain by the
-position in the document, and draws the gain.
+The validation text is scored document by document, without adapters and with them, in windows of
+equal context. Settings in the environment are those of train_gpt.py --eval. Prints bits per byte
+and the share of the gain by the position in the document, and draws the gain.
 """
 
 import argparse
@@ -23,7 +23,6 @@ import torch
 from matplotlib import style
 from matplotlib.figure import Figure
 from torch import Tensor
-from tqdm import tqdm
 
 from plot import RC
 from runs import RunError, train_gpt
@@ -32,30 +31,15 @@ from tool import tool
 BOUNDS = (0, 16, 48, 96, 192, 384, 768, 1536, 3072)  # the last group has no end
 
 
-def score_positions(
-    run: train_gpt.Run, scoring_pass: train_gpt.ScoringPass, name: str
-) -> tuple[Tensor, Tensor]:
-    """Returns nats and bytes, float64 [N], of the positions of the validation text by a pass."""
-    val, found = run.data.val, torch.zeros(2, len(run.data.val.tokens) - 1, dtype=torch.float64)
-    val = val.to(run.device.device)
-    tokens = train_gpt.scoring_batch_tokens(run.h, run.device)
-    for batch in tqdm(scoring_pass.plan(run.data.val.tokens, tokens), name, file=sys.stderr):
-        with torch.inference_mode():
-            if scoring_pass.learner:
-                scoring_pass.learner.learn_before(batch, val.tokens)
-        if scoring_pass.adapters:
-            scoring_pass.adapters.prepare(batch)
-        sent = batch._replace(windows=run.device.send(batch.windows))
-        with torch.inference_mode(scoring_pass.adapters is None):
-            scores = train_gpt.score_windows(scoring_pass.forward_logits, val, sent)
-        if scoring_pass.adapters:
-            scoring_pass.adapters.nats = scores[0]
-        nats, scored, text_bytes = scores.detach().cpu()
-        first = batch.windows[:, :1] + batch.seq_len - batch.last
-        positions = first + torch.arange(batch.last)
-        here = scored.bool()
-        found[:, positions[here]] = torch.stack((nats[here], text_bytes[here]))
-    return found[0], found[1]
+def score_positions(run: train_gpt.Run, scoring_pass: train_gpt.ScoringPass) -> Tensor:
+    """Returns nats and bytes, float64 [2, N], of the positions of the validation text by a pass."""
+    found = torch.zeros(2, len(run.data.val.tokens) - 1, dtype=torch.float64)
+
+    def keep(batch: train_gpt.Batch, scores: Tensor) -> None:
+        found[:, batch.positions().cpu()] = scores[::2, batch.scored()].cpu()
+
+    run.score(scoring_pass, keep)
+    return found
 
 
 def position_in_document(tokens: Tensor) -> Tensor:
@@ -94,18 +78,18 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="PNG", help="draw the gain")
     args = parser.parse_args(argv)
     try:
-        run = train_gpt.Run(os.environ, train_gpt.Log(silent=True), {})
+        run = train_gpt.Run(os.environ, train_gpt.Log(), {})
         path = train_gpt.file_in(args.artifact, train_gpt.ARTIFACT)
         run.h, weights = train_gpt.load_artifact(path, run.h)
         run.prepare(trains=False, writes=False)
     except (train_gpt.SettingsError, train_gpt.DataError) as error:
         raise RunError(str(error)) from error
     model, tokens = run.load_model(weights), run.data.val.tokens
-    without, text_bytes = score_positions(
-        run, train_gpt.by_document(model, run.h, run.device), "documents"
-    )
-    adapts = train_gpt.with_adapters(model, run.h, run.device, run.ranks)
-    adapted, _ = score_positions(run, adapts, "adapters")
+    equal = train_gpt.replace(run.h, eval_stride=run.h.ttt_chunk_size)
+    plain = train_gpt.by_document(model, equal, run.device)
+    adapts = train_gpt.with_adapters(model, run.h, run.device, run.ranks, run.log)
+    without, text_bytes = score_positions(run, plain)
+    adapted, _ = score_positions(run, adapts)
     groups = torch.bucketize(position_in_document(tokens), torch.tensor(BOUNDS[1:]), right=True)
     nats = torch.stack((without, adapted, text_bytes))
     sums = torch.zeros(3, len(BOUNDS), dtype=torch.float64).index_add_(1, groups, nats)
@@ -114,7 +98,7 @@ def main(argv: list[str]) -> int:
         [*group_names(), "all"], [*sums.T, sums.sum(1)], strict=True
     ):
         of_group = [bits_per_byte(x, size) for x in (before, after, before - after)]
-        share = (before - after) / (without - adapted).sum()
+        share = (before - after) / ((without - adapted).sum() or 1)
         cells = f"{of_group[0]:.4f}", f"{of_group[1]:.4f}", f"{1000 * of_group[2]:.2f}"
         table.add_row(name, f"{int(size):,}", *cells, f"{share:.1%}")
     rich.console.Console(width=100).print(table)

@@ -194,7 +194,7 @@ def make_pass(kind: str, model: tg.GPT, h: tg.Hyperparameters, cpu: tg.Device) -
     if kind == "documents":
         return tg.by_document(model, h, cpu)
     if kind == "lora":
-        return tg.with_adapters(model, h, cpu, tg.Ranks())
+        return tg.with_adapters(model, h, cpu, tg.Ranks(), tg.Log(silent=True))
     learner = tg.TestTimeLearner(model, h, cpu, tg.Ranks()) if "ttt" in kind else None
     h = tg.replace(h, eval_stride=int(kind.split()[-1]))
     return sliding(model, h, learner)
