@@ -4409,8 +4409,8 @@ def pack_to_fit(
 
 # The program ships as its packed twin: the whole source as raw LZMA2 in base85, inside a wrapper
 # that decodes and executes it under the twin's own name. linecache gets the source, so that
-# tracebacks show its lines. The wrapper is the text below with the literal in the place of %s.
-TWIN_VERSION = 1
+# tracebacks show its lines, and read_program finds it in `text`. The wrapper is the text below with
+# the literal in the place of %s.
 TWIN_DICTIONARY = 1 << 20  # bytes; LZMA2's window, which must hold the source
 TWIN_TEMPLATE = """\
 # train_gpt.py, packed (version 1): base85 of raw LZMA2. train_gpt_readable.py is the same source.
@@ -4430,24 +4430,6 @@ def packed_source(source: bytes) -> bytes:
     return (TWIN_TEMPLATE % base64.b85encode(packed).decode()).encode()
 
 
-def unpacked_source(twin: bytes) -> bytes | None:
-    """Returns the source inside a packed twin, without executing it; None if it is not a twin.
-
-    Raises ValueError if the literal is damaged or decodes to more than TWIN_DICTIONARY bytes.
-    """
-    head, tail = TWIN_TEMPLATE.encode().split(b"%s")
-    if not (twin.startswith(head) and twin.endswith(tail)):
-        return None
-    try:
-        packed = base64.b85decode(twin[len(head) : -len(tail)])
-        decoder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=lzma_filters(TWIN_DICTIONARY))
-        source = decoder.decompress(packed, max_length=TWIN_DICTIONARY)
-    except (ValueError, lzma.LZMAError) as error:
-        raise ValueError(f"the packed source cannot be decoded: {error}") from None
-    check(decoder.eof and not decoder.unused_data, "the packed source does not end where it should")
-    return source
-
-
 # ---- Run: the commands, and what happens when something fails ----
 
 ARTIFACT, RESULT, LOG = "final_model.int6.ptz", "result.json", "train.log"
@@ -4465,8 +4447,8 @@ def read_program() -> tuple[bytes, bytes]:
         raise SettingsError(
             f"{error}: run this program from a file, because its bytes count"
         ) from None
-    source = unpacked_source(file)
-    return (file, packed_source(file)) if source is None else (source, file)
+    source = globals().get("text", "").encode()  # the wrapper of the twin has decoded it
+    return (source, file) if source else (file, packed_source(file))
 
 
 def file_in(path: Path, name: str) -> Path:

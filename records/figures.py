@@ -4,7 +4,9 @@ submit.py writes them and check.py computes them again: `submission` returns tho
 submission.json, `block` the part of README.md that holds figures.
 """
 
+import base64
 import hashlib
+import lzma
 import math
 import re
 import statistics
@@ -237,6 +239,28 @@ def limits_table(runs: list[Run]) -> list[str]:
     return rows
 
 
+def unpacked_source(twin: bytes) -> bytes | None:
+    """Returns the source inside a packed twin, without executing it; None if it is not a twin.
+
+    Raises ValueError if the literal is damaged or decodes to more than TWIN_DICTIONARY bytes.
+    """
+    head, tail = train_gpt.TWIN_TEMPLATE.encode().split(b"%s")
+    if not (twin.startswith(head) and twin.endswith(tail)):
+        return None
+    most = train_gpt.TWIN_DICTIONARY
+    try:
+        packed = base64.b85decode(twin[len(head) : -len(tail)])
+        filters = train_gpt.lzma_filters(most)
+        decoder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=filters)
+        source = decoder.decompress(packed, max_length=most)
+    except (ValueError, lzma.LZMAError) as error:
+        raise ValueError(f"the packed source cannot be decoded: {error}") from None
+    train_gpt.check(
+        decoder.eof and not decoder.unused_data, "the packed source does not end where it should"
+    )
+    return source
+
+
 def program_source(path: Path) -> bytes:
     """Returns the source of a program's file: what its packed twin decodes to, or the file itself.
 
@@ -244,7 +268,7 @@ def program_source(path: Path) -> bytes:
     """
     file = path.read_bytes()
     try:
-        source = train_gpt.unpacked_source(file)
+        source = unpacked_source(file)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return file if source is None else source

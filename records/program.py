@@ -22,11 +22,12 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
-from figures import NEEDS, PROGRAM, READABLE
+from figures import NEEDS, PROGRAM, READABLE, unpacked_source
 from runs import train_gpt
 
 Expect = Callable[[object, str, object, object], None]
 
+TWIN_VERSION = 1  # as train_gpt.TWIN_TEMPLATE states it
 OPTIONAL = {
     "brotli",
     "constriction",
@@ -122,7 +123,7 @@ def read_source(expect: Expect, folder: Path) -> Source | None:
     shown, readable = folder / READABLE, b""
     try:
         file = (folder / PROGRAM).read_bytes()
-        source = train_gpt.unpacked_source(file)
+        source = unpacked_source(file)
         if source is None and not (shown.exists() or looks_packed(file)):
             return Source(PROGRAM, file)
         if source is not None:
@@ -139,7 +140,7 @@ def read_source(expect: Expect, folder: Path) -> Source | None:
         expect(False, PROGRAM, error, f"at most {train_gpt.TWIN_DICTIONARY} bytes of packed source")
         return None
     if source is None:
-        needed = f"that of a packed program, version {train_gpt.TWIN_VERSION}"
+        needed = f"that of a packed program, version {TWIN_VERSION}"
         expect(False, PROGRAM, "another wrapper", needed)
         return None
     same = readable == source

@@ -14,6 +14,7 @@ from conftest import ROOT, settings
 from hostile import CODECS
 
 import train_gpt as tg
+from figures import unpacked_source
 
 # ---- Scales widened until the model fits ----
 
@@ -135,7 +136,7 @@ def test_the_twin_holds_the_source_byte_for_byte(source):
     """With LF line ends, whatever those of the source are."""
     twin, plain = tg.packed_source(source), source.replace(b"\r\n", b"\n")
     assert twin == tg.packed_source(plain) == tg.packed_source(plain.replace(b"\n", b"\r\n"))
-    assert tg.unpacked_source(twin) == plain
+    assert unpacked_source(twin) == plain
     twin.decode("ascii")
     assert b"\r" not in twin
     assert twin.count(b"\n") == 6
@@ -158,7 +159,7 @@ def test_a_file_that_is_not_a_twin_gives_none():
     }
     for name, data in others.items():
         assert data != twin, name
-        assert tg.unpacked_source(data) is None, name
+        assert unpacked_source(data) is None, name
 
 
 def test_a_damaged_literal_is_a_value_error():
@@ -177,9 +178,9 @@ def test_a_damaged_literal_is_a_value_error():
     }
     for name, text in bad.items():
         with pytest.raises(ValueError, match="packed source"):
-            tg.unpacked_source(wrap(text))
+            unpacked_source(wrap(text))
             pytest.fail(name)
-    assert tg.unpacked_source(wrap(literal)) == SOURCE
+    assert unpacked_source(wrap(literal)) == SOURCE
 
 
 def kilobytes(name: str) -> int:
@@ -190,13 +191,13 @@ def kilobytes(name: str) -> int:
 def test_no_literal_decodes_to_more_than_the_dictionary():
     """Nor does decoding it take much more memory than that."""
     most = tg.TWIN_DICTIONARY
-    assert len(tg.unpacked_source(wrap(base64.b85encode(lzma2(bytes(most)))))) == most
+    assert len(unpacked_source(wrap(base64.b85encode(lzma2(bytes(most)))))) == most
     for size in (most + 1, 64 * most):
         bomb = wrap(base64.b85encode(lzma2(bytes(size))))
         if Path("/proc/self/clear_refs").exists():
             Path("/proc/self/clear_refs").write_text("5")  # forget the peak
             before = kilobytes("VmRSS")
         with pytest.raises(ValueError, match="does not end where it should"):
-            tg.unpacked_source(bomb)
+            unpacked_source(bomb)
         if Path("/proc/self/clear_refs").exists():
             assert kilobytes("VmHWM") - before < 16 << 10
