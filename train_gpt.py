@@ -4475,7 +4475,7 @@ class Run:
         path = file_in(path, ARTIFACT)
         self.h = self.ranks.broadcast_from_rank0(lambda: load_artifact(path, self.h)[0])
         self.prepare(trains=False, writes=False)
-        self.score_artifact(path, {})
+        self.score_artifact(path)
 
     def quantize(self, path: Path) -> None:
         """Packs and scores saved weights again, in a folder of its own."""
@@ -4653,7 +4653,7 @@ class Run:
         """Calibrates, quantizes and packs a model after `step` steps; scores the artifact."""
         h, log, val = self.h, self.log, self.data.val
         path, ends = (log.folder or Path()) / ARTIFACT, [self.device.now()]
-        code, scores = len(self.twin), self.result.setdefault("scores", {})
+        code = len(self.twin)
         model.eval()
         self.read_until = ends[0]
         deadline = ends[0] + h.training_seconds - train_seconds
@@ -4668,13 +4668,11 @@ class Run:
         log(f"Code size: {code} bytes")
         log(f"Serialized model int6+{h.compressor}: {len(blob)} bytes")
         log(f"Total submission size int6+{h.compressor}: {code + len(blob)} bytes")
-        unquantized = self.score(
-            ScoringPass(self.device.compile(model.forward_logits), h.window_tokens, h.window_tokens)
-        )
-        log_score(log, "DIAGNOSTIC post_ema", unquantized)
-        scores["float"] = unquantized._asdict()
+        forward_logits = self.device.compile(model.forward_logits)
+        plain = ScoringPass(forward_logits, h.window_tokens, h.window_tokens)
+        self.score("float", "DIAGNOSTIC post_ema", plain)
         ends.append(self.device.now())
-        self.score_artifact(path, scores)
+        self.score_artifact(path)
         ends.append(self.device.now())
         stages = ("train", "calibrate", "pack", "diagnose", "eval")
         seconds = dict(zip(stages, (train_seconds, *np.diff(ends).tolist())))
@@ -4830,42 +4828,43 @@ class Run:
         in_time = self.batches_before(deadline, "tuning", batches, steps)
         return tune_scales(model, arrays, QUANTIZERS[h.quantizer], in_time, steps, self.ranks)
 
-    def score(
-        self, scoring_pass: ScoringPass, observe: Callable[[Batch, Tensor], None] | None = None
-    ) -> Score:
-        """Returns the score of a pass over the validation text."""
-        tokens, val = scoring_batch_tokens(self.h, self.device), self.data.val
-        return score(scoring_pass, val, self.ranks, self.device, self.log, tokens, observe)
+    def score(self, kind: str, name: str, scoring_pass: ScoringPass) -> Score:
+        """Returns the score of a pass over the validation text; logs it and adds it to the result.
 
-    def score_artifact(self, path: Path, scores: dict[str, Any]) -> None:
-        """Reads an artifact back from disk; adds its scores to `scores` as they are known."""
+        `kind` is its name in the result, `name` that in the log.
+        """
+        tokens = scoring_batch_tokens(self.h, self.device)
+        found = score(scoring_pass, self.data.val, self.ranks, self.device, self.log, tokens)
+        log_score(self.log, name, found)
+        self.result.setdefault("scores", {})[kind] = found._asdict()
+        return found
+
+    def score_artifact(self, path: Path) -> None:
+        """Reads an artifact back from disk, and scores it by each pass that the settings name."""
         h, device, log = self.h, self.device, self.log
         window, stride = h.window_tokens, h.stride_tokens
         _, weights = self.ranks.broadcast_from_rank0(lambda: load_artifact(path, h))
         model = self.load_model(weights)
         forward_logits = device.compile(model.forward_logits)
 
-        def add(kind: str, line: str, scoring_pass: ScoringPass) -> Score:
-            result = self.score(scoring_pass)
-            scores[kind] = result._asdict()
-            log_score(log, line, result)
-            return result
-
-        last = add("plain", "final_int6_roundtrip", ScoringPass(forward_logits, window, window))
+        plain = ScoringPass(forward_logits, window, window)
+        last = self.score("plain", "final_int6_roundtrip", plain)
         if stride < window:
             seconds = last.seconds * window / stride  # less, if that compiled
             log_expected_time(log, f"sliding_window stride:{stride}", seconds)
             sliding = ScoringPass(forward_logits, window, stride)
-            last = add("sliding", "final_int6_sliding_window", sliding)
+            last = self.score("sliding", "final_int6_sliding_window", sliding)
         if h.eval_window:
-            last = add("window", "final_int6_window", one_pass(model, h.eval_window, device))
+            last = self.score("window", "final_int6_window", one_pass(model, h.eval_window, device))
         if h.eval_documents:
-            last = add("documents", "final_int6_documents", by_document(model, h, device))
+            last = self.score("documents", "final_int6_documents", by_document(model, h, device))
         if h.ttt_enabled and h.ttt_mode == "lora":
-            last = add("ttt", "legal_ttt", with_adapters(model, h, device, self.ranks, log))
+            adapted = with_adapters(model, h, device, self.ranks, log)
+            last = self.score("ttt", "legal_ttt", adapted)
         elif h.ttt_enabled:
             learner = TestTimeLearner(model, h, device, self.ranks)
-            last = add("ttt", "legal_ttt", ScoringPass(forward_logits, window, stride, learner))
+            learning = ScoringPass(forward_logits, window, stride, learner)
+            last = self.score("ttt", "legal_ttt", learning)
         log_score(log, "final_int8_zlib_roundtrip", last)  # where the community's tools look
 
     def check_limits(self, seconds: Mapping[str, float], total_bytes: int) -> dict[str, str]:

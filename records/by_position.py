@@ -38,7 +38,8 @@ def score_positions(run: train_gpt.Run, scoring_pass: train_gpt.ScoringPass) -> 
     def keep(batch: train_gpt.Batch, scores: Tensor) -> None:
         found[:, batch.positions().cpu()] = scores[::2, batch.scored()].cpu()
 
-    run.score(scoring_pass, keep)
+    tokens = train_gpt.scoring_batch_tokens(run.h, run.device)
+    train_gpt.score(scoring_pass, run.data.val, run.ranks, run.device, run.log, tokens, keep)
     return found
 
 

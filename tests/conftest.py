@@ -114,9 +114,8 @@ def score_artifact(
     """All scores of an artifact by a single rank, with their fields by name."""
     run = tg.Run({}, log, {})
     run.h, run.device, run.data = h, device, tg.Data(val, None)
-    scores: dict[str, dict] = {}
-    run.score_artifact(path, scores)
-    return scores
+    run.score_artifact(path)
+    return run.result["scores"]
 
 
 def quantize_matrices(
