@@ -4463,6 +4463,8 @@ class Run:
         self.log, self.result = log, result
         self.slowest: dict[str, float] = {}  # seconds of a batch after the last step, by purpose
         self.stack_seconds = 0.0  # of prepare_stacks
+        self.step: int | None = None  # steps trained, once training has ended
+        self.deadline = math.inf  # the moment until which training text may be read then
         self.read_until = 0.0  # when training text was read last
         h = Hyperparameters.from_env(env)
         self.notes = settings_notes(h, env)
@@ -4655,12 +4657,12 @@ class Run:
         path, ends = (log.folder or Path()) / ARTIFACT, [self.device.now()]
         code = len(self.twin)
         model.eval()
-        self.read_until = ends[0]
-        deadline = ends[0] + h.training_seconds - train_seconds
-        hessians = self.calibrate(model, step, deadline)
+        self.step, self.read_until = step, ends[0]
+        self.deadline = ends[0] + h.training_seconds - train_seconds
+        hessians = self.calibrate(model)
         ends.append(self.device.now())
-        stacks = self.prepare_stacks(model, hessians, step, deadline)
-        tune = partial(self.tune, model, step, deadline) if h.tune_scales else None
+        stacks = self.prepare_stacks(model, hessians)
+        tune = partial(self.tune, model) if h.tune_scales else None
         blob = pack_to_fit(model, stacks, BYTES_LIMIT - code, self.ranks, log, tune)
         if not log.silent:
             write_atomically(path, blob)
@@ -4698,16 +4700,17 @@ class Run:
         length = min(h.train_seq_len, h.gptq_calib_tokens)  # a file may state any TRAIN_SEQ_LEN
         return max(h.gptq_calib_tokens // length, 1), length
 
-    def calibration_batches(self, step: int | None, count: int) -> Sequence[Tensor]:
-        """Returns `count` sequences for calibration after `step` steps; None: random ones.
+    def calibration_batches(self, count: int) -> Sequence[Tensor]:
+        """Returns `count` sequences for calibration, in batches of ids [B, T].
 
-        GPTQ_CALIB=train takes the text that step `step` would train on. A batch is ids [B, T].
+        GPTQ_CALIB=train takes the text of the step after the last. Before training has ended, and
+        with GPTQ_CALIB=random, they are random.
         """
         h, train, length = self.h, self.data.train, self.calibration_shape[1]
         rows = max(h.micro_batch_tokens // length, 1)
-        if not h.calibrates_on_text or train is None or step is None:
+        if not h.calibrates_on_text or train is None or self.step is None:
             return random_sequences(count, length, h.vocab_size, h.seed).split(rows)
-        return train.sequences(step * train.rows, count)[:, :length].split(rows)
+        return train.sequences(self.step * train.rows, count)[:, :length].split(rows)
 
     def batches_before(
         self, deadline: float | None, what: str, batches: Iterable[Tensor], count: int
@@ -4742,7 +4745,7 @@ class Run:
             return 0.0
         count, hessians, kept = self.calibration_shape[0], {}, 0.0
         if h.gptq_enabled:
-            batches = self.calibration_batches(None, count)
+            batches = self.calibration_batches(count)
             for _ in range(2):  # the first batch takes longer than others
                 self.slowest = {}
                 trial = self.batches_before(None, "calibration", batches[:1], 1)
@@ -4750,7 +4753,7 @@ class Run:
             kept += self.slowest["calibration"] * count / len(batches[0])
         if h.sensitivity_tokens or h.tune_scales:
             start = now()
-            stacks = self.prepare_stacks(model, hessians, None, None)
+            stacks = self.prepare_stacks(model, hessians)
             self.stack_seconds = now() - start
             kept += self.stack_seconds
         if h.tune_scales:
@@ -4777,15 +4780,15 @@ class Run:
             )
         return reserve
 
-    def calibrate(self, model: GPT, step: int, deadline: float) -> dict[str, Tensor]:
+    def calibrate(self, model: GPT) -> dict[str, Tensor]:
         """Returns the Hessians for GPTQ by name; a matrix without one is rounded.
 
         Reading ends early enough for prepare_stacks to end before the deadline.
         """
         if not self.h.gptq_enabled:
             return {}
-        batches = self.calibration_batches(step, self.calibration_shape[0])
-        until = deadline - self.stack_seconds if self.h.calibrates_on_text else None
+        batches = self.calibration_batches(self.calibration_shape[0])
+        until = self.deadline - self.stack_seconds if self.h.calibrates_on_text else None
         in_time = self.batches_before(until, "calibration", batches, len(batches))
         hessians = collect_hessians(model, in_time, self.ranks)
         if not any(x.any() for x in hessians.values()):
@@ -4795,18 +4798,15 @@ class Run:
             self.log(f"gptq: {name} is rounded: no finite inputs calibrate it")
         return usable
 
-    def prepare_stacks(
-        self, model: GPT, hessians: Mapping[str, Tensor], step: int | None, deadline: float | None
-    ) -> list[Stack]:
+    def prepare_stacks(self, model: GPT, hessians: Mapping[str, Tensor]) -> list[Stack]:
         """Returns what is to be quantized, with its scales: balanced, if the time allows it."""
         stacks, h = weight_stacks(model, hessians, self.ranks), self.h
         if not h.sensitivity_tokens:
             return stacks
         count = max(h.sensitivity_tokens // self.calibration_shape[1], 1)
-        until = deadline if h.calibrates_on_text else None
-        # A generator, so that no text is read if it is too late.
-        batches = (torch.cat([*self.calibration_batches(step, count)]) for _ in range(1))
-        for ids in self.batches_before(until, "sensitivity", batches, 1):
+        until = self.deadline if h.calibrates_on_text else None
+        batch = torch.cat([*self.calibration_batches(count)])
+        for ids in self.batches_before(until, "sensitivity", [batch], 1):
             stacks = balance_scales(model, stacks, self.device.send(ids), self.ranks)
         return stacks
 
@@ -4815,17 +4815,15 @@ class Run:
         """Sequences of a step of tuning, over all ranks."""
         return max(min(self.h.micro_batch_tokens, TUNE_TOKENS) // self.h.train_seq_len, 1)
 
-    def tune(
-        self, model: GPT, step: int, deadline: float, arrays: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def tune(self, model: GPT, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns what tune_scales finds on the text after that of calibration."""
         h, train = self.h, self.data.train
-        assert train is not None
-        start, rows, steps = step * train.rows, self.tune_rows, h.tune_scales
+        assert train is not None and self.step is not None
+        start, rows, steps = self.step * train.rows, self.tune_rows, h.tune_scales
         if h.calibrates_on_text:
             start += self.calibration_shape[0]
         batches = (train.sequences(start + n * rows, rows)[:, :-1] for n in range(steps))
-        in_time = self.batches_before(deadline, "tuning", batches, steps)
+        in_time = self.batches_before(self.deadline, "tuning", batches, steps)
         return tune_scales(model, arrays, QUANTIZERS[h.quantizer], in_time, steps, self.ranks)
 
     def score(self, kind: str, name: str, scoring_pass: ScoringPass) -> Score:
