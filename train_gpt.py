@@ -4746,10 +4746,9 @@ class Run:
         count, hessians, kept = self.calibration_shape[0], {}, 0.0
         if h.gptq_enabled:
             batches = self.calibration_batches(count)
-            for _ in range(2):  # the first batch takes longer than others
-                self.slowest = {}
-                trial = self.batches_before(None, "calibration", batches[:1], 1)
-                hessians = collect_hessians(model, trial, ranks)
+            collect_hessians(model, batches[:1], ranks)  # the first batch takes longer than others
+            trial = self.batches_before(None, "calibration", batches[:1], 1)
+            hessians = collect_hessians(model, trial, ranks)
             kept += self.slowest["calibration"] * count / len(batches[0])
         if h.sensitivity_tokens or h.tune_scales:
             start = now()
@@ -4762,11 +4761,9 @@ class Run:
             kept += now() - start
             rows = self.tune_rows
             ids = random_sequences(2 * rows, h.train_seq_len, h.vocab_size, h.seed).split(rows)
-            for _ in range(2):
-                self.slowest.pop("tuning", None)
-                tune_scales(
-                    model, arrays, quantizer, self.batches_before(None, "tuning", ids, 2), 2, ranks
-                )
+            tune_scales(model, arrays, quantizer, ids, 2, ranks)  # so do the first steps
+            trial = self.batches_before(None, "tuning", ids, 2)
+            tune_scales(model, arrays, quantizer, trial, 2, ranks)
             kept += self.slowest["tuning"] * h.tune_scales
         if self.device.is_cuda:  # the trial is not part of the training's peak
             torch.cuda.reset_peak_memory_stats()
