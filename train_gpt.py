@@ -3798,8 +3798,7 @@ def weight_stacks(model: GPT, hessians: Mapping[str, Tensor], ranks: Ranks) -> l
         limit = 2 ** (getattr(h, role.bits) - 1) - 1
         weight = torch.stack([weights[name].detach() for name in names])
         quantize = quantize_gptq if has_hessian else quantize_rounding
-        own = [hessians[name] for name in names if has_hessian]
-        hessian = torch.stack(own) if own else weight[:, :0]
+        hessian = torch.stack([hessians.get(name, weight[0, :0]) for name in names])
         find = partial(search_scales, partial(quantize, QUANTIZERS["scalar"], limit), limit)
         if h.scale_rule == "std":
             find = partial(std_scales, getattr(h, role.clip_sigmas), limit)
