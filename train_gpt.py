@@ -3899,12 +3899,11 @@ def tune_scales(
     divided among the ranks. The codes do not change. Returns {} after less than half of the steps,
     when the rate is still high.
     """
-    student, roles = copy.deepcopy(model), parameter_roles(model)
+    student = copy.deepcopy(model)
     student.load_state_dict(dequantize(arrays, quantizer))
-    named = dict(student.named_parameters())
+    named: dict[str, Any] = dict(student.named_parameters())
     gradient = bind_flat_gradient_([*named.values()])
-    gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
-    matrices = {name: p.detach().clone() for name, p in named.items() if ROLES[roles[name]].bits}
+    matrices = {name: p.detach().clone() for name, p in named.items() if f"{name}.codes" in arrays}
     factors = {name: p.new_ones(len(p), 1) for name, p in matrices.items()}
     floats = {name: p for name, p in named.items() if name not in matrices}
     adam = torch.optim.Adam([*factors.values(), *floats.values()], betas=(0.9, 0.95))
@@ -3918,7 +3917,7 @@ def tune_scales(
             (divergence(logits, student.forward_logits(own)) / ids.numel()).backward()
         ranks.all_reduce_(gradient)
         for name, factor in factors.items():
-            factor.grad = (gradients[name] * matrices[name]).sum(1, keepdim=True)
+            factor.grad = (named[name].grad * matrices[name]).sum(1, keepdim=True)
         adam.step()
         gradient.zero_()
         with torch.no_grad():
