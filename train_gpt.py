@@ -3946,7 +3946,7 @@ def collect_hessians(model: GPT, batches: Iterable[Tensor], ranks: Ranks) -> dic
     With GPTQ_EMBED=1 the table of the output head counts as a matrix. Batches are ids [B, T], each
     divided among the ranks.
     """
-    roles, hooks, sums = parameter_roles(model), [], {}
+    roles, sums = parameter_roles(model), {}
     device = model.tok_emb.weight.device
 
     def add(total: Tensor, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -3956,23 +3956,20 @@ def collect_hessians(model: GPT, batches: Iterable[Tensor], ranks: Ranks) -> dic
     head = "tok_emb.weight" if model.lm_head is None else "lm_head.weight"
     if model.h.gptq_embed:
         sums[head] = torch.zeros(model.h.model_dim, model.h.model_dim, device=device)
-    for weight in (name for name, role in roles.items() if role == "matrix"):
-        reader, layer = weight.removesuffix(".weight").rsplit(".", 1)
-        if layer not in CausalSelfAttention.INPUT_LAYERS:
-            reader = f"{reader}.{layer}"
-        matrix, module = model.get_parameter(weight), model.get_submodule(reader)
-        sums[weight] = matrix.new_zeros(matrix.size(1), matrix.size(1))
-        hooks.append(module.register_forward_pre_hook(partial(add, sums[weight])))
-    try:
+    with ExitStack() as hooks:
+        for weight in (name for name, role in roles.items() if role == "matrix"):
+            reader, layer = weight.removesuffix(".weight").rsplit(".", 1)
+            if layer not in CausalSelfAttention.INPUT_LAYERS:
+                reader = f"{reader}.{layer}"
+            matrix, module = model.get_parameter(weight), model.get_submodule(reader)
+            sums[weight] = matrix.new_zeros(matrix.size(1), matrix.size(1))
+            hooks.enter_context(module.register_forward_pre_hook(partial(add, sums[weight])))
         for ids in batches:
             own = ids[ranks.rank :: ranks.world_size]
             if len(own):
                 states = model.states(own.to(device))
                 if head in sums:
                     add(sums[head], model, (states,))
-    finally:
-        for hook in hooks:
-            hook.remove()
     return {name: ranks.all_reduce_(total) for name, total in sums.items()}
 
 
