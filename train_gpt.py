@@ -4274,10 +4274,8 @@ def unpack_artifact(
     size, stored = sum(array.nbytes for array in layout.values()), len(payload)
     # No codec does better or worse than this; it bounds the memory before anything is decompressed.
     check(size / 1000 < stored < 1.01 * size + 1000, f"{stored} bytes for arrays of {size} bytes")
-    check(
-        bytes(blob[: HEADER.size]) == artifact_header(body, description_size),
-        "its checksum is wrong",
-    )
+    header = artifact_header(body, description_size)
+    check(blob[: HEADER.size] == header, "its checksum is wrong")
     codec = load_codec(description["codec"])
     arrays = {name: torch.empty_like(like, device="cpu") for name, like in layout.items()}
     quantizer = QUANTIZERS[h.quantizer]
