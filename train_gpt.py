@@ -4313,8 +4313,7 @@ def load_checkpoint(path: Path, h: Hyperparameters) -> SavedModel:
         check(not unknown, f"it states unknown {unknown}; use the program of its run's folder")
         step = int(stored.pop("step", len(tensors.get("progress/losses", ()))))
         if "progress/losses" in tensors:  # settings that it does not state are newer than it
-            before = asdict(Hyperparameters()) | {"train_order": "sequential"}
-            stored = before | stored
+            stored = asdict(Hyperparameters()) | {"train_order": "sequential"} | stored
         elif stored:
             stored = model_settings(Hyperparameters()) | stored
         h = replace(h, **{name: stored[name] for name in model_settings(h) if name in stored})
