@@ -4342,11 +4342,6 @@ def code_entropy(codes: Tensor) -> float:
     return nats / math.log(256)
 
 
-def entropy_size(arrays: Mapping[str, Tensor]) -> float:
-    """Returns the bytes of an artifact's arrays: those of codes by their order-0 entropy."""
-    return sum(code_entropy(x) if x.dtype == torch.int8 else x.nbytes for x in arrays.values())
-
-
 def smallest_factor(size: Callable[[float], float], room: float) -> float:
     """Returns the smallest factor with size(factor) <= room, from 1 to MAX_SCALE_FACTOR."""
     factors = np.geomspace(1, MAX_SCALE_FACTOR, 1 << 16)
@@ -4372,8 +4367,9 @@ def pack_to_fit(
     rounding = [stack.with_rounding() for stack in stacks]
     matrices = [name for name, role in parameter_roles(model).items() if role == "matrix"]
 
-    def size(factor: float) -> float:
-        return entropy_size(artifact_arrays(model, rounding, factor, Ranks()))
+    def size(factor: float) -> float:  # codes count as their order-0 entropy
+        arrays = artifact_arrays(model, rounding, factor, Ranks()).values()
+        return sum(code_entropy(x) if x.dtype == torch.int8 else x.nbytes for x in arrays)
 
     added, packing, tuned = 0.0, 0, {}
     while True:
