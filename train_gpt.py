@@ -4664,9 +4664,9 @@ class Run:
         ends.append(self.device.now())
         self.score_artifact(path)
         ends.append(self.device.now())
-        stages = ("train", "calibrate", "pack", "diagnose", "eval")
-        seconds = dict(zip(stages, (train_seconds, *np.diff(ends).tolist())))
-        seconds["train"] += self.read_until - ends[0]  # all until the last reading of its text
+        # Training lasts until its text is read last.
+        seconds = {"train": train_seconds + (self.read_until - ends[0])}
+        seconds |= zip(("calibrate", "pack", "diagnose", "eval"), np.diff(ends).tolist())
         log("seconds: " + " ".join(f"{name}:{value:.1f}" for name, value in seconds.items()))
         verdicts = self.check_limits(seconds, code + len(blob))
         self.result |= {
