@@ -3253,11 +3253,10 @@ class StepLog:
     def launched(self, terms: Mapping[str, Tensor]) -> None:
         """Queues a launched step for the log, given this rank's share of each term of its loss."""
         values = self.ranks.all_reduce_(torch.stack([*terms.values()]))
-        is_cuda = values.is_cuda
         values = values.to("cpu", non_blocking=True)  # from a GPU, into pinned memory
-        event = torch.cuda.current_stream().record_event() if is_cuda else None
+        event = torch.cuda.current_stream().record_event() if self.device.is_cuda else None
         self.running.append((event, [*terms], values))
-        self.record_steps(keep=1 if is_cuda else 0)
+        self.record_steps(keep=1 if self.device.is_cuda else 0)
 
     def record_steps(self, keep: int = 0) -> None:
         """Waits for the oldest steps until `keep` are left, and records them."""
