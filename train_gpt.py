@@ -3989,19 +3989,22 @@ MAX_DESCRIPTION = 1 << 16  # bytes
 MAX_SCALE_FACTOR = 50  # beyond it nearly all codes are 0
 
 
+Buffer = bytes | memoryview  # an artifact or a part of it, read or mapped
+
+
 class Codec(NamedTuple):
     """A lossless compressor of a list of arrays: int8 codes and float16."""
 
     package: str
     compress: Callable[[Sequence[np.ndarray], Quantizer], bytes]
     # Into the arrays, or raises.
-    decompress: Callable[[bytes | memoryview, Sequence[np.ndarray], Quantizer], None]
+    decompress: Callable[[Buffer, Sequence[np.ndarray], Quantizer], None]
 
 
 def stream_codec(
     package: str,
     compress: Callable[[bytes], bytes],
-    decompress: Callable[[bytes | memoryview, int], bytes],
+    decompress: Callable[[Buffer, int], bytes],
     transpose: bool = False,
 ) -> Codec:
     """Returns the codec that joins the arrays and compresses them as one stream of bytes.
@@ -4016,9 +4019,7 @@ def stream_codec(
     def compress_arrays(arrays: Sequence[np.ndarray], _: Quantizer) -> bytes:
         return compress(b"".join(as_stored(array).tobytes() for array in arrays))
 
-    def decompress_arrays(
-        data: bytes | memoryview, arrays: Sequence[np.ndarray], _: Quantizer
-    ) -> None:
+    def decompress_arrays(data: Buffer, arrays: Sequence[np.ndarray], _: Quantizer) -> None:
         raw, start = decompress(data, sum(array.nbytes for array in arrays)), 0
         for array in map(as_stored, arrays):
             part = np.frombuffer(raw, array.dtype, array.size, start)
@@ -4035,7 +4036,7 @@ def zstd_compress(data: bytes) -> bytes:
     return zstandard.ZstdCompressor(level=22).compress(data)
 
 
-def zstd_decompress(data: bytes | memoryview, size: int) -> bytes:
+def zstd_decompress(data: Buffer, size: int) -> bytes:
     """Returns the `size` bytes of a zstd frame."""
     import zstandard
 
@@ -4056,7 +4057,7 @@ def lzma_compress(data: bytes, **options: int) -> bytes:
     return lzma.compress(data, lzma.FORMAT_RAW, filters=lzma_filters(len(data), **options))
 
 
-def lzma_decompress(data: bytes | memoryview, size: int) -> bytes:
+def lzma_decompress(data: Buffer, size: int) -> bytes:
     """Returns the `size` bytes of raw LZMA2."""
     decoder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=lzma_filters(size))
     raw = decoder.decompress(data, max_length=size + 1)
@@ -4072,7 +4073,7 @@ def brotli_compress(data: bytes) -> bytes:
     return brotli.compress(data, quality=11, lgwin=22)
 
 
-def brotli_decompress(data: bytes | memoryview, size: int) -> bytes:
+def brotli_decompress(data: Buffer, size: int) -> bytes:
     """Returns the `size` bytes of a brotli stream."""
     import brotli
 
@@ -4189,9 +4190,7 @@ def range_compress(arrays: Sequence[np.ndarray], quantizer: Quantizer) -> bytes:
     return head + words.tobytes() + REST.compress(rest, quantizer)
 
 
-def range_decompress(
-    data: bytes | memoryview, arrays: Sequence[np.ndarray], quantizer: Quantizer
-) -> None:
+def range_decompress(data: Buffer, arrays: Sequence[np.ndarray], quantizer: Quantizer) -> None:
     """Decodes into the arrays what range_compress has returned. Raises ValueError."""
     words, checksum = struct.unpack_from("<II", data)
     ways, start = bytes(data[8 : 8 + len(arrays)]), 8 + len(arrays)
@@ -4229,7 +4228,7 @@ def load_codec(name: str) -> Codec:
     return codec
 
 
-def artifact_header(body: bytes | memoryview, description_size: int) -> bytes:
+def artifact_header(body: Buffer, description_size: int) -> bytes:
     """Returns the header of a body that begins with a description of so many bytes."""
     digest = hashlib.sha256(HEADER.pack(MAGIC, description_size, b""))
     digest.update(body)
@@ -4247,9 +4246,7 @@ def pack_artifact(h: Hyperparameters, arrays: Mapping[str, Tensor]) -> bytes:
     return artifact_header(body, len(description)) + body
 
 
-def unpack_artifact(
-    blob: bytes | memoryview, h: Hyperparameters
-) -> tuple[Hyperparameters, dict[str, Tensor]]:
+def unpack_artifact(blob: Buffer, h: Hyperparameters) -> tuple[Hyperparameters, dict[str, Tensor]]:
     """Returns settings and arrays of an artifact.
 
     Raises ValueError, KeyError, TypeError or the codec's own error for a damaged file. Sizes are
