@@ -4239,10 +4239,8 @@ def pack_artifact(h: Hyperparameters, arrays: Mapping[str, Tensor]) -> bytes:
     """Returns the bytes of an artifact, the same for the same arrays."""
     described = {"codec": h.compressor, "quantizer": h.quantizer, "settings": model_settings(h)}
     description = json.dumps(described, separators=(",", ":")).encode()
-    payload = CODECS[h.compressor].compress(
-        [array.cpu().numpy() for array in arrays.values()], QUANTIZERS[h.quantizer]
-    )
-    body = description + payload
+    own = [array.cpu().numpy() for array in arrays.values()]
+    body = description + CODECS[h.compressor].compress(own, QUANTIZERS[h.quantizer])
     return artifact_header(body, len(description)) + body
 
 
