@@ -4680,7 +4680,7 @@ class Run:
         """How many sequences calibrate, and how many tokens each has."""
         h = self.h
         length = min(h.train_seq_len, h.gptq_calib_tokens)  # a file may state any TRAIN_SEQ_LEN
-        return max(h.gptq_calib_tokens // length, 1), length
+        return h.gptq_calib_tokens // length, length
 
     def calibration_batches(self, count: int) -> Sequence[Tensor]:
         """Returns `count` sequences for calibration, in batches of ids [B, T].
