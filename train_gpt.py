@@ -3346,8 +3346,7 @@ class Trainer:
         Continues from the tensors of a checkpoint, if any. Whatever ends training, the average so
         far is saved. The model keeps its last weights, whose plain score is logged.
         """
-        log = self.log
-        log(f"world_size:{self.ranks.world_size} grad_accum_steps:{self.grad_accum}")
+        self.log(f"world_size:{self.ranks.world_size} grad_accum_steps:{self.grad_accum}")
         with matmul_precision("medium"):
             self.warm_up()
             if resume_from is not None:
@@ -3368,7 +3367,7 @@ class Trainer:
             raise KeyboardInterrupt
         if self.step < self.h.iterations:
             at = f"train_time:{1000 * self.step_log.elapsed:.0f}ms step:{self.step}"
-            log(f"stopping_early: wallclock_cap {at}/{self.h.iterations}")
+            self.log(f"stopping_early: wallclock_cap {at}/{self.h.iterations}")
         self.validate(self.h.num_loops)
 
     def warm_up(self) -> None:
