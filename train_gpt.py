@@ -2553,36 +2553,20 @@ def warmdown_left(progress: Progress, h: Hyperparameters) -> float:
     return min(max(left, 0.0) / warmdown, 1.0) if warmdown else 1.0
 
 
-def muon_momentum(step: int, start: float, end: float, warmup_steps: int) -> float:
-    """Returns Muon's momentum: a linear rise from `start` to `end` over `warmup_steps`."""
-    warm = step / warmup_steps if step < warmup_steps else 1.0
-    return start + warm * (end - start)
-
-
-def jepa_weight(fraction: float, peak: float, phase1: float, phase2: float) -> float:
-    """Returns lambda at a fraction of the run (PR #832).
-
-    It is 0 until `phase1`, rises to `peak` over the next `phase2` of the run, then is 0 again.
-    """
-    risen = (fraction - phase1) / phase2
-    return peak * risen if 0 <= risen < 1 else 0.0
-
-
 def schedule(progress: Progress, h: Hyperparameters) -> Phase:
-    """Returns what the next step is told."""
-    weight = 0.0
-    if h.jepa_chunk_size:
-        fractions = h.jepa_phase1_frac, h.jepa_phase2_frac
-        weight = jepa_weight(progress.fraction, h.jepa_lambda_max, *fractions)
+    """Returns what the next step is told.
+
+    Muon's momentum rises linearly in its warm-up. Lambda is 0 until JEPA_PHASE1_FRAC of the run,
+    rises linearly over the next JEPA_PHASE2_FRAC of it, then is 0 again (PR #832).
+    """
+    momentum, warmup = h.muon_momentum_warmup_start, h.muon_momentum_warmup_steps
+    warm = progress.step / warmup if progress.step < warmup else 1.0
+    risen = (progress.fraction - h.jepa_phase1_frac) / h.jepa_phase2_frac
+    rises = h.jepa_chunk_size > 0 and 0 <= risen < 1
     return Phase(
         lr_scale=max(warmdown_left(progress, h), h.min_lr),
-        muon_momentum=muon_momentum(
-            progress.step,
-            h.muon_momentum_warmup_start,
-            h.muon_momentum,
-            h.muon_momentum_warmup_steps,
-        ),
-        jepa_weight=weight,
+        muon_momentum=momentum + warm * (h.muon_momentum - momentum),
+        jepa_weight=h.jepa_lambda_max * risen if rises else 0.0,
         stp_weight=h.stp_lambda if h.stp_enabled else 0.0,
         loops=h.num_loops if progress.fraction >= h.enable_looping_at else 0,
     )
