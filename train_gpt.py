@@ -2261,13 +2261,9 @@ def layer_plan(h: Hyperparameters, loops: int) -> LayerPlan:
 
 
 class Auxiliary(NamedTuple):
-    """What the auxiliary losses of a step need; None for a loss that the step does not have.
+    """What the auxiliary losses of a step need; None for a loss that the step does not have."""
 
-    The weights are tensors, so that new values compile nothing anew.
-    """
-
-    jepa_weight: Tensor | None = None  # [], lambda
-    stp_weight: Tensor | None = None  # []
+    jepa_weight: Tensor | None = None  # [], lambda: a tensor, so that a new value compiles nothing
     stp_positions: Tensor | None = None  # int64 [rows, 3], s < r < t in each sequence
 
 
@@ -2489,9 +2485,9 @@ class GPT(nn.Module):
             error, spread = self.jepa.losses(latents, predicted)
             loss = loss + auxiliary.jepa_weight * (error + self.jepa.sigreg_weight * spread)
             terms |= {"jepa_error": error, "jepa_sigreg": spread}
-        if auxiliary.stp_weight is not None and auxiliary.stp_positions is not None:
+        if auxiliary.stp_positions is not None:
             terms["stp"] = stp_loss(states, auxiliary.stp_positions)
-            loss = loss + auxiliary.stp_weight * terms["stp"]
+            loss = loss + self.h.stp_lambda * terms["stp"]
         return loss, terms
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
@@ -2534,7 +2530,6 @@ class Phase(NamedTuple):
     lr_scale: float  # factor of every learning rate in training
     muon_momentum: float
     jepa_weight: float  # lambda of the JEPA losses; 0 leaves them out of the program
-    stp_weight: float  # of the STP loss; 0 leaves it out of the program
     loops: int = 0  # repetitions of the looped layers
 
 
@@ -2567,17 +2562,15 @@ def schedule(progress: Progress, h: Hyperparameters) -> Phase:
         lr_scale=max(warmdown_left(progress, h), h.min_lr),
         muon_momentum=momentum + warm * (h.muon_momentum - momentum),
         jepa_weight=h.jepa_lambda_max * risen if rises else 0.0,
-        stp_weight=h.stp_lambda if h.stp_enabled else 0.0,
         loops=h.num_loops if progress.fraction >= h.enable_looping_at else 0,
     )
 
 
 def programs(h: Hyperparameters) -> list[Phase]:
     """Returns one phase for each program that training compiles."""
-    stp_weight = h.stp_lambda if h.stp_enabled else 0.0
     weights = {0.0, h.jepa_lambda_max if h.jepa_chunk_size else 0.0}
     loops = {0 if h.enable_looping_at else h.num_loops, h.num_loops}
-    return [Phase(1.0, h.muon_momentum, w, stp_weight, n) for n in sorted(loops) for w in weights]
+    return [Phase(1.0, h.muon_momentum, w, n) for n in sorted(loops) for w in weights]
 
 
 # ---- Evaluate: from logits to bits per byte ----
@@ -3286,16 +3279,15 @@ def auxiliary_inputs(
 
     The random numbers follow from SEED and the step, whatever the number of ranks.
     """
-    jepa_weight = stp_weight = positions = None
+    jepa_weight = positions = None
     if phase.jepa_weight > 0:
         jepa_weight = device.send(torch.tensor(phase.jepa_weight))
-    if phase.stp_weight > 0:
+    if h.stp_enabled and h.stp_lambda > 0:
         draws = torch.Generator().manual_seed(h.seed + step)
         shape = (h.train_batch_tokens // h.train_seq_len, 3)
         drawn = torch.randint(h.train_seq_len - 2, shape, generator=draws)[rows]
         positions = device.send(drawn.sort(dim=1).values + torch.arange(3))  # distinct and rising
-        stp_weight = device.send(torch.tensor(phase.stp_weight))
-    return Auxiliary(jepa_weight, stp_weight, positions)
+    return Auxiliary(jepa_weight, positions)
 
 
 class Trainer:

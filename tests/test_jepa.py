@@ -96,7 +96,7 @@ def test_no_logit_depends_on_a_later_byte(training):
 def gradients(model: tg.GPT, weight: float) -> dict[str, torch.Tensor]:
     """The gradients of a training step by name; zeros for one that is absent."""
     model.train().zero_grad()
-    inputs = auxiliary(model, tg.Phase(1.0, 0.9, weight, 0.0))
+    inputs = auxiliary(model, tg.Phase(1.0, 0.9, weight))
     model.losses(*some_ids(2, 2, 32), inputs)[0].backward()
     found = model.named_parameters()
     return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in found}

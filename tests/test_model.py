@@ -325,7 +325,9 @@ def test_the_training_loss_is_its_weighted_terms_and_reaches_every_parameter(fea
         weights |= {"stp": 0.05}
     assert list(terms) == list(weights)
     assert loss.item() == pytest.approx(sum(weights[n] * terms[n].item() for n in terms), rel=1e-6)
-    assert auxiliary(model, tg.Phase(1.0, 0.9, 0.0, 0.0)) == tg.NO_AUXILIARY
+    without = auxiliary(model, tg.Phase(1.0, 0.9, 0.0))
+    assert without.jepa_weight is None
+    assert (without.stp_positions is None) == (not features["stp_enabled"])
     # A model that is called on ids and targets returns cross-entropy alone.
     assert model(ids, targets).item() == pytest.approx(terms["train_loss"].item(), rel=1e-6)
     if features["stp_enabled"]:
@@ -374,14 +376,12 @@ def test_the_bigram_table_learns_from_the_second_step_on():
     model = tg.GPT(settings())
     optimizers = tg.Optimizers(model, model.h, tg.Ranks())
     model(*some_ids(2, 2, 64)).backward()
-    optimizers.step(tg.Phase(1.0, 0.9, 0.0, 0.0))
+    optimizers.step(tg.Phase(1.0, 0.9, 0.0))
     model(*some_ids(2, 2, 64)).backward()
     assert all(p.grad.any() for p in model.bigram.parameters())
 
 
 # ---- Semantic Tube Prediction ----
-
-STP_PHASE = tg.Phase(1.0, 0.9, 0.0, 0.3)
 
 
 def reference_stp(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -422,9 +422,7 @@ def test_stp_positions_rise_reach_every_token_and_follow_from_seed_and_step(leng
 
     def positions(step: int, seed: int = 1337, rows: slice = slice(None)) -> torch.Tensor:
         seeded = tg.replace(h, seed=seed)
-        inputs = tg.auxiliary_inputs(STP_PHASE, seeded, step, rows, CPU)
-        assert inputs.stp_weight.item() == pytest.approx(0.3)
-        return inputs.stp_positions
+        return tg.auxiliary_inputs(tg.programs(seeded)[0], seeded, step, rows, CPU).stp_positions
 
     steps = [positions(step) for step in range(200)]
     assert {p.shape for p in steps} == {(8, 3)}
@@ -450,7 +448,7 @@ def test_micro_batches_change_no_jepa_loss(byte_corpus, cpu):
         model = random_model(data_path=byte_corpus, micro_batch_tokens=micro, **linear)
         start = model.jepa.projector[0].weight.detach().clone()
         run = trainer(model, load(model.h), cpu)
-        terms = run.take_step(tg.Phase(1.0, 0.9, 1.0, 0.0), ids, targets)
+        terms = run.take_step(tg.Phase(1.0, 0.9, 1.0), ids, targets)
         found.append((terms, model.jepa.projector[0].weight.detach() - start))
     (terms, change), (terms_of_parts, change_of_parts) = found
     torch.testing.assert_close(terms, terms_of_parts, atol=0, rtol=0.05)

@@ -109,7 +109,7 @@ def test_a_step_of_every_role_equals_muon_and_adamw_in_float64(
             w.mul_(1 - lr * decay)
             root = (second[n] / (1 - 0.9**step)).sqrt() + 1e-3
             w.sub_(lr * m / (1 - 0.8**step) / root)
-        optimizers.step(tg.Phase(0.5, momentum, 0.0, 0.0))
+        optimizers.step(tg.Phase(0.5, momentum, 0.0))
         assert not any(p.grad.any() for p in model.parameters())
     for n, p in model.named_parameters():
         torch.testing.assert_close(p.detach().double(), weights[n], atol=1e-4, rtol=1e-4, msg=n)
@@ -127,7 +127,7 @@ def test_a_gradient_is_clipped_to_its_largest_norm(size):
         count = sum(p.numel() for p in model.parameters())
         for p in model.parameters():
             p.grad.fill_(norm / count**0.5)
-        optimizers.step(tg.Phase(1.0, 0.9, 0.0, 0.0))
+        optimizers.step(tg.Phase(1.0, 0.9, 0.0))
         found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
 
@@ -143,7 +143,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(value):
         before = [p.clone() for p in model.parameters()]
         optimizers.gradient.fill_(0.1)
         optimizers.gradient[7] += value if bad else 0.0
-        assert optimizers.step(tg.Phase(1.0, 0.9, 0.0, 0.0)).isfinite() != bad
+        assert optimizers.step(tg.Phase(1.0, 0.9, 0.0)).isfinite() != bad
         assert all(map(torch.equal, before, model.parameters())) == bad
     assert all(state.isfinite().all() for state in optimizers.state().values())
 

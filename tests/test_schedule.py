@@ -118,9 +118,7 @@ def test_lambda_rises_over_half_the_run_by_steps_or_seconds(step, seconds, weigh
     changes=st.fixed_dictionaries(
         {
             "jepa_chunk_size": st.sampled_from((0, 4)),
-            "stp_enabled": st.sampled_from((0, 1)),
             "jepa_lambda_max": st.sampled_from((0, 0.001)),
-            "stp_lambda": st.sampled_from((0, 0.05)),
             "jepa_phase1_frac": st.sampled_from((0, 0.3)),
             "warmdown_iters": st.sampled_from((0, 15, 10**6)),
             "warmdown_max_fraction": st.sampled_from((0.6, 1)),
@@ -133,11 +131,11 @@ def test_lambda_rises_over_half_the_run_by_steps_or_seconds(step, seconds, weigh
     deadline=st.sampled_from((math.inf, 20.0, 100.0)),
 )
 def test_every_phase_of_a_run_has_exactly_one_program(changes, deadline):
-    """The repeated layers of a phase, and whether it has auxiliary losses, select its program."""
+    """The repeated layers of a phase, and whether it has the JEPA losses, select its program."""
     h = settings(**changes, loop_start=1, loop_end=1)
 
-    def program(phase: tg.Phase) -> tuple[int, bool, bool]:
-        return phase.loops, phase.jepa_weight > 0, phase.stp_weight > 0
+    def program(phase: tg.Phase) -> tuple[int, bool]:
+        return phase.loops, phase.jepa_weight > 0
 
     compiled = [program(phase) for phase in tg.programs(h)]
     phases = [tg.schedule(tg.Progress(n, 30, 0.9 * n, deadline), h) for n in range(30)]
@@ -147,7 +145,6 @@ def test_every_phase_of_a_run_has_exactly_one_program(changes, deadline):
         assert h.min_lr <= phase.lr_scale <= 1
         assert h.muon_momentum_warmup_start <= phase.muon_momentum <= h.muon_momentum
         assert 0 <= phase.jepa_weight <= h.jepa_lambda_max
-        assert phase.stp_weight == (h.stp_lambda if h.stp_enabled else 0)
 
 
 # ---- Programs ----
