@@ -61,7 +61,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -1464,10 +1464,11 @@ class TokenStream:
                 "data/download.py` for the challenge's shards"
             )
         self.shards = [read_shard(path) for path in self.paths]
-        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        # Where each shard begins, and where the last one ends.
+        self.bounds = [*accumulate(map(len, self.shards), initial=0)]
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return self.bounds[-1]
 
     def fingerprint(self) -> int:
         """Returns a checksum of the shards' lengths and first tokens."""
@@ -1498,9 +1499,9 @@ class TokenStream:
 
     def prefetch(self, position: int, count: int) -> None:
         """Asks the system to read tokens from disk, so that reads of many places overlap."""
-        index = int(np.searchsorted(self.ends, position % len(self), "right"))
-        start = 4 * SHARD_HEADER_INTS + 2 * (position % len(self) - int(self.ends[index]))
-        start += 2 * len(self.shards[index])
+        at = position % len(self)
+        index = bisect.bisect(self.bounds, at) - 1
+        start = 4 * SHARD_HEADER_INTS + 2 * (at - self.bounds[index])
         mapped: Any = self.shards[index].base
         if hasattr(mmap, "MADV_WILLNEED"):  # not on Windows
             mapped.madvise(mmap.MADV_WILLNEED, start & -mmap.PAGESIZE, mmap.PAGESIZE + 2 * count)
@@ -1510,8 +1511,8 @@ class TokenStream:
         tokens, filled = np.empty(count, dtype), 0
         while filled < count:
             at = (position + filled) % len(self)
-            index = int(np.searchsorted(self.ends, at, "right"))
-            part = self.shards[index][at - self.ends[index] :][: count - filled]
+            index = bisect.bisect(self.bounds, at) - 1
+            part = self.shards[index][at - self.bounds[index] :][: count - filled]
             tokens[filled : filled + len(part)] = part
             filled += len(part)
         return torch.from_numpy(tokens)
@@ -1534,30 +1535,25 @@ class TrainingBatches:
         self.stream, self.seq_len, self.ranks, self.seed = stream, seq_len, ranks, h.seed
         self.rows = h.train_batch_tokens // seq_len  # of a step, over all ranks
         self.is_shuffled = h.train_order == "shuffled"
-        lengths = np.array([len(shard) for shard in stream.shards])
-        windows = (lengths - 1) // seq_len  # of each shard; the last target is the token after
-        self.window_ends = np.cumsum(windows)
-        self.count = int(self.window_ends[-1])
-        # What window * T lacks of the window's position, because shards end between windows.
-        self.shifts = stream.ends - lengths - (self.window_ends - windows) * seq_len
+        # Where the windows of each shard begin; the last target is the token after a window.
+        windows = [np.arange(a, b - seq_len, seq_len) for a, b in pairwise(stream.bounds)]
+        self.windows = np.concatenate(windows)
+        self.count = len(self.windows)
         if not self.count:
             raise DataError(
                 f"{stream.pattern}: no shard has a sequence of TRAIN_SEQ_LEN={seq_len} tokens and "
                 "its next token; lower TRAIN_SEQ_LEN or use more text"
             )
-        near = max(round((5**0.5 - 1) / 2 * self.count), 1)  # of the golden ratio
-        self.stride = next(
-            s for s in range(near, near + self.count) if math.gcd(s, self.count) == 1
-        )
+        self.stride = max(round((5**0.5 - 1) / 2 * self.count), 1)  # of the golden ratio
+        while math.gcd(self.stride, self.count) > 1:
+            self.stride += 1
 
     def position(self, index: int) -> int:
         """Returns the position in the stream of the first token of sequence `index`."""
         if not self.is_shuffled:
             return index * self.seq_len
         offset = 1_000_003 * self.seed + 7919 * (index // self.count)
-        window = (index * self.stride + offset) % self.count
-        shard = np.searchsorted(self.window_ends, window, "right")
-        return window * self.seq_len + int(self.shifts[shard])
+        return int(self.windows[(index * self.stride + offset) % self.count])
 
     def sequences(self, start: int, count: int) -> Tensor:
         """Returns `count` sequences from number `start` on, with the tokens that follow each.
