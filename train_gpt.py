@@ -1430,9 +1430,8 @@ def shard_header(count: int) -> bytes:
 
     The shard's tokens follow as little-endian uint16.
     """
-    header = np.zeros(SHARD_HEADER_INTS, "<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, count
-    return header.tobytes()
+    used = struct.pack("<3i", SHARD_MAGIC, SHARD_VERSION, count)
+    return used.ljust(4 * SHARD_HEADER_INTS, b"\0")
 
 
 def read_shard(path: Path) -> np.ndarray:
