@@ -1410,11 +1410,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         header_bytes = int.from_bytes(file.read(8), "little")
     check(header_bytes <= MAX_HEADER, f"its header has {header_bytes} bytes")
     with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
+        stated: Any = (file.metadata() or {}).get("settings", "{}")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    stated = None
     with suppress(ValueError):
-        stated = json.loads(metadata.get("settings", "{}"))
+        stated = json.loads(stated)
     return tensors, stated if isinstance(stated, dict) else {"settings": stated}  # another's
 
 
