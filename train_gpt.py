@@ -1958,30 +1958,24 @@ def subtract_self_value(y: Tensor, unit: Tensor) -> Tensor:
     return (grouped - (along * unit).to(y.dtype)).flatten(2, 3)
 
 
-# By name, see adapter_shapes: A [B, rank, in] and B [B, out, rank] for each of B sequences.
+# By name, see adapter_widths: A [B, rank, D] and B [B, out, rank] for each of B sequences.
 Adapters = Mapping[str, tuple[Tensor, Tensor]]
 NO_LORA: Adapters = {}
 ADAPTER_ALPHA = 144  # the output of an adapter is scaled by this / rank (PR #1767)
 
 
-def adapter_shapes(h: ModelSettings) -> dict[str, tuple[int, int]]:
-    """Returns inputs and outputs of each adapter by name.
+def adapter_widths(h: ModelSettings) -> dict[str, int]:
+    """Returns the number of outputs of each adapter by name; all read D inputs.
 
     Those of the keys, of attention, of the MLP and of the head help most (PR #1953).
     """
     outputs = {"keys": h.kv_dim, "attention": h.model_dim, "mlp": h.model_dim}
-    shapes = {
-        f"{name} {layer}": (h.model_dim, width)
-        for layer in range(h.num_layers)
-        for name, width in outputs.items()
-    }
-    return shapes | {"head": (h.model_dim, h.vocab_size)}
+    widths = {f"{name} {n}": width for n in range(h.num_layers) for name, width in outputs.items()}
+    return widths | {"head": h.vocab_size}
 
 
-def adapt(
-    y: Tensor, x: Tensor, adapters: Adapters, name: str, scale: Tensor | float = 1.0
-) -> Tensor:
-    """Returns outputs y [B, T, ...] plus the adapter's for inputs x [B, T, in], times `scale`.
+def adapt(y: Tensor, x: Tensor, adapters: Adapters, name: str, scale: Tensor | float) -> Tensor:
+    """Returns outputs y [B, T, ...] plus the adapter's for inputs x [B, T, D], times `scale`.
 
     Each sequence has a low-rank map of its own, x -> B A x (LoRA, arXiv 2106.09685). Without an
     adapter of that name it returns y.
@@ -2035,7 +2029,7 @@ class CausalSelfAttention(nn.Module):
         weight = torch.cat([getattr(self, name).weight for name in self.INPUT_LAYERS])
         qkv = F.linear(x, weight.to(x.dtype)).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split(self.heads, dim=2)
-        k = adapt(k, x, context.adapters, f"keys {self.layer}")
+        k = adapt(k, x, context.adapters, f"keys {self.layer}", 1.0)
         if self.layer in context.value_embeds:
             v = v + context.value_embeds[self.layer].view_as(v)
         # The gain comes before RoPE and is expanded over positions, so that its gradient is a sum
@@ -2729,7 +2723,7 @@ class AdapterLearner:
     def describe(self, batches: Sequence[Batch]) -> str:
         """Returns how much there is to do, and the memory of adapters, gradients and moments."""
         begun = [len(batch.windows) for batch in batches if batch.begins]
-        widths = sum(fan_in + fan_out for fan_in, fan_out in adapter_shapes(self.h).values())
+        widths = sum(self.h.model_dim + width for width in adapter_widths(self.h).values())
         memory = 4 * 4 * self.documents * self.h.ttt_lora_rank * widths
         return f"documents:{sum(begun)} batches:{len(begun)} adapters:{memory >> 20} MiB"
 
@@ -2738,10 +2732,10 @@ class AdapterLearner:
         h, rank, draws = self.h, self.h.ttt_lora_rank, torch.Generator().manual_seed(self.h.seed)
         self.nats = torch.empty(0)  # else the graph of the documents before stays in memory
         self.adapters: dict[str, tuple[Tensor, Tensor]] = {}
-        for name, (fan_in, fan_out) in adapter_shapes(h).items():
-            a = torch.empty(rank, fan_in).uniform_(-1, 1, generator=draws) / fan_in**0.5
+        for name, width in adapter_widths(h).items():
+            a = torch.empty(rank, h.model_dim).uniform_(-1, 1, generator=draws) / h.model_dim**0.5
             a = a.to(self.device.device).repeat(self.documents, 1, 1)
-            b = a.new_zeros(self.documents, fan_out, rank)
+            b = a.new_zeros(self.documents, width, rank)
             self.adapters[name] = nn.Parameter(a), nn.Parameter(b)
         params = [p for pair in self.adapters.values() for p in pair]
         betas, decay = (0.0, h.ttt_beta2), h.ttt_weight_decay
