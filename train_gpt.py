@@ -2063,10 +2063,9 @@ class MLP(nn.Module):
         return self.down(F.leaky_relu(self.up(x), self.negative_slope).square(), scale)
 
 
-def previous_embeddings(x: Tensor, ids: Tensor, bos_mask: bool) -> Tensor:
-    """Returns x [B, T, D] one position later, zero at position 0 and, if masked, at each BOS."""
-    starts = (ids[..., None] == BOS_ID) & bos_mask
-    return F.pad(x[:, :-1], (0, 0, 1, 0)).masked_fill(starts, 0)
+def previous_embeddings(x: Tensor, starts: Tensor) -> Tensor:
+    """Returns x [B, T, D] one position later, zero at position 0 and at `starts`, bool [B, T]."""
+    return F.pad(x[:, :-1], (0, 0, 1, 0)).masked_fill(starts.unsqueeze(-1), 0)
 
 
 class SmearGate(nn.Module):
@@ -2080,11 +2079,10 @@ class SmearGate(nn.Module):
     def __init__(self, h: Hyperparameters) -> None:
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(h.model_dim))
-        self.bos_mask = h.bos_mask
 
-    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        """Maps normalized embeddings x [B, T, D] of ids [B, T] to blended ones."""
-        previous = previous_embeddings(x, ids, self.bos_mask)
+    def forward(self, x: Tensor, starts: Tensor) -> Tensor:
+        """Maps normalized embeddings x [B, T, D] to blended ones; see previous_embeddings."""
+        previous = previous_embeddings(x, starts)
         return torch.lerp(x, previous, self.gate.sigmoid().to(x.dtype))
 
 
@@ -2100,12 +2098,11 @@ class TokenSmearGate(nn.Module):
         super().__init__()
         self.gate = Linear(h.gate_window, 1, gain=0, role="scalar")
         self.scale = nn.Parameter(torch.zeros(1))
-        self.bos_mask = h.bos_mask
 
-    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        """Maps embeddings x [B, T, D] of ids [B, T], before their norm, to blended ones."""
+    def forward(self, x: Tensor, starts: Tensor) -> Tensor:
+        """Maps embeddings x [B, T, D], before their norm, to blended ones."""
         gate = self.scale.to(x.dtype) * self.gate(x[..., : self.gate.in_features]).sigmoid()
-        return x + gate * previous_embeddings(x, ids, self.bos_mask)
+        return x + gate * previous_embeddings(x, starts)
 
 
 class BigramHash(nn.Module):
@@ -2119,14 +2116,15 @@ class BigramHash(nn.Module):
         # Not zero, as it is in PR #832: beside a table of zeros neither would ever get a gradient.
         self.proj = Linear(h.bigram_dim, h.model_dim, (2 * h.num_layers) ** -0.5, role="scalar")
         self.scale = nn.Parameter(torch.tensor(0.05))
-        self.bos_mask = h.bos_mask
 
-    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """Returns vectors [B, T, D] for ids [B, T]; positions without a pair take the last row."""
+    def forward(self, ids: Tensor, starts: Tensor, dtype: torch.dtype) -> Tensor:
+        """Returns vectors [B, T, D] for ids [B, T].
+
+        Position 0 and `starts`, bool [B, T], have no pair and take the last row.
+        """
         last, ids = self.embed.num_embeddings - 1, ids.int()
         pairs = (36_313 * ids[:, 1:] ^ 27_191 * ids[:, :-1]) % last
-        starts = (ids[:, 1:] == BOS_ID) & self.bos_mask
-        rows = F.pad(pairs.masked_fill(starts, last), (1, 0), value=last)
+        rows = F.pad(pairs.masked_fill(starts[:, 1:], last), (1, 0), value=last)
         return self.proj(self.embed(rows).to(dtype), self.scale)
 
 
@@ -2372,13 +2370,14 @@ class GPT(nn.Module):
     def embed(self, ids: Tensor) -> Tensor:
         """Returns the embeddings [B, T, D] that enter the first block, for ids [B, T]."""
         x = self.tok_emb(ids)
+        starts = (ids == BOS_ID) & self.h.bos_mask  # positions that do not see the one before
         if self.bigram is not None:
-            x = x + self.bigram(ids, self.dtype)
+            x = x + self.bigram(ids, starts, self.dtype)
         x = x.to(self.dtype)
         if self.token_smear is not None:
-            x = self.token_smear(x, ids)
+            x = self.token_smear(x, starts)
         x = rms_norm(x)
-        return x if self.smear is None else self.smear(x, ids)
+        return x if self.smear is None else self.smear(x, starts)
 
     def context(self, x0: Tensor, ids: Tensor, window: int, adapters: Adapters) -> Context:
         """Returns what the blocks read, for embeddings x0 [B, T, D] of ids [B, T]."""
