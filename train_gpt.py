@@ -2359,13 +2359,10 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(block_class(h, layer)(h, layer, attend) for layer in layers)
         skips = len(layer_plan(h, h.num_loops).encoder) if h.unet_skips else 0
         self.skip_weights = nn.Parameter(torch.ones(skips, h.model_dim))
-        self.skip_gates = None
-        if h.skip_gates_enabled:
-            self.skip_gates = nn.Parameter(torch.zeros(skips, h.model_dim))
+        gates = torch.zeros(skips, h.model_dim)
+        self.skip_gates = nn.Parameter(gates) if h.skip_gates_enabled else None
         self.jepa = JEPA(h) if h.jepa_chunk_size else None
-        self.lm_head = None
-        if not h.tie_embeddings:
-            self.lm_head = Linear(h.model_dim, h.vocab_size, gain=0, role="head")
+        self.lm_head = None if h.tie_embeddings else Linear(h.model_dim, h.vocab_size, 0, "head")
 
     def embed(self, ids: Tensor) -> Tensor:
         """Returns the embeddings [B, T, D] that enter the first block, for ids [B, T]."""
