@@ -2152,7 +2152,6 @@ class Block(nn.Module):
     """A layer: blends in the first embedding, then adds attention and the MLP to the stream."""
 
     role = "scalar"
-    lanes = 1  # that it reads and returns
 
     def __init__(self, h: Hyperparameters, layer: int, attend: Attend) -> None:
         super().__init__()
@@ -2201,8 +2200,6 @@ class TwoLaneBlock(Block):
 
     Both outputs are added to both lanes, with learned weights.
     """
-
-    lanes = 2
 
     def __init__(self, h: Hyperparameters, layer: int, attend: Attend) -> None:
         super().__init__(h, layer, attend)
@@ -2410,9 +2407,9 @@ class GPT(nn.Module):
             lanes = self.blocks[layer](lanes, context)
             skips.append(lanes[0])
         for visit, layer in enumerate(plan.decoder):
-            block: Any = self.blocks[layer]
-            if len(lanes) < block.lanes:  # both lanes begin as the stream so far
-                lanes = (lanes[0], lanes[0])
+            block = self.blocks[layer]
+            if isinstance(block, TwoLaneBlock) and len(lanes) == 1:
+                lanes = (lanes[0], lanes[0])  # both begin as the stream so far
             if skips and len(self.skip_weights):
                 lanes = (self.add_skip(lanes[0], skips.pop(), visit), *lanes[1:])
             lanes = block(lanes, context)
