@@ -1249,27 +1249,28 @@ def probe_attention(device: Device, h: Hyperparameters, rows: int) -> str:
     length = h.train_seq_len if device.is_cuda else compared  # of a CPU all is compared
     draws = torch.Generator(device.device).manual_seed(0)
     options: dict[str, Any] = {"generator": draws, "device": device.device, "dtype": device.dtype}
+
+    def run(attend: Attend, qkv: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+        """Returns the output, and the gradient of qkv [rows, T, heads, d]."""
+        ids = torch.arange(qkv.size(1), device=qkv.device).expand(len(qkv), -1) % 300  # some BOS
+        documents = Documents.of_ids(ids, training=True) if h.doc_attention else None
+        y = attend(*qkv.requires_grad_().split(heads, dim=2), documents=documents)
+        return y, *torch.autograd.grad(y, qkv, weights)
+
     try:
         select_attention(device.attention)
-        qkv = torch.randn((rows, length, sum(heads), h.head_dim), **options).requires_grad_()
+        qkv = torch.randn((rows, length, sum(heads), h.head_dim), **options)
         weights = torch.randn((rows, length, h.num_heads, h.head_dim), **options)
         weights[0, compared:] = 0
-        one = torch.arange(length, device=device.device) % 300  # BOS at 1, 301, ...
-        ids = one.expand(rows, -1)
-        documents = Documents.of_ids(ids, training=True) if h.doc_attention else None
-        y = device.compile(attend_on(device))(*qkv.split(heads, dim=2), documents=documents)
-        (gradient,) = torch.autograd.grad(y, qkv, weights)
-        first = qkv[:1, :compared].detach().float().requires_grad_()
+        found = run(device.compile(attend_on(device)), qkv, weights)
+        first, weights = (x[:1, :compared].detach().float() for x in (qkv, weights))
         with sdpa_kernel(SDPBackend.MATH):
-            if documents is not None:
-                documents = Documents.of_ids(ids[:1, :compared], training=True)
-            expected = attend_sdpa(*first.split(heads, dim=2), documents=documents)
-            needed = torch.autograd.grad(expected, first, weights[:1, :compared].float())[0]
+            expected = run(attend_sdpa, first, weights)
     except Exception as error:  # the next back end may run
         return f"{error!r:.200}"
-    if not (y.isfinite().all() and gradient.isfinite().all()):
+    if not all(x.isfinite().all() for x in found):
         return "it gave NaN"
-    for what, a, b in (("output", y, expected), ("gradient", gradient, needed)):
+    for what, a, b in zip(("output", "gradient"), found, expected):
         difference = ((a[:1, :compared] - b).norm() / b.norm()).item()
         if difference > MAX_ATTENTION_ERROR:
             return f"its {what} differs from the math back end's by {difference:.1%}"
