@@ -1215,24 +1215,23 @@ def attend_window(
     return torch.cat((first, y), dim=1)
 
 
-def activate_fa3() -> None:
-    """Makes FlashAttention 3 the flash kernel of PyTorch. Raises an error that says what lacks."""
-    try:
-        importlib.import_module("flash_attn_interface")
-    except ModuleNotFoundError:  # some installations have it inside the package
-        module = importlib.import_module("flash_attn_3.flash_attn_interface")
-        sys.modules["flash_attn_interface"] = module
-    if not torch.cuda.is_available():
-        raise RuntimeError("FlashAttention 3 needs a Hopper GPU")
-    activate_flash_attention_impl("FA3")
-
-
 def select_attention(name: str) -> None:
-    """Enables one back end of attend_sdpa and disables the others."""
+    """Enables one back end of attend_sdpa and disables the others.
+
+    FlashAttention 3 takes the place of PyTorch's flash kernel. Raises an error that says what lacks
+    if it cannot.
+    """
     if current_flash_attention_impl():
         restore_flash_attention_impl()
     if name == "fa3":
-        activate_fa3()
+        try:
+            importlib.import_module("flash_attn_interface")
+        except ModuleNotFoundError:  # some installations have it inside the package
+            module = importlib.import_module("flash_attn_3.flash_attn_interface")
+            sys.modules["flash_attn_interface"] = module
+        if not torch.cuda.is_available():
+            raise RuntimeError("FlashAttention 3 needs a Hopper GPU")
+        activate_flash_attention_impl("FA3")
         name = "flash"
     for backend in ("cudnn", "flash", "math", "mem_efficient"):
         getattr(torch.backends.cuda, f"enable_{backend}_sdp")(backend == name)
