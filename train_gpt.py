@@ -1730,10 +1730,8 @@ def load_tokenizer(h: Hyperparameters, log: Log) -> Any:
     return tokenizer
 
 
-def load_byte_table(
-    h: Hyperparameters, tokenizer: Any, folder: Path, tokens: Tensor, log: Log
-) -> ByteTable:
-    """Returns the byte table of the vocabulary, verified on the validation tokens of a folder.
+def load_byte_table(h: Hyperparameters, tokenizer: Any, tokens: Tensor, log: Log) -> ByteTable:
+    """Returns the byte table of the vocabulary, verified on the validation tokens.
 
     The tokenizer is None for bytes. Warns of unknown tokens. Raises DataError if nothing could be
     verified, or if more tokens than MAX_UNKNOWN_FRACTION are unknown.
@@ -1746,8 +1744,8 @@ def load_byte_table(
         proven = verify_byte_table(table, tokenizer, tokens)
         if not proven:
             raise DataError(
-                f"{folder}: no whole document follows a BOS in the first {PROOF_TOKENS} validation "
-                "tokens, so the byte table cannot be verified"
+                f"{data_folder(h)}: no whole document follows a BOS in the first {PROOF_TOKENS} "
+                "validation tokens, so the byte table cannot be verified"
             )
         log(f"byte_table:proven against {proven} bytes of decoded text")
     unknown = int((tokens == unknown_id).sum())
@@ -1758,7 +1756,7 @@ def load_byte_table(
         )
         if unknown > h.max_unknown_fraction * len(tokens):
             raise DataError(
-                f"{folder}: {fault}; use a tokenizer with byte fallback, or raise "
+                f"{data_folder(h)}: {fault}; use a tokenizer with byte fallback, or raise "
                 f"MAX_UNKNOWN_FRACTION={h.max_unknown_fraction:g}"
             )
         log(f"warning: {fault}")
@@ -1790,15 +1788,14 @@ def load_forbidden(h: Hyperparameters, tokenizer: Any, tokens: Tensor, log: Log)
 
 def load_validation(h: Hyperparameters, stream: TokenStream, log: Log) -> Validation:
     """Returns the validation text; its byte table is verified."""
-    tokens = stream.read(0, len(stream), np.int32)
-    folder = stream.pattern.parent
+    tokens, folder = stream.read(0, len(stream), np.int32), data_folder(h)
     if len(tokens) <= h.window_tokens:
         raise DataError(
             f"{folder}: {len(tokens)} validation tokens do not fill a window of {h.window_tokens}; "
             "lower EVAL_SEQ_LEN"
         )
     tokenizer = None if h.vocab_size == BYTE_VOCAB else load_tokenizer(h, log)
-    table = load_byte_table(h, tokenizer, folder, tokens, log)
+    table = load_byte_table(h, tokenizer, tokens, log)
     forbidden = load_forbidden(h, tokenizer, tokens, log)
     log(f"val_loader:shards pattern={stream.pattern} tokens:{len(tokens) - 1}")
     text_bytes = int(table.text_bytes(tokens[:-1], tokens[1:]).sum())
