@@ -1343,7 +1343,6 @@ class Log:
 
     def __init__(self, folder: Path | None = None, silent: bool = False) -> None:
         self.folder, self.silent = folder, silent
-        self.shows_progress = not silent and sys.stderr.isatty()
 
     def __call__(self, line: str) -> None:
         """Writes a line."""
@@ -1361,7 +1360,7 @@ class Log:
 
     def progress(self, text: str) -> None:
         """Shows a text in place of the previous one, on a terminal only."""
-        if self.shows_progress:
+        if not self.silent and sys.stderr.isatty():
             with suppress(OSError):
                 print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
