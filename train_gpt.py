@@ -1870,12 +1870,10 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
     """Returns the role of each parameter by name. Raises AttributeError for one without."""
     roles: dict[str, str] = {}
     for name, _ in model.named_parameters():
-        module = model.get_submodule(name.rpartition(".")[0])
-        roles[name] = getattr(module, "role", "none")
-        if roles[name] not in ROLES:
-            raise AttributeError(
-                f"{name}: {type(module).__name__} has role {roles[name]!r}, not one of {[*ROLES]}"
-            )
+        module: Any = model.get_submodule(name.rpartition(".")[0])
+        if module.role not in ROLES:
+            raise AttributeError(f"{name}: its role {module.role!r} is not one of {[*ROLES]}")
+        roles[name] = module.role
     return roles
 
 
