@@ -2346,8 +2346,7 @@ class GPT(nn.Module):
         self.smear = SmearGate(h) if h.smear_gate else None
         self.token_smear = TokenSmearGate(h) if h.smear_gate_enabled else None
         self.value_embedding = ValueEmbedding(h) if h.ve_enabled else None
-        layers = range(h.num_layers)
-        self.blocks = nn.ModuleList(block_class(h, layer)(h, layer, attend) for layer in layers)
+        self.blocks = nn.ModuleList(block_class(h, n)(h, n, attend) for n in range(h.num_layers))
         skips = len(layer_plan(h, h.num_loops).encoder) if h.unet_skips else 0
         self.skip_weights = nn.Parameter(torch.ones(skips, h.model_dim))
         gates = torch.zeros(skips, h.model_dim)
@@ -2369,12 +2368,10 @@ class GPT(nn.Module):
 
     def context(self, x0: Tensor, ids: Tensor, window: int, adapters: Adapters) -> Context:
         """Returns what the blocks read, for embeddings x0 [B, T, D] of ids [B, T]."""
-        h, length = self.h, ids.size(1)
+        h, length, embedding = self.h, ids.size(1), self.value_embedding
         dims, reach = h.rope_dims or h.head_dim, window or length
         rotation = rotary_angles(length, dims, h.rope_base, reach, h.rope_train_seq_len, ids.device)
-        value_embeds = {}
-        if self.value_embedding is not None:
-            value_embeds = self.value_embedding(ids, self.dtype)
+        value_embeds = {} if embedding is None else embedding(ids, self.dtype)
         documents = Documents.of_ids(ids, self.training) if h.doc_attention else None
         return Context(x0, rotation, value_embeds, window, documents, adapters)
 
