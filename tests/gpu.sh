@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
-# All that needs a GPU, in under nine minutes: the tests marked gpu, a short run of each stack, the
-# benchmarks.
+# All that needs a GPU, in two calls of under nine minutes: the tests marked gpu, a short run of each
+# stack and the benchmarks; then four minutes of training by PRESET=gpu1, and one minute by
+# PRESET=frontier with all of its scores.
 #
-#     tests/gpu.sh OUT [PART...]    parts: tests v9 byte_jepa bench; none named: all
+#     tests/gpu.sh OUT
+#     tests/gpu.sh OUT gpu1 frontier
+#
+# Parts are named after OUT: tests v9 byte_jepa bench gpu1 frontier; without names the first four run.
 #
 # It needs Python with torch, and no network: documents, tokenizer and packages that are missing
 # come from .gpu/, which tests/gpu_prepare.py fills; without documents the embedded corpus is used.
-# OUT gets summary.txt, each part's log, v9.json, byte_jepa.json and bench.json, each as soon as
-# it exists. In the environment:
+# OUT gets summary.txt, each part's log, the result of each run and bench.json, each as soon as it
+# exists. In the environment:
 #     DEVICE=cpu    try all of it without a GPU, at small sizes
 #     LIMIT=500     seconds in all; a part that takes too long is ended, the others still run
 #     BENCH=--quick arguments of the benchmarks
@@ -18,7 +22,7 @@ mkdir -p "${1:?a folder to write to, as: tests/gpu.sh OUT}" && out=$(cd "$1" && 
 shift
 parts=${*:-tests v9 byte_jepa bench}
 for name in $parts; do
-	case $name in tests | v9 | byte_jepa | bench) ;; *) echo "no part $name" && exit 2 ;; esac
+	case $name in tests | v9 | byte_jepa | bench | gpu1 | frontier) ;; *) echo "no part $name" && exit 2 ;; esac
 done
 LIMIT=${LIMIT:-500} DEVICE=${DEVICE:-cuda} BENCH=${BENCH:---quick}
 export PYTHON=${PYTHON:-python3} PYTHONUNBUFFERED=1
@@ -30,11 +34,16 @@ export PYTHONPATH=$WORK/site:$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}
 # What a run is cut down to: a GPU's share of a step on eight; on a CPU, next to nothing.
 short="WARMUP_STEPS=4 VAL_LOSS_EVERY=0 TRAIN_LOG_EVERY=20 MAX_WALLCLOCK_SECONDS=25"
 v9="TRAIN_BATCH_TOKENS=98304" byte_jepa="TRAIN_BATCH_TOKENS=49152"
+gpu1="VAL_LOSS_EVERY=0 TRAIN_LOG_EVERY=50 MAX_WALLCLOCK_SECONDS=240"
+frontier="$short $v9 MAX_WALLCLOCK_SECONDS=60 PHASED_TTT_PREFIX_DOCS=128"
 if [ "$DEVICE" = cpu ]; then
 	export CUDA_VISIBLE_DEVICES=
 	short="$short NUM_LAYERS=2 MODEL_DIM=64 NUM_HEADS=2 NUM_KV_HEADS=1 TRAIN_SEQ_LEN=128 ITERATIONS=4"
 	short="$short BIGRAM_VOCAB_SIZE=256 GPTQ_CALIB_TOKENS=1024 EVAL_STRIDE=0"
 	v9="TRAIN_BATCH_TOKENS=1024" byte_jepa=$v9
+	gpu1="$short $v9 NUM_LAYERS=4 LOOP_START=1 LOOP_END=1 PARALLEL_START_LAYER=2 EVAL_WINDOW=64"
+	gpu1="$gpu1 MICRO_BATCH_TOKENS=1024 SENSITIVITY_TOKENS=128 TTT_CHUNK_SIZE=64"
+	frontier="$gpu1 TTT_ENABLED=0"
 fi
 
 setup() { # packages that cannot be imported, and token shards
@@ -107,6 +116,8 @@ for name in $parts; do
 		;;
 	v9) part v9 150 v9.log bash -c "train v9 $short $v9" ;;
 	byte_jepa) part byte_jepa 120 byte_jepa.log bash -c "train byte_jepa $short $byte_jepa" ;;
+	gpu1) part gpu1 420 gpu1.log bash -c "train gpu1 $gpu1" ;;
+	frontier) part frontier 400 frontier.log bash -c "train frontier $frontier" ;;
 	bench)
 		part bench "$LIMIT" bench.log \
 			"$PYTHON" -m bench --device "$DEVICE" --out "$out/bench.json" $BENCH
@@ -117,9 +128,9 @@ done
 echo "== summary"
 cd "$out"
 wanted='^(device:|attention:|step:.* val_bpb|size:|seconds:|final_int6_[a-z_]+ |limit:|error:)'
-for name in v9 byte_jepa; do
+for name in v9 byte_jepa gpu1 frontier; do
 	[ -f "$name.log" ] && grep -E "$wanted" "$name.log" | sed "s/^/$name  /"
 done
 [ -f tests.log ] && tail -n 1 tests.log
-grep -E '^(tests|setup|v9|byte_jepa|bench): ' summary.txt
+grep -E '^(tests|setup|v9|byte_jepa|bench|gpu1|frontier): ' summary.txt
 ! grep -qE '^[a-z0-9_]+: (failed|timed out|not begun)' summary.txt

@@ -60,6 +60,8 @@ def test_parts_of_the_battery_can_be_named(tmp_path):
     assert status == 0
     assert "run byte_jepa" in screen
     assert files == ["bench.log", "byte_jepa.json", "byte_jepa.log", "summary.txt"]
+    assert battery(tmp_path, "gpu1", "frontier", HANG="0")[0] == 0
+    assert (tmp_path / "out/frontier.log").read_text() == "run frontier\n"
     assert battery(tmp_path, "nonsense")[0] == 2
 
 

@@ -39,6 +39,7 @@ SCALE = Scale(
 )
 # Rows that each benchmark must have.
 ROWS = {
+    "kernels": {"all", "aten::mul"},
     "step": {"step", "step, cut", "  forward", "  Muon", "speed", "model FLOP utilisation"},
     "attention": {"1 x 16, forward: flash", "1 x 16, forward and backward: math"},
     "muon": {"step, stacked", "step, matrix by matrix", "Newton-Schulz, stacked"},
@@ -131,6 +132,7 @@ def test_flops_of_repeated_layers_are_those_of_their_visits():
 # ---- The benchmarks ----
 
 
+ONCE = ("gptq", "packing", "kernels", "startup")  # these take no rounds
 NAMES = [*(n for n in program.BENCHMARKS if n != "ranks")]
 
 
@@ -146,7 +148,7 @@ def test_a_benchmark_gives_finite_rows(name, machine, monkeypatch):
         assert row.rounds in (1, 2)
         assert row.unit in ("s", "bytes", "MiB", "tokens/s", "TFLOP/s", "%")
         assert row.ratio is None or all(map(math.isfinite, row.ratio))
-    assert any(row.rounds == 2 for row in table.rows) or name in ("gptq", "packing", "startup")
+    assert any(row.rounds == 2 for row in table.rows) or name in ONCE
 
 
 @pytest.mark.parametrize("stage", ["score", "quantize"])

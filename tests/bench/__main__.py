@@ -26,7 +26,7 @@ import train_gpt as tg
 from .harness import SCALES, Machine, Row, Scale, Table, start_machine
 from .parts import attention, gptq, muon, packing, scoring, startup
 from .ranks import ranks
-from .step import loop, step, step_of_bytes, step_of_frontier
+from .step import kernels, loop, step, step_of_bytes, step_of_frontier
 from .tables import fill, markdown, show
 
 # In order: what is worth most comes first.
@@ -40,6 +40,7 @@ BENCHMARKS = {
     "packing": packing,
     "bytes": step_of_bytes,
     "frontier": step_of_frontier,
+    "kernels": kernels,
     "startup": startup,
     "ranks": ranks,
 }

@@ -228,6 +228,28 @@ def step_of_frontier(scale: Scale, machine: Machine) -> Table:
     return step(scale, machine, scale.frontier_settings)
 
 
+def kernels(scale: Scale, machine: Machine) -> Table:
+    """The ten longest kernels of a training step, on a CPU the ten longest operators."""
+    h, device = scale.h(scale.settings), machine.device
+    steps = Ours(h, machine, random_data(h))
+    for _ in range(2):  # compiles
+        steps()
+    device.now()  # waits for them
+    with torch.profiler.profile() as profile:
+        for _ in range(scale.rounds):
+            steps()
+        device.now()
+    times = {}
+    for event in profile.key_averages():
+        own = event.self_device_time_total if device.is_cuda else event.self_cpu_time_total
+        times[event.key] = own / 1e6 / scale.rounds
+    whole = sum(times.values())
+    longest = sorted(times, key=times.__getitem__, reverse=True)[:10]
+    rows = [row("all", "s", [whole], [whole])]
+    rows += [row(name[:80], "s", [times[name]], [whole]) for name in longest]
+    return Table(f"{described(h)}; a mean of {scale.rounds} steps", rows)
+
+
 def loop(scale: Scale, machine: Machine) -> Table:
     """Steps of train_gpt.py, eager and compiled, against the plain loop; equal losses."""
     h = scale.h(f"{scale.settings} {scale.eager}")
