@@ -2833,6 +2833,20 @@ def score_windows(
     return torch.stack((nats.double(), scored, text_bytes)).where(scored, 0)
 
 
+def divide_among_ranks(batches: Sequence[Batch], world_size: int) -> list[int]:
+    """Returns the rank that scores each batch.
+
+    The rank that has the least to read takes the next documents, with all of their batches.
+    """
+    loads, owner, owners = [0] * world_size, 0, []
+    for batch in batches:
+        if batch.begins:
+            owner = loads.index(min(loads))
+        loads[owner] += batch.tokens
+        owners.append(owner)
+    return owners
+
+
 @torch.inference_mode()
 def score(
     scoring_pass: ScoringPass,
@@ -2855,8 +2869,9 @@ def score(
     batches = scoring_pass.plan(val.tokens, batch_tokens)
     val, sums = val.to(device.device), torch.zeros(3, dtype=torch.float64, device=device.device)
     most = len(batches[0].windows)  # windows at once
-    loads, owner = [0] * ranks.world_size, 0  # the tokens that each rank has read
-    work, told = sum(batch.tokens for batch in batches) / ranks.world_size, adapters is None
+    owners = divide_among_ranks(batches, ranks.world_size)
+    own = [batch.tokens for batch, owner in zip(batches, owners) if owner == ranks.rank]
+    read, told = 0, adapters is None
     if adapters:
         log(f"ttt_lora {adapters.describe(batches)}")
 
@@ -2884,17 +2899,14 @@ def score(
         for n, batch in enumerate(batches):  # every rank walks through all batches
             if learner:
                 learner.learn_before(batch, val.tokens)
-            if batch.begins:  # the rank that has the least to read takes these documents
-                owner = loads.index(min(loads))
-            loads[owner] += batch.tokens
-            if owner == ranks.rank:
+            if owners[n] == ranks.rank:
                 if adapters:
                     adapters.prepare(batch)
                 add(batch)
-            if not told and loads[ranks.rank] > work / 50:
+                read += batch.tokens
+            if not told and read > sum(own) / 50:
                 told = True
-                expected = (device.now() - began) * work / loads[ranks.rank]
-                log_expected_time(log, "ttt_lora", expected)
+                log_expected_time(log, "ttt_lora", (device.now() - began) * sum(own) / read)
             log.progress(f"scoring batch {n + 1} of {len(batches)}")
     nats, tokens, text_bytes = ranks.all_reduce_(sums).tolist()
     if tokens != total:
