@@ -550,11 +550,11 @@ class Hyperparameters(ModelSettings):
         "them; rounded up to whole batches of TTT_BATCH_SIZE; 0 omits that.",
     )
     global_ttt_lr: float = setting(
-        0.001, "That SGD: initial learning rate; falls to 0 as a cosine."
+        0.001, "SGD of LoRA TTT: initial learning rate; falls to 0 as a cosine."
     )
-    global_ttt_epochs: int = setting(1, "That SGD: passes over a chunk.")
+    global_ttt_epochs: int = setting(1, "SGD of LoRA TTT: passes over a chunk.")
     global_ttt_chunk_tokens: int = setting(
-        32_768, "That SGD: tokens of a chunk; only whole chunks are learned.", low=2
+        32_768, "SGD of LoRA TTT: tokens of a chunk; only whole chunks are learned.", low=2
     )
     ttt_chunk_size: int = setting(
         48, "LoRA TTT: tokens of a document scored before a step on them.", low=1
@@ -1870,10 +1870,10 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
     """Returns the role of each parameter by name. Raises AttributeError for one without."""
     roles: dict[str, str] = {}
     for name, _ in model.named_parameters():
-        module: Any = model.get_submodule(name.rpartition(".")[0])
-        if module.role not in ROLES:
-            raise AttributeError(f"{name}: its role {module.role!r} is not one of {[*ROLES]}")
-        roles[name] = module.role
+        role = getattr(model.get_submodule(name.rpartition(".")[0]), "role", None)
+        if role not in ROLES:
+            raise AttributeError(f"{name}: the role of its module is {role}, not one of {[*ROLES]}")
+        roles[name] = role
     return roles
 
 
@@ -2352,7 +2352,8 @@ class GPT(nn.Module):
         gates = torch.zeros(skips, h.model_dim)
         self.skip_gates = nn.Parameter(gates) if h.skip_gates_enabled else None
         self.jepa = JEPA(h) if h.jepa_chunk_size else None
-        self.lm_head = None if h.tie_embeddings else Linear(h.model_dim, h.vocab_size, 0, "head")
+        head = partial(Linear, h.model_dim, h.vocab_size, gain=0, role="head")
+        self.lm_head = None if h.tie_embeddings else head()
 
     def embed(self, ids: Tensor) -> Tensor:
         """Returns the embeddings [B, T, D] that enter the first block, for ids [B, T]."""
@@ -2649,21 +2650,21 @@ class PrefixLearner(TestTimeLearner):
         self.epochs, self.lr = h.global_ttt_epochs, h.global_ttt_lr
         self.chunk_tokens = max(h.global_ttt_chunk_tokens, self.seq_len)
         self.model, self.log = model, log
-        self.waits_for, self.begun = h.phased_ttt_prefix_docs, 0  # documents
+        self.waits_for, self.begun, self.is_done = h.phased_ttt_prefix_docs, 0, False  # documents
         self.positions: list[Tensor] = []  # of the documents begun, by batch
         memory = 2 * self.gradient.nbytes >> 20
-        log(f"ttt_sgd after:{self.waits_for} documents gradient and momentum:{memory} MiB")
+        log(f"ttt_sgd after:{self.waits_for} documents of more, with {memory} MiB of gradients")
 
     def learn_before(self, batch: Batch, text: Tensor) -> None:
         """Learns before a batch that begins documents, if enough documents lie before it.
 
-        These are complete then. Ranks that are ahead wait for the gradients of the others, which
-        score first.
+        These are complete then: a rank that is ahead waits in the all-reduce until the others have
+        scored theirs.
         """
-        if batch.begins and self.begun >= self.waits_for > 0:
+        if batch.begins and self.begun >= self.waits_for and not self.is_done:
             self.learn_documents(text)
-            self.waits_for = 0
-        if self.waits_for:
+            self.is_done = True
+        if not self.is_done:
             self.begun += len(batch.windows) * batch.begins
             self.positions.append(batch.positions())
 
@@ -2714,7 +2715,6 @@ class AdapterLearner:
     def start(self) -> None:
         """Starts the adapters of new documents."""
         h, rank, draws = self.h, self.h.ttt_lora_rank, torch.Generator().manual_seed(self.h.seed)
-        self.nats = torch.empty(0)  # else the graph of the documents before stays in memory
         self.adapters: dict[str, tuple[Tensor, Tensor]] = {}
         for name, width in adapter_widths(h).items():
             a = torch.empty(rank, h.model_dim).uniform_(-1, 1, generator=draws) / h.model_dim**0.5
@@ -2812,6 +2812,13 @@ class ScoringPass(NamedTuple):
         chunk = self.learner.chunk_tokens if self.learner else total
         return plan_windows(total, seq_len, stride, rows, chunk)
 
+    def learn_before(self, batch: Batch, tokens: Tensor) -> None:
+        """Trains all weights on what is scored before a batch; every rank takes part."""
+        if self.adapters and batch.begins:
+            self.adapters.nats = torch.empty(0)  # frees the graph of the documents before
+        if self.learner:
+            self.learner.learn_before(batch, tokens)
+
 
 def score_windows(
     forward_logits: Callable[[Tensor, int], Tensor], val: Validation, batch: Batch
@@ -2865,7 +2872,7 @@ def score(
     as many windows are scored at once. `observe` receives what `score_windows` returns.
     """
     began, total = device.now(), len(val.tokens) - 1
-    learner, adapters = scoring_pass.learner, scoring_pass.adapters
+    adapters = scoring_pass.adapters
     batches = scoring_pass.plan(val.tokens, batch_tokens)
     val, sums = val.to(device.device), torch.zeros(3, dtype=torch.float64, device=device.device)
     most = len(batches[0].windows)  # windows at once
@@ -2897,8 +2904,7 @@ def score(
 
     with matmul_precision("highest"):
         for n, batch in enumerate(batches):  # every rank walks through all batches
-            if learner:
-                learner.learn_before(batch, val.tokens)
+            scoring_pass.learn_before(batch, val.tokens)
             if owners[n] == ranks.rank:
                 if adapters:
                     adapters.prepare(batch)
@@ -3756,7 +3762,7 @@ def weight_stacks(model: GPT, hessians: Mapping[str, Tensor], ranks: Ranks) -> l
         limit = 2 ** (getattr(h, role.bits) - 1) - 1
         weight = torch.stack([weights[name].detach() for name in names])
         quantize = quantize_gptq if has_hessian else quantize_rounding
-        hessian = torch.stack([hessians.get(name, weight[0, :0]) for name in names])
+        hessian = torch.stack([hessians.get(name, weight[0, :0]) for name in names])  # or empty
         find = partial(search_scales, partial(quantize, QUANTIZERS["scalar"], limit), limit)
         if h.scale_rule == "std":
             find = partial(std_scales, getattr(h, role.clip_sigmas), limit)
@@ -4198,8 +4204,8 @@ def pack_artifact(h: Hyperparameters, arrays: Mapping[str, Tensor]) -> bytes:
     """Returns the bytes of an artifact, the same for the same arrays."""
     described = {"codec": h.compressor, "quantizer": h.quantizer, "settings": model_settings(h)}
     description = json.dumps(described, separators=(",", ":")).encode()
-    own = [array.cpu().numpy() for array in arrays.values()]
-    body = description + CODECS[h.compressor].compress(own, QUANTIZERS[h.quantizer])
+    plain = [array.cpu().numpy() for array in arrays.values()]
+    body = description + CODECS[h.compressor].compress(plain, QUANTIZERS[h.quantizer])
     return artifact_header(body, len(description)) + body
 
 
@@ -4388,8 +4394,9 @@ def read_program() -> tuple[bytes, bytes]:
         raise SettingsError(
             f"{error}: run this program from a file, because its bytes count"
         ) from None
-    source = globals().get("text", "").encode()  # the wrapper of the twin has decoded it
-    return (source, file) if source else (file, packed_source(file))
+    if file.startswith(TWIN_TEMPLATE.partition("%s")[0].encode()):
+        return globals()["text"].encode(), file  # the twin's wrapper has decoded it
+    return file, packed_source(file)
 
 
 def file_in(path: Path, name: str) -> Path:
@@ -4404,8 +4411,9 @@ class Run:
         self.log, self.result = log, result
         self.slowest: dict[str, float] = {}  # seconds of a batch after the last step, by purpose
         self.stack_seconds = 0.0  # of prepare_stacks
-        self.step: int | None = None  # steps trained, once training has ended
-        self.deadline = math.inf  # the moment until which training text may be read then
+        # Until training ends calibration takes random tokens, without a deadline.
+        self.trained_steps: int | None = None
+        self.deadline = math.inf
         self.read_until = 0.0  # when training text was read last
         h = Hyperparameters.from_env(env)
         self.notes = settings_notes(h, env)
@@ -4598,7 +4606,7 @@ class Run:
         path, ends = (log.folder or Path()) / ARTIFACT, [self.device.now()]
         code = len(self.twin)
         model.eval()
-        self.step, self.read_until = step, ends[0]
+        self.trained_steps, self.read_until = step, ends[0]
         self.deadline = ends[0] + h.training_seconds - train_seconds
         hessians = self.calibrate(model)
         ends.append(self.device.now())
@@ -4649,9 +4657,9 @@ class Run:
         """
         h, train, length = self.h, self.data.train, self.calibration_shape[1]
         rows = max(h.micro_batch_tokens // length, 1)
-        if not h.calibrates_on_text or train is None or self.step is None:
+        if not h.calibrates_on_text or train is None or self.trained_steps is None:
             return random_sequences(count, length, h.vocab_size, h.seed).split(rows)
-        return train.sequences(self.step * train.rows, count)[:, :length].split(rows)
+        return train.sequences(self.trained_steps * train.rows, count)[:, :length].split(rows)
 
     def batches_before(
         self, deadline: float | None, what: str, batches: Iterable[Tensor], count: int
@@ -4662,14 +4670,15 @@ class Run:
         that are not training text is None, and all of them are yielded.
         """
         now = self.device.now
-        for n, ids in enumerate(batches):
+        source = iter(batches)
+        for n in range(count):
             began, slowest = now(), self.slowest.get(what, 0.0)
             if deadline is not None:
                 (late,) = self.ranks.all_reduce_max(began + slowest - deadline)
                 if late > 0:
                     self.log(f"gptq: the time allowed {n} of {count} {what} batches")
                     return
-            yield ids
+            yield next(source)
             ended = now()
             self.slowest[what] = max(slowest, ended - began)
             if deadline is not None:
@@ -4702,7 +4711,9 @@ class Run:
             kept += now() - start
             rows = self.tune_rows
             ids = random_sequences(2 * rows, h.train_seq_len, h.vocab_size, h.seed).split(rows)
-            tune_scales(model, arrays, quantizer, ids, 2, ranks)  # so do the first steps
+            tune_scales(
+                model, arrays, quantizer, ids, 2, ranks
+            )  # untimed: the first steps take longer
             trial = self.batches_before(None, "tuning", ids, 2)
             tune_scales(model, arrays, quantizer, trial, 2, ranks)
             kept += self.slowest["tuning"] * h.tune_scales
@@ -4743,8 +4754,9 @@ class Run:
             return stacks
         count = max(h.sensitivity_tokens // self.calibration_shape[1], 1)
         until = self.deadline if h.calibrates_on_text else None
-        batch = torch.cat([*self.calibration_batches(count)])
-        for ids in self.batches_before(until, "sensitivity", [batch], 1):
+        # Read when the loop asks for it, which is not after the deadline.
+        batches = (torch.cat([*self.calibration_batches(count)]) for _ in range(1))
+        for ids in self.batches_before(until, "sensitivity", batches, 1):
             stacks = balance_scales(model, stacks, self.device.send(ids), self.ranks)
         return stacks
 
@@ -4756,8 +4768,8 @@ class Run:
     def tune(self, model: GPT, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns what tune_scales finds on the text after that of calibration."""
         h, train = self.h, self.data.train
-        assert train is not None and self.step is not None
-        start, rows, steps = self.step * train.rows, self.tune_rows, h.tune_scales
+        assert train is not None and self.trained_steps is not None
+        start, rows, steps = self.trained_steps * train.rows, self.tune_rows, h.tune_scales
         if h.calibrates_on_text:
             start += self.calibration_shape[0]
         batches = (train.sequences(start + n * rows, rows)[:, :-1] for n in range(steps))

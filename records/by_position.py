@@ -40,7 +40,7 @@ def score_positions(run: train_gpt.Run, scoring_pass: train_gpt.ScoringPass) -> 
 
     tokens = train_gpt.scoring_batch_tokens(run.h, run.device)
     train_gpt.score(scoring_pass, run.data.val, run.ranks, run.device, run.log, tokens, keep)
-    return found
+    return run.ranks.all_reduce_(found.to(run.device.device)).cpu()
 
 
 def position_in_document(tokens: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="PNG", help="draw the gain")
     args = parser.parse_args(argv)
     try:
-        run = train_gpt.Run(os.environ, train_gpt.Log(), {})
+        run = train_gpt.Run(os.environ, train_gpt.Log(silent=True), {})
         path = train_gpt.file_in(args.artifact, train_gpt.ARTIFACT)
         run.h, weights = train_gpt.load_artifact(path, run.h)
         run.prepare(trains=False, writes=False)

@@ -27,7 +27,7 @@ from runs import train_gpt
 
 Expect = Callable[[object, str, object, object], None]
 
-TWIN_VERSION = 1  # as train_gpt.TWIN_TEMPLATE states it
+TWIN_VERSION = int(re.findall(r"version (\d+)", train_gpt.TWIN_TEMPLATE)[0])
 OPTIONAL = {
     "brotli",
     "constriction",

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All that needs a GPU, in two calls of under nine minutes: the tests marked gpu, a short run of each
-# stack and the benchmarks; then four minutes of training by PRESET=gpu1, and one minute by
-# PRESET=frontier with all of its scores.
+# stack and the benchmarks; then four minutes of training by PRESET=gpu1 and, in the time that is
+# left, a short run of PRESET=frontier with all of its scores.
 #
 #     tests/gpu.sh OUT
 #     tests/gpu.sh OUT gpu1 frontier
@@ -35,15 +35,15 @@ export PYTHONPATH=$WORK/site:$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}
 short="WARMUP_STEPS=4 VAL_LOSS_EVERY=0 TRAIN_LOG_EVERY=20 MAX_WALLCLOCK_SECONDS=25"
 v9="TRAIN_BATCH_TOKENS=98304" byte_jepa="TRAIN_BATCH_TOKENS=49152"
 gpu1="VAL_LOSS_EVERY=0 TRAIN_LOG_EVERY=50 MAX_WALLCLOCK_SECONDS=240"
-frontier="$short $v9 MAX_WALLCLOCK_SECONDS=60 PHASED_TTT_PREFIX_DOCS=128"
+frontier="$short $v9 PHASED_TTT_PREFIX_DOCS=128"
 if [ "$DEVICE" = cpu ]; then
 	export CUDA_VISIBLE_DEVICES=
 	short="$short NUM_LAYERS=2 MODEL_DIM=64 NUM_HEADS=2 NUM_KV_HEADS=1 TRAIN_SEQ_LEN=128 ITERATIONS=4"
 	short="$short BIGRAM_VOCAB_SIZE=256 GPTQ_CALIB_TOKENS=1024 EVAL_STRIDE=0"
 	v9="TRAIN_BATCH_TOKENS=1024" byte_jepa=$v9
 	gpu1="$short $v9 NUM_LAYERS=4 LOOP_START=1 LOOP_END=1 PARALLEL_START_LAYER=2 EVAL_WINDOW=64"
-	gpu1="$gpu1 MICRO_BATCH_TOKENS=1024 SENSITIVITY_TOKENS=128 TTT_CHUNK_SIZE=64"
-	frontier="$gpu1 TTT_ENABLED=0"
+	gpu1="$gpu1 MICRO_BATCH_TOKENS=1024 SENSITIVITY_TOKENS=128"
+	frontier="$gpu1 TTT_LORA_RANK=2 PHASED_TTT_PREFIX_DOCS=8 TTT_BATCH_SIZE=8 GLOBAL_TTT_CHUNK_TOKENS=1024"
 fi
 
 setup() { # packages that cannot be imported, and token shards
@@ -116,7 +116,7 @@ for name in $parts; do
 		;;
 	v9) part v9 150 v9.log bash -c "train v9 $short $v9" ;;
 	byte_jepa) part byte_jepa 120 byte_jepa.log bash -c "train byte_jepa $short $byte_jepa" ;;
-	gpu1) part gpu1 420 gpu1.log bash -c "train gpu1 $gpu1" ;;
+	gpu1) part gpu1 345 gpu1.log bash -c "train gpu1 $gpu1" ;;
 	frontier) part frontier 400 frontier.log bash -c "train frontier $frontier" ;;
 	bench)
 		part bench "$LIMIT" bench.log \
@@ -127,7 +127,7 @@ done
 
 echo "== summary"
 cd "$out"
-wanted='^(device:|attention:|step:.* val_bpb|size:|seconds:|final_int6_[a-z_]+ |limit:|error:)'
+wanted='^(device:|attention:|step:.* val_bpb|size:|seconds:|final_int6_[a-z_]+ |legal_ttt |ttt_[a-z]+ |limit:|error:)'
 for name in v9 byte_jepa gpu1 frontier; do
 	[ -f "$name.log" ] && grep -E "$wanted" "$name.log" | sed "s/^/$name  /"
 done

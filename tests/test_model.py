@@ -115,8 +115,9 @@ def test_a_parameter_without_a_role_is_an_error():
             super().__init__()
             self.weight = torch.nn.Parameter(torch.ones(1))
 
-    with pytest.raises(AttributeError, match="'Gate' object has no attribute 'role'"):
-        tg.parameter_roles(Gate())
+    parts = torch.nn.Sequential(Gate())
+    with pytest.raises(AttributeError, match=r"^0\.weight: the role of its module is None"):
+        tg.parameter_roles(parts)
 
 
 def test_initial_weights():
@@ -434,6 +435,8 @@ def test_stp_positions_rise_reach_every_token_and_follow_from_seed_and_step(leng
         assert not torch.equal(steps[5], positions(5, seed=7))
     parts = [positions(5, rows=slice(start, start + 2)) for start in (0, 2, 4, 6)]
     assert torch.equal(torch.cat(parts), steps[5])
+    h = tg.replace(h, stp_lambda=0)
+    assert positions(5) is None
 
 
 def test_micro_batches_change_no_jepa_loss(byte_corpus, cpu):

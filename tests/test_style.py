@@ -83,8 +83,8 @@ def test_only_lines_of_code_are_counted():
 def test_the_program_keeps_its_limits_of_size():
     starts = section_starts(SOURCE)
     settings = range(starts["Settings"], starts["Runtime"])
-    assert len(code_lines(SOURCE).difference(settings)) <= 2_750
-    assert len(TWIN) <= 78_000
+    assert len(code_lines(SOURCE).difference(settings)) <= 2_760
+    assert len(TWIN) <= 78_200
     sizes = function_sizes(SOURCE)
     assert {key: size for key, size in sizes.items() if size > 60} == {}
     assert sum(sizes.values()) / len(sizes) <= 18

@@ -1,6 +1,7 @@
 """A training step: its stages, its speed against the device's matrix products and a plain loop."""
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -239,14 +240,15 @@ def kernels(scale: Scale, machine: Machine) -> Table:
         for _ in range(scale.rounds):
             steps()
         device.now()
-    times = {}
+    kind = torch.autograd.DeviceType.CUDA if device.is_cuda else torch.autograd.DeviceType.CPU
+    times: Counter[str] = Counter()
     for event in profile.key_averages():
-        own = event.self_device_time_total if device.is_cuda else event.self_cpu_time_total
-        times[event.key] = own / 1e6 / scale.rounds
+        if event.device_type == kind and not event.is_user_annotation:
+            own = event.self_device_time_total if device.is_cuda else event.self_cpu_time_total
+            times[event.key] += own / 1e6 / scale.rounds
     whole = sum(times.values())
-    longest = sorted(times, key=times.__getitem__, reverse=True)[:10]
     rows = [row("all", "s", [whole], [whole])]
-    rows += [row(name[:80], "s", [times[name]], [whole]) for name in longest]
+    rows += [row(name[:80], "s", [own], [whole]) for name, own in times.most_common(10)]
     return Table(f"{described(h)}; a mean of {scale.rounds} steps", rows)
 
 
