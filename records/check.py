@@ -401,10 +401,10 @@ def exact_scores(run: Run) -> dict[str, tuple[float, float]]:
 
 
 def may_share_weights(run: Run, other: Run) -> bool:
-    """Returns whether scores before int6 are equal, or in windows of other lengths."""
-    lengths = {r.settings.get("eval_seq_len") for r in (run, other)}
+    """Returns whether scores before int6 are equal, or of other windows or another mask."""
+    ways = {tuple(map(r.settings.get, ("eval_seq_len", "canonical_mask"))) for r in (run, other)}
     a, b = (exact_scores(r).get("float", (math.nan,))[0] for r in (run, other))
-    return len(lengths) > 1 or math.isclose(a, b, rel_tol=1e-5)
+    return len(ways) > 1 or math.isclose(a, b, rel_tol=1e-5)
 
 
 def find_faults(folder: Path, run: bool = True) -> list[str]:
