@@ -137,8 +137,10 @@ def test_every_entry_is_without_fault_and_runs(folder, tmp_path):
 
 def test_the_tables_of_our_runs_are_those_of_compare():
     tables = re.findall(r"<!-- table of (\S+) -->\n(.*?)<!-- end -->", PAGE, re.DOTALL)
+    several = [x for x in ENTRIES if len({run.seed for run in read_runs([x])}) > 1]
     assert sorted(name for name, _ in tables) == [
-        str(x.relative_to(ROOT / "records")) for x in ENTRIES
+        str(x.relative_to(ROOT / "records"))
+        for x in several  # one seed cannot be compared
     ]
     for name, text in tables:
         assert text == markdown_table(read_runs([ROOT / "records" / name]))
