@@ -227,8 +227,8 @@ UNSUPPORTED_SETTINGS = frozenset(
     VAL_BATCH_TOKENS GPTQ_CALIBRATION_BATCHES MUON_BETA2 TTT_EVAL_SEQ_LEN TTT_OPTIMIZER
     TTT_GRAD_STEPS TTT_MOMENTUM TTT_FREEZE_BLOCKS TTT_GRAD_CLIP TTT_BATCH_SEQS VAL_DOC_FRACTION
     VAL_MAX_TOKENS ROPE_YARN PHASED_TTT_ENABLED PHASED_TTT_NUM_PHASES GLOBAL_TTT_MOMENTUM
-    GLOBAL_TTT_BATCH_SEQS GLOBAL_TTT_GRAD_CLIP GLOBAL_TTT_RESPECT_DOC_BOUNDARIES
-    GLOBAL_TTT_WARMUP_CHUNKS GLOBAL_TTT_WARMUP_START_LR MLP_CLIP_SIGMAS ATTN_CLIP_SIGMAS
+    GLOBAL_TTT_BATCH_SEQS GLOBAL_TTT_GRAD_CLIP
+    MLP_CLIP_SIGMAS ATTN_CLIP_SIGMAS
     SLIDING_WINDOW_ENABLED QAT_ENABLED GATED_ATTN_ENABLED GATED_ATTENTION ATTN_OUT_GATE_ENABLED
     CASEOPS_ENABLED MTP_NUM_HEADS MTP_LOSS_WEIGHT EMBEDDING_DIM LQER_ENABLED MLP_HIDDEN DTG_ENABLED
     VALUE_RESIDUAL QUANT_BITS ZSTD_LEVEL GPTQ_RESERVE_SECONDS JEPA_SIGREG JEPA_BACKBONE_GRAD
@@ -546,8 +546,8 @@ class Hyperparameters(ModelSettings):
     ttt_lora_lr: float = setting(1e-4, "LoRA TTT: learning rate of AdamW.")
     phased_ttt_prefix_docs: int = setting(
         0,
-        "LoRA TTT: once so many documents, the longest ones, are scored, SGD trains all weights on "
-        "them; rounded up to whole batches of TTT_BATCH_SIZE; 0 omits that.",
+        "LoRA TTT: after so many documents, the longest, SGD trains all weights on them; rounded "
+        "up to whole batches of TTT_BATCH_SIZE; 0 omits that.",
     )
     global_ttt_lr: float = setting(
         0.001, "SGD of LoRA TTT: initial learning rate; falls to 0 as a cosine."
@@ -1872,7 +1872,7 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
     for name, _ in model.named_parameters():
         role = getattr(model.get_submodule(name.rpartition(".")[0]), "role", None)
         if role not in ROLES:
-            raise AttributeError(f"{name}: the role of its module is {role}, not one of {[*ROLES]}")
+            raise AttributeError(f"{name}: its module's role is {role}, not one of {[*ROLES]}")
         roles[name] = role
     return roles
 
@@ -2587,7 +2587,7 @@ class Batch(NamedTuple):
         return (skips <= offsets) & (offsets < skips + counts)
 
     def positions(self) -> Tensor:
-        """Returns the positions of the text that the windows score, int64, window by window."""
+        """Returns the positions that the windows score, int64."""
         first = self.windows[:, :1] + self.seq_len - self.last
         return (first + torch.arange(self.last, device=first.device))[self.scored()]
 
@@ -2640,7 +2640,7 @@ class TestTimeLearner:
 class PrefixLearner(TestTimeLearner):
     """Trains the model once, on the first documents of a pass, when they are scored (PR #1610).
 
-    Unlike there, the documents are joined in the order of the text.
+    There they are joined by length, here in the order of the text.
     """
 
     def __init__(
@@ -2650,21 +2650,20 @@ class PrefixLearner(TestTimeLearner):
         self.epochs, self.lr = h.global_ttt_epochs, h.global_ttt_lr
         self.chunk_tokens = max(h.global_ttt_chunk_tokens, self.seq_len)
         self.model, self.log = model, log
-        self.waits_for, self.begun, self.is_done = h.phased_ttt_prefix_docs, 0, False  # documents
+        self.waits_for, self.begun = h.phased_ttt_prefix_docs, 0  # documents
         self.positions: list[Tensor] = []  # of the documents begun, by batch
         memory = 2 * self.gradient.nbytes >> 20
-        log(f"ttt_sgd after:{self.waits_for} documents of more, with {memory} MiB of gradients")
+        log(f"ttt_sgd after:{self.waits_for} documents gradient and momentum:{memory} MiB")
 
     def learn_before(self, batch: Batch, text: Tensor) -> None:
         """Learns before a batch that begins documents, if enough documents lie before it.
 
-        These are complete then: a rank that is ahead waits in the all-reduce until the others have
-        scored theirs.
+        All of them are scored: a rank waits in the all-reduce until the others have scored theirs.
         """
-        if batch.begins and self.begun >= self.waits_for and not self.is_done:
+        if batch.begins and self.begun >= self.waits_for and not self.learned:
             self.learn_documents(text)
-            self.is_done = True
-        if not self.is_done:
+            self.learned = 1  # time
+        if not self.learned:
             self.begun += len(batch.windows) * batch.begins
             self.positions.append(batch.positions())
 
@@ -2672,7 +2671,7 @@ class PrefixLearner(TestTimeLearner):
         """Takes the steps of all whole chunks of the documents, joined."""
         positions = torch.cat(self.positions).sort().values.to(text.device)
         self.positions.clear()
-        # The last position of a document predicts a BOS, with which the next one begins.
+        # The last position of a document predicts BOS, which begins the next one.
         tokens = torch.cat((text[positions], text[positions[-1:] + 1]))
         chunks = len(positions) // self.chunk_tokens
         self.log(f"ttt_sgd documents:{self.begun} tokens:{len(positions)} chunks:{chunks}")
@@ -2680,7 +2679,7 @@ class PrefixLearner(TestTimeLearner):
         for n in range(chunks):
             begin = n * self.chunk_tokens
             self.learn(tokens[begin : begin + self.chunk_tokens + 1], n / chunks)
-        self.model.requires_grad_(False)  # else a step on adapters would have gradients of it too
+        self.model.requires_grad_(False)  # which a step on adapters does not train
 
 
 class AdapterLearner:
@@ -2815,7 +2814,7 @@ class ScoringPass(NamedTuple):
     def learn_before(self, batch: Batch, tokens: Tensor) -> None:
         """Trains all weights on what is scored before a batch; every rank takes part."""
         if self.adapters and batch.begins:
-            self.adapters.nats = torch.empty(0)  # frees the graph of the documents before
+            self.adapters.nats = torch.empty(0)  # frees the graph
         if self.learner:
             self.learner.learn_before(batch, tokens)
 
@@ -2841,10 +2840,7 @@ def score_windows(
 
 
 def divide_among_ranks(batches: Sequence[Batch], world_size: int) -> list[int]:
-    """Returns the rank that scores each batch.
-
-    The rank that has the least to read takes the next documents, with all of their batches.
-    """
+    """Returns the rank of each batch: the one with the least to read takes the next documents."""
     loads, owner, owners = [0] * world_size, 0, []
     for batch in batches:
         if batch.begins:
@@ -2867,9 +2863,9 @@ def score(
     """Scores the validation text by one pass, in the order of the text or of documents' lengths.
 
     Each position is scored once. Batches of `batch_tokens` are divided among the ranks. Before a
-    batch the learner, if there is one, trains on the chunks or documents whose positions are all
-    scored, and the adapters, if there are any, on the batch before. Where the memory runs out, half
-    as many windows are scored at once. `observe` receives what `score_windows` returns.
+    batch the learner, if any, trains on chunks or documents that are scored, and the adapters, if
+    any, on the batch before. Where the memory runs out, half as many windows are scored at once.
+    `observe` receives what `score_windows` returns.
     """
     began, total = device.now(), len(val.tokens) - 1
     adapters = scoring_pass.adapters
@@ -2955,6 +2951,7 @@ def by_document(model: GPT, h: Hyperparameters, device: Device) -> ScoringPass:
     """
 
     def forward_logits(ids: Tensor, last: int) -> Tensor:
+        """Returns logits [B, last, V]."""
         return model.forward_logits(ids, last, h.window_tokens)
 
     compiled = device.compile(forward_logits, dynamic=True)
@@ -2964,9 +2961,10 @@ def by_document(model: GPT, h: Hyperparameters, device: Device) -> ScoringPass:
 def with_adapters(
     model: GPT, h: Hyperparameters, device: Device, ranks: Ranks, log: Log
 ) -> ScoringPass:
-    """Returns the pass over documents with adapters, and with SGD on the longest if that is set."""
+    """Returns the pass over documents with adapters, and SGD on the longest if that is set."""
 
     def forward_logits(ids: Tensor, last: int, adapters: Adapters) -> Tensor:
+        """Returns logits [B, last, V]."""
         rows = len(ids)
         own = {k: (a.narrow(0, 0, rows), b.narrow(0, 0, rows)) for k, (a, b) in adapters.items()}
         return model.forward_logits(ids, last, h.window_tokens, adapters=own)
@@ -4411,7 +4409,7 @@ class Run:
         self.log, self.result = log, result
         self.slowest: dict[str, float] = {}  # seconds of a batch after the last step, by purpose
         self.stack_seconds = 0.0  # of prepare_stacks
-        # Until training ends calibration takes random tokens, without a deadline.
+        # Until training ends, tokens are random and have no deadline.
         self.trained_steps: int | None = None
         self.deadline = math.inf
         self.read_until = 0.0  # when training text was read last

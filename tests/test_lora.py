@@ -348,7 +348,7 @@ def test_the_scores_of_an_artifact(tmp_path):
     for line in (
         f"final_int6_documents_exact val_loss:{found['documents']['val_loss']:.8f} ",
         f"legal_ttt_exact val_loss:{found['ttt']['val_loss']:.8f} ",
-        "ttt_sgd after:4 documents of more, with 0 MiB of gradients",
+        "ttt_sgd after:4 documents gradient and momentum:0 MiB",
         "ttt_lora documents:20 batches:5 adapters:0 MiB",
         "ttt_sgd documents:4 tokens:229 chunks:2",
     ):

@@ -116,7 +116,7 @@ def test_a_parameter_without_a_role_is_an_error():
             self.weight = torch.nn.Parameter(torch.ones(1))
 
     parts = torch.nn.Sequential(Gate())
-    with pytest.raises(AttributeError, match=r"^0\.weight: the role of its module is None"):
+    with pytest.raises(AttributeError, match=r"^0\.weight: its module's role is None"):
         tg.parameter_roles(parts)
 
 
