@@ -554,7 +554,7 @@ class Hyperparameters(ModelSettings):
     )
     global_ttt_epochs: int = setting(1, "SGD of LoRA TTT: passes over a chunk.")
     global_ttt_chunk_tokens: int = setting(
-        32_768, "SGD of LoRA TTT: tokens of a chunk; only whole chunks are learned.", low=2
+        32_768, "SGD of LoRA TTT: tokens of a chunk; chunks are whole.", low=2
     )
     ttt_chunk_size: int = setting(
         48, "LoRA TTT: tokens of a document scored before a step on them.", low=1
@@ -4324,7 +4324,7 @@ def pack_to_fit(
     rounding = [stack.with_rounding() for stack in stacks]
     matrices = [name for name, role in parameter_roles(model).items() if role == "matrix"]
 
-    def size(factor: float) -> float:  # codes count as their order-0 entropy
+    def size(factor: float) -> float:  # codes by their entropy
         arrays = artifact_arrays(model, rounding, factor, Ranks()).values()
         return sum(code_entropy(x) if x.dtype == torch.int8 else x.nbytes for x in arrays)
 
